@@ -1,0 +1,55 @@
+# Two commands do everything: `make run` and `make test`.
+# The work is done by scripts/*.sh; every step is skipped when its result is up to date.
+
+PREFIX  ?= /usr/local
+DESTDIR ?=
+TARGET  := $(CURDIR)/target
+BINARY  := $(TARGET)/release/matchlock
+BUSYBOX := $(TARGET)/images/busybox.tar
+
+export CARGO_TARGET_DIR := $(TARGET)
+export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
+
+.PHONY: help run test setup check build guest image fmt lint install clean
+.DEFAULT_GOAL := help
+# One step after the other; cargo itself uses every core.
+.NOTPARALLEL:
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: build guest image ## Set everything up and run a first command in a microVM
+	@scripts/run.sh $(BINARY) $(BUSYBOX)
+
+test: lint build guest image ## Set everything up, check format and lints, run every test
+	@scripts/test.sh $(BINARY) $(BUSYBOX)
+
+setup: ## Install what is missing (Debian packages, Rust targets)
+	@scripts/setup.sh
+
+check: ## Only say what is missing
+	@scripts/setup.sh --check
+
+build: setup ## Build target/release/matchlock
+	@scripts/build.sh host
+
+guest: setup ## Build the guest bundle (kernel and initramfs)
+	@scripts/build.sh guest
+	@scripts/guest-bundle.sh
+
+image: setup ## Build the busybox image, target/images/busybox.tar
+	@scripts/busybox-image.sh $(BUSYBOX)
+
+fmt: ## Format the source
+	@scripts/setup.sh --dev
+	cargo fmt --all
+
+lint: ## Check the format and run clippy
+	@scripts/setup.sh --dev
+	@scripts/build.sh lint
+
+install: build ## Copy the binary to PREFIX/bin (PREFIX=/usr/local)
+	install -D -m 0755 $(BINARY) $(DESTDIR)$(PREFIX)/bin/matchlock
+
+clean: ## Remove target/ (and nothing outside this directory)
+	rm -rf $(TARGET)

@@ -1,0 +1,110 @@
+//! What the actors need from outside: host implementations, the store, time and chance.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use matchlock_host::guest_link::LinkConnector;
+use matchlock_host::hypervisor::Hypervisor;
+use matchlock_host::owner_lock::OwnerLocks;
+use matchlock_host::process::Processes;
+use matchlock_host::rootfs::{Rootfs, VmPaths};
+use matchlock_model::failure::Failure;
+use matchlock_model::id::{InstallId, Mark, VmId};
+use matchlock_store::ReadPool;
+
+use crate::db_writer::DbHandle;
+
+/// Answers on the owner's socket of a VM. The node implements it; the actors only say when.
+#[async_trait]
+pub trait OwnerServer: Send + Sync {
+    /// Listens on the VM's owner socket until the guard is dropped.
+    ///
+    /// # Errors
+    /// When the socket cannot be made.
+    async fn serve(&self, vm: VmId, paths: &VmPaths) -> Result<ServeGuard, Failure>;
+}
+
+/// Ends the serving of a VM's owner socket when dropped.
+pub type ServeGuard = Box<dyn Send + Sync>;
+
+/// How long things may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// From the hypervisor's start to the agent's answer.
+    pub boot: Duration,
+    /// From SIGKILL to the process being gone.
+    pub kill: Duration,
+    /// Beyond the guest's own grace: syncing, unmounting, powering off.
+    pub power_off: Duration,
+    /// From cancelling an operation to its end.
+    pub cancel: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            // Software emulation on a loaded machine: a boot takes 3 s of CPU, 20 may share two.
+            boot: Duration::from_secs(120),
+            kill: Duration::from_secs(10),
+            power_off: Duration::from_secs(10),
+            cancel: Duration::from_secs(15),
+        }
+    }
+}
+
+/// What the actors need from outside.
+#[derive(Clone)]
+pub struct Deps {
+    /// This installation.
+    pub install: InstallId,
+    /// `$MATCHLOCK_HOME/vms`.
+    pub vms_dir: PathBuf,
+    /// Launches machines.
+    pub hypervisor: Arc<dyn Hypervisor>,
+    /// Connects to guests.
+    pub connector: Arc<dyn LinkConnector>,
+    /// VMs' files.
+    pub rootfs: Arc<dyn Rootfs>,
+    /// Processes of this host.
+    pub processes: Arc<dyn Processes>,
+    /// VMs' owner locks.
+    pub locks: Arc<dyn OwnerLocks>,
+    /// VMs' owner sockets.
+    pub owner_server: Arc<dyn OwnerServer>,
+    /// Writes rows.
+    pub db: DbHandle,
+    /// Reads rows.
+    pub reader: ReadPool,
+    /// The memory that a new VM may use, in MiB; asked at admission.
+    pub available_memory_mb: Arc<dyn Fn() -> Result<u64, Failure> + Send + Sync>,
+    /// The time.
+    pub now: fn() -> Timestamp,
+    /// A random number, for ids.
+    pub random_u32: Arc<dyn Fn() -> Result<u32, Failure> + Send + Sync>,
+    /// How long things may take.
+    pub limits: Limits,
+}
+
+impl fmt::Debug for Deps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Deps").field("install", &self.install).finish_non_exhaustive()
+    }
+}
+
+impl Deps {
+    /// The paths of a VM.
+    #[must_use]
+    pub fn paths(&self, vm: VmId) -> VmPaths {
+        VmPaths::new(&self.vms_dir, vm)
+    }
+
+    /// The mark of a VM.
+    #[must_use]
+    pub fn mark(&self, vm: VmId) -> Mark {
+        Mark { install: self.install.clone(), vm }
+    }
+}

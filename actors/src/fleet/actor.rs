@@ -1,0 +1,516 @@
+//! The actor.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use matchlock_host::guest_link::GuestLink;
+use matchlock_host::owner_lock::{HeldLock, OwnerLockError};
+use matchlock_model::failure::{Failure, FailureKind};
+use matchlock_model::id::{Generation, OwnerEpoch, VmId};
+use matchlock_model::phase::Phase;
+use matchlock_model::reconcile::Goal;
+use matchlock_model::record::Resources;
+use matchlock_model::view::VmView;
+use matchlock_model::vm::StopMode;
+use matchlock_store::{NewVm, WriteError, WriteOp};
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::MAX_VMS;
+use super::registry::{Entry, Registry, VmHandle};
+use crate::budget::RestartBudget;
+use crate::db_writer::DbError;
+use crate::deps::Deps;
+use crate::handle::ServiceHandle;
+use crate::reconciler::{ReconcilerMsg, Target};
+use crate::vm::{CreateVm, EffectScope, StartAs, Vm, VmArgs, VmContext, VmMsg};
+
+type Reply<T> = RpcReplyPort<Result<T, Failure>>;
+
+/// What Fleet is asked and told.
+pub enum FleetMsg {
+    /// Bring a VM up. Answered once its row is there; the view says what comes then.
+    CreateVm {
+        /// What it is to be.
+        create: Box<CreateVm>,
+        /// Its handle.
+        reply: Reply<VmHandle>,
+    },
+    /// A VM's lock is held and its row is there (or not).
+    Registered {
+        /// The VM.
+        result: Box<Result<RegisteredVm, Failure>>,
+        /// Who asked for it.
+        reply: Reply<VmHandle>,
+    },
+    /// Take a VM down. Answered at once; the view says what comes then.
+    StopVm {
+        /// Which.
+        id: VmId,
+        /// How.
+        mode: StopMode,
+        /// Its handle.
+        reply: Reply<VmHandle>,
+    },
+    /// Take all VMs down and admit no more.
+    StopAll {
+        /// How.
+        mode: StopMode,
+        /// Their handles.
+        reply: RpcReplyPort<Vec<VmHandle>>,
+    },
+    /// The link to a running guest.
+    OpenLink {
+        /// Which VM's.
+        id: VmId,
+        /// The link, and what the VM was asked to be.
+        reply: Reply<RunningVm>,
+    },
+    /// The effects of a failed life have ended (or not).
+    ScopeClosed {
+        /// Whose.
+        id: VmId,
+        /// What is so now.
+        outcome: ScopeOutcome,
+    },
+    /// The reconciler has done what it could for a VM that used up its budget.
+    Compensated {
+        /// Which.
+        id: VmId,
+        /// Why it was given up.
+        cause: Failure,
+    },
+}
+
+impl fmt::Debug for FleetMsg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::CreateVm { .. } => "CreateVm",
+            Self::Registered { .. } => "Registered",
+            Self::StopVm { .. } => "StopVm",
+            Self::StopAll { .. } => "StopAll",
+            Self::OpenLink { .. } => "OpenLink",
+            Self::ScopeClosed { .. } => "ScopeClosed",
+            Self::Compensated { .. } => "Compensated",
+        })
+    }
+}
+
+/// A VM whose lock is held and whose row is there.
+pub struct RegisteredVm {
+    context: VmContext,
+    lock: HeldLock,
+}
+
+/// A VM whose guest answers.
+#[derive(Clone)]
+pub struct RunningVm {
+    /// The link to its guest.
+    pub link: Arc<dyn GuestLink>,
+    /// What it was asked to be.
+    pub context: Arc<VmContext>,
+}
+
+/// What became of a failed life's effects.
+#[derive(Debug, Clone)]
+pub struct ScopeOutcome {
+    /// Why the life ended.
+    cause: Failure,
+    /// The phase in the row, once all effects have ended; or why there is none.
+    phase: Result<Phase, Failure>,
+}
+
+/// What Fleet is started with.
+#[derive(Debug, Clone)]
+pub struct FleetArgs {
+    /// The world.
+    pub deps: Deps,
+    /// The VMs, also of earlier lives.
+    pub registry: Registry,
+    /// Compensates VMs whose actor gave up.
+    pub reconciler: ServiceHandle<ReconcilerMsg>,
+}
+
+/// The supervisor of the VM actors.
+#[derive(Debug)]
+pub struct Fleet;
+
+/// What Fleet knows.
+#[derive(Debug)]
+pub struct FleetState {
+    deps: Deps,
+    registry: Registry,
+    reconciler: ServiceHandle<ReconcilerMsg>,
+    /// VMs whose lock and row are on their way.
+    registering: usize,
+    closing: bool,
+}
+
+/// How many ids are tried before the id space is called full.
+const ID_TRIES: usize = 16;
+
+/// Memory that stays for the host beside a new VM, in MiB: the hypervisor itself and ourselves.
+const HOST_RESERVE_MB: u64 = 64;
+
+impl Actor for Fleet {
+    type Msg = FleetMsg;
+    type State = FleetState;
+    type Arguments = FleetArgs;
+
+    async fn pre_start(
+        &self,
+        myself: ActorRef<FleetMsg>,
+        args: FleetArgs,
+    ) -> Result<FleetState, ActorProcessingErr> {
+        let state = FleetState {
+            deps: args.deps,
+            registry: args.registry,
+            reconciler: args.reconciler,
+            registering: 0,
+            closing: false,
+        };
+        // After a restart: the actors of the earlier life are dead, their VMs are not.
+        for id in state.registry.ids() {
+            let cause = Failure::new(FailureKind::Internal, "the supervisor of the VMs failed");
+            state.close_scope(&myself, id, cause);
+        }
+        Ok(state)
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<FleetMsg>,
+        message: FleetMsg,
+        state: &mut FleetState,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            FleetMsg::CreateVm { create, reply } => state.admit(&myself, *create, reply),
+            FleetMsg::Registered { result, reply } => {
+                state.registering -= 1;
+                let handle = match *result {
+                    Ok(registered) => Ok(state.adopt(&myself, registered).await?),
+                    Err(failure) => Err(failure),
+                };
+                answer(reply, handle);
+            }
+            FleetMsg::StopVm { id, mode, reply } => answer(reply, state.stop(id, mode)),
+            FleetMsg::StopAll { mode, reply } => {
+                state.closing = true;
+                let handles = state.registry.handles();
+                for handle in &handles {
+                    if let Err(failure) = state.stop(handle.id, mode) {
+                        tracing::debug!(vm_id = %handle.id, %failure, "ended before its stop");
+                    }
+                }
+                if reply.send(handles).is_err() {
+                    tracing::debug!("nobody waits for the stop of all VMs");
+                }
+            }
+            FleetMsg::OpenLink { id, reply } => answer(reply, state.link(id)),
+            FleetMsg::ScopeClosed { id, outcome } => {
+                state.recover(&myself, id, outcome).await?;
+            }
+            FleetMsg::Compensated { id, cause } => state.give_up(id, cause),
+        }
+        Ok(())
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        myself: ActorRef<FleetMsg>,
+        event: SupervisionEvent,
+        state: &mut FleetState,
+    ) -> Result<(), ActorProcessingErr> {
+        match event {
+            SupervisionEvent::ActorFailed(cell, error) => {
+                if let Some(id) = state.registry.by_actor(cell.get_id()) {
+                    tracing::error!(vm_id = %id, %error, "a VM's actor failed");
+                    let text = format!("the VM's actor failed: {error}");
+                    state.close_scope(&myself, id, Failure::new(FailureKind::Internal, text));
+                }
+            }
+            SupervisionEvent::ActorTerminated(cell, _, _) => {
+                if let Some(id) = state.registry.by_actor(cell.get_id()) {
+                    state.registry.lock().remove(&id);
+                }
+            }
+            SupervisionEvent::ActorStarted(_) | SupervisionEvent::ProcessGroupChanged(_) => {}
+        }
+        Ok(())
+    }
+}
+
+fn answer<T>(reply: Reply<T>, result: Result<T, Failure>) {
+    if reply.send(result).is_err() {
+        tracing::debug!("the caller was gone before its answer");
+    }
+}
+
+fn unknown(id: VmId) -> Failure {
+    Failure::new(FailureKind::NotFound, format!("VM {id} not found in this process"))
+}
+
+impl FleetState {
+    fn admit(&mut self, myself: &ActorRef<FleetMsg>, create: CreateVm, reply: Reply<VmHandle>) {
+        if let Err(failure) = self.check_admission(create.spec.memory_mb) {
+            return answer(reply, Err(failure));
+        }
+        self.registering += 1;
+        let (deps, myself) = (self.deps.clone(), myself.clone());
+        tokio::spawn(async move {
+            let result = Box::new(register(deps, create).await);
+            if myself.cast(FleetMsg::Registered { result, reply }).is_err() {
+                // The lock goes with the message; the row is the reconciler's.
+                tracing::error!("the fleet was gone before a VM was registered");
+            }
+        });
+    }
+
+    fn check_admission(&self, memory_mb: u64) -> Result<(), Failure> {
+        if self.closing {
+            return Err(Failure::new(FailureKind::Cancelled, "matchlock is shutting down"));
+        }
+        if self.registry.lock().len() + self.registering >= MAX_VMS {
+            let text = format!("this process has {MAX_VMS} VMs already, its limit");
+            return Err(Failure::new(FailureKind::Host, text));
+        }
+        let available = (self.deps.available_memory_mb)()?;
+        if memory_mb + HOST_RESERVE_MB > available {
+            let text = format!(
+                "not enough memory: the VM wants {memory_mb} MB, this host has {available} MB \
+                 available ({HOST_RESERVE_MB} MB of it stay free); ask for less with --memory"
+            );
+            return Err(Failure::new(FailureKind::Host, text));
+        }
+        Ok(())
+    }
+
+    async fn adopt(
+        &self,
+        myself: &ActorRef<FleetMsg>,
+        registered: RegisteredVm,
+    ) -> Result<VmHandle, ActorProcessingErr> {
+        let RegisteredVm { context, lock } = registered;
+        let (id, context, scope) = (context.id, Arc::new(context), EffectScope::default());
+        let handle = VmHandle { id, view: context.watch() };
+        let entry = Entry {
+            context: Arc::clone(&context),
+            scope: scope.clone(),
+            actor: None,
+            budget: RestartBudget::for_vm(),
+            lock: Some(lock),
+        };
+        self.registry.lock().insert(id, entry);
+        let args =
+            VmArgs { context, scope, generation: Generation::default(), start: StartAs::New };
+        self.spawn_actor(myself, id, args).await?;
+        if self.closing {
+            self.stop(id, StopMode::Force)?;
+        }
+        Ok(handle)
+    }
+
+    async fn spawn_actor(
+        &self,
+        myself: &ActorRef<FleetMsg>,
+        id: VmId,
+        args: VmArgs,
+    ) -> Result<(), ActorProcessingErr> {
+        let (actor, _) = Actor::spawn_linked(None, Vm, args, myself.get_cell()).await?;
+        if let Some(entry) = self.registry.lock().get_mut(&id) {
+            entry.actor = Some(actor);
+        }
+        Ok(())
+    }
+
+    fn stop(&self, id: VmId, mode: StopMode) -> Result<VmHandle, Failure> {
+        let registry = self.registry.lock();
+        let entry = registry.get(&id).ok_or_else(|| unknown(id))?;
+        if let Some(actor) = &entry.actor
+            && actor.cast(VmMsg::Stop(mode)).is_err()
+        {
+            // It is being recovered; a recovered VM is taken down anyway.
+            tracing::debug!(vm_id = %id, "stop of a VM whose actor has just ended");
+        }
+        Ok(VmHandle { id, view: entry.context.watch() })
+    }
+
+    fn link(&self, id: VmId) -> Result<RunningVm, Failure> {
+        let registry = self.registry.lock();
+        let entry = registry.get(&id).ok_or_else(|| unknown(id))?;
+        let view = entry.context.watch().borrow().clone();
+        match entry.context.link() {
+            Some(link) if view.phase == Phase::Running => {
+                Ok(RunningVm { link, context: Arc::clone(&entry.context) })
+            }
+            _ => {
+                let why = view.cause.map(|cause| format!(": {cause}")).unwrap_or_default();
+                let text = format!("VM {id} is not running (phase {}){why}", view.phase);
+                Err(Failure::new(FailureKind::Guest, text))
+            }
+        }
+    }
+
+    /// Ends what a failed life left running, then reads where the VM stands.
+    fn close_scope(&self, myself: &ActorRef<FleetMsg>, id: VmId, cause: Failure) {
+        let Some(scope) = self.registry.lock().get(&id).map(|entry| entry.scope.clone()) else {
+            return;
+        };
+        let (deps, myself) = (self.deps.clone(), myself.clone());
+        tokio::spawn(async move {
+            let phase = match scope.close(deps.limits.cancel).await {
+                Ok(()) => recorded_phase(&deps, id).await,
+                Err(stuck) => Err(Failure::from_error(FailureKind::Internal, &stuck)),
+            };
+            let outcome = ScopeOutcome { cause, phase };
+            if myself.cast(FleetMsg::ScopeClosed { id, outcome }).is_err() {
+                tracing::error!(vm_id = %id, "the fleet was gone before a VM was recovered");
+            }
+        });
+    }
+
+    async fn recover(
+        &self,
+        myself: &ActorRef<FleetMsg>,
+        id: VmId,
+        outcome: ScopeOutcome,
+    ) -> Result<(), ActorProcessingErr> {
+        let phase = match outcome.phase {
+            Ok(phase) => phase,
+            Err(failure) => {
+                self.give_up(id, outcome.cause.context(failure));
+                return Ok(());
+            }
+        };
+        let mut restart = None;
+        let mut lock = None;
+        if let Some(entry) = self.registry.lock().get_mut(&id) {
+            if entry.budget.spend(Instant::now()) {
+                entry.scope = EffectScope::default();
+                restart = Some(VmArgs {
+                    context: Arc::clone(&entry.context),
+                    scope: entry.scope.clone(),
+                    generation: entry.context.generation().next(),
+                    start: StartAs::Recover { phase, cause: outcome.cause.clone() },
+                });
+            } else {
+                lock = entry.lock.take();
+            }
+        }
+        match restart {
+            Some(args) => {
+                // Published first: the effects of the new life look at it.
+                args.context.publish(|view| view.generation = args.generation);
+                self.spawn_actor(myself, id, args).await
+            }
+            None => {
+                self.compensate(myself, id, lock, outcome.cause);
+                Ok(())
+            }
+        }
+    }
+
+    /// The VM's actor has used up its budget: the reconciler cleans up, with the lock we hold.
+    fn compensate(
+        &self,
+        myself: &ActorRef<FleetMsg>,
+        id: VmId,
+        lock: Option<HeldLock>,
+        cause: Failure,
+    ) {
+        let (reconciler, myself) = (self.reconciler.clone(), myself.clone());
+        tokio::spawn(async move {
+            let message = |reply| ReconcilerMsg::Reconcile {
+                target: Target::Owned { vm: id, lock },
+                goal: Goal::Clean,
+                reply,
+            };
+            let report = reconciler.call(message, Duration::from_secs(60)).await;
+            tracing::warn!(vm_id = %id, ?report, "a VM whose actor kept failing was compensated");
+            if myself.cast(FleetMsg::Compensated { id, cause }).is_err() {
+                tracing::error!(vm_id = %id, "the fleet was gone before a VM was given up");
+            }
+        });
+    }
+
+    /// Publishes the end of a VM that has no actor any more, and forgets it.
+    fn give_up(&self, id: VmId, cause: Failure) {
+        let Some(entry) = self.registry.lock().remove(&id) else { return };
+        tracing::error!(vm_id = %id, %cause, "a VM was given up");
+        entry.context.publish(|view| {
+            view.cause = Some(cause);
+            view.settled = true;
+        });
+    }
+}
+
+async fn recorded_phase(deps: &Deps, id: VmId) -> Result<Phase, Failure> {
+    let head =
+        deps.reader.lifecycle_head(id).await.map_err(|e| {
+            Failure::from_error(FailureKind::Host, &e).context("could not read the VM")
+        })?;
+    head.map(|record| record.phase)
+        .ok_or_else(|| Failure::new(FailureKind::NotFound, format!("VM {id} has no row")))
+}
+
+/// Takes an id that nobody uses: its lock first, then its row. Nothing else exists yet.
+async fn register(deps: Deps, create: CreateVm) -> Result<RegisteredVm, Failure> {
+    for _ in 0..ID_TRIES {
+        let id = VmId::new((deps.random_u32)()?);
+        let lock = match deps.locks.try_acquire(id) {
+            Ok(lock) => lock,
+            Err(OwnerLockError::Held { .. }) => continue,
+            Err(error) => return Err(Failure::from_error(FailureKind::Host, &error)),
+        };
+        let record = new_vm(&deps, id, &create)?;
+        match deps.db.write(WriteOp::InsertVm { record: Box::new(record) }).await {
+            Ok(_) => {
+                let view = watch::Sender::new(VmView {
+                    id,
+                    generation: Generation::default(),
+                    phase: Phase::Creating,
+                    cause: None,
+                    settled: false,
+                    timings: matchlock_model::view::Timings::default(),
+                });
+                let context = VmContext::new(id, create, OwnerEpoch::FIRST, deps, view);
+                return Ok(RegisteredVm { context, lock });
+            }
+            Err(DbError::Write(WriteError::VmExists { .. })) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(Failure::new(FailureKind::Internal, format!("{ID_TRIES} random VM ids were all in use")))
+}
+
+/// Everything the VM will hold, named before any of it exists.
+fn new_vm(deps: &Deps, id: VmId, create: &CreateVm) -> Result<NewVm, Failure> {
+    let paths = deps.paths(id);
+    let look = |e| Failure::from_error(FailureKind::Host, &e);
+    let owner = deps.processes.own_identity().map_err(look)?;
+    let namespaces = deps.processes.own_namespaces().map_err(look)?;
+    let text = |path: std::path::PathBuf| Some(path.to_string_lossy().into_owned());
+    let resources = Resources {
+        state_dir: text(paths.dir.clone()),
+        rootfs_path: text(paths.rootfs()),
+        link_socket: text(paths.link_socket()),
+        qmp_socket: text(paths.qmp_socket()),
+        owner_socket: text(paths.owner_socket()),
+        owner: Some(owner.clone()),
+        namespaces: Some(namespaces.clone()),
+        ..Resources::default()
+    };
+    Ok(NewVm {
+        id,
+        image: create.spec.image.clone(),
+        config_json: create.spec.redacted_json(),
+        owner,
+        namespaces,
+        ephemeral: create.spec.ephemeral,
+        backend: deps.hypervisor.backend().to_owned(),
+        resources,
+        created_at: (deps.now)(),
+    })
+}

@@ -1,0 +1,71 @@
+//! The VMs of this node.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use matchlock_host::owner_lock::HeldLock;
+use matchlock_model::id::VmId;
+use matchlock_model::view::VmView;
+use ractor::{ActorId, ActorRef};
+use tokio::sync::watch;
+
+use crate::budget::RestartBudget;
+use crate::vm::{EffectScope, VmContext, VmMsg};
+
+/// A VM for those who asked for it.
+#[derive(Debug, Clone)]
+pub struct VmHandle {
+    /// Which.
+    pub id: VmId,
+    /// What happens to it; its last value says how it ended.
+    pub view: watch::Receiver<VmView>,
+}
+
+/// What Fleet keeps of a VM.
+pub(super) struct Entry {
+    pub(super) context: Arc<VmContext>,
+    pub(super) scope: EffectScope,
+    pub(super) actor: Option<ActorRef<VmMsg>>,
+    pub(super) budget: RestartBudget,
+    /// Held for the VM's whole life; dropping it tells every process that the owner is gone.
+    pub(super) lock: Option<HeldLock>,
+}
+
+/// The VMs of this node. It outlives the Fleet actor: the root keeps it.
+#[derive(Clone, Default)]
+pub struct Registry(Arc<Mutex<BTreeMap<VmId, Entry>>>);
+
+impl std::fmt::Debug for Registry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.ids()).finish()
+    }
+}
+
+impl Registry {
+    // A poisoned lock holds whole entries: they are inserted, changed and removed in one step.
+    pub(super) fn lock(&self) -> MutexGuard<'_, BTreeMap<VmId, Entry>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The VMs.
+    #[must_use]
+    pub fn ids(&self) -> Vec<VmId> {
+        self.lock().keys().copied().collect()
+    }
+
+    /// Watches all VMs.
+    #[must_use]
+    pub fn handles(&self) -> Vec<VmHandle> {
+        self.lock()
+            .iter()
+            .map(|(id, entry)| VmHandle { id: *id, view: entry.context.watch() })
+            .collect()
+    }
+
+    pub(super) fn by_actor(&self, actor: ActorId) -> Option<VmId> {
+        self.lock()
+            .iter()
+            .find(|(_, entry)| entry.actor.as_ref().is_some_and(|a| a.get_id() == actor))
+            .map(|(id, _)| *id)
+    }
+}

@@ -1,0 +1,104 @@
+//! The actor.
+
+use std::fmt;
+use std::io::Read;
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use matchlock_host::image::{ImageDirs, ImportLimits, ImportedImage};
+use matchlock_model::failure::Failure;
+use matchlock_model::image::ImageRecord;
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+use tokio_util::sync::CancellationToken;
+
+use super::work;
+
+/// The archive.
+pub type ImportInput = Box<dyn Read + Send>;
+
+/// What the images are asked.
+pub enum ImagesMsg {
+    /// Import an archive.
+    Import {
+        /// The archive.
+        input: ImportInput,
+        /// The tag that it gets.
+        tag: String,
+        /// Cancels the import.
+        cancel: CancellationToken,
+        /// The image.
+        reply: RpcReplyPort<Result<ImportedImage, Failure>>,
+    },
+    /// Remove a tag, and its blob if nothing else uses it.
+    Remove {
+        /// The tag.
+        tag: String,
+        /// What was removed.
+        reply: RpcReplyPort<Result<RemovedImage, Failure>>,
+    },
+}
+
+/// What was removed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RemovedImage {
+    /// The row that was removed.
+    pub record: ImageRecord,
+    /// Whether the blob went too.
+    pub blob_removed: bool,
+}
+
+impl fmt::Debug for ImagesMsg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Import { .. } => "Import",
+            Self::Remove { .. } => "Remove",
+        })
+    }
+}
+
+/// What the actor is started with.
+#[derive(Debug, Clone)]
+pub struct ImagesArgs {
+    /// Where images are.
+    pub dirs: ImageDirs,
+    /// How much an archive may ask for.
+    pub limits: ImportLimits,
+    /// The time.
+    pub now: fn() -> Timestamp,
+}
+
+/// The actor.
+#[derive(Debug)]
+pub struct Images;
+
+impl Actor for Images {
+    type Msg = ImagesMsg;
+    type State = Arc<ImagesArgs>;
+    type Arguments = ImagesArgs;
+
+    async fn pre_start(
+        &self,
+        _myself: ActorRef<ImagesMsg>,
+        args: ImagesArgs,
+    ) -> Result<Arc<ImagesArgs>, ActorProcessingErr> {
+        Ok(Arc::new(args))
+    }
+
+    async fn handle(
+        &self,
+        _myself: ActorRef<ImagesMsg>,
+        message: ImagesMsg,
+        args: &mut Arc<ImagesArgs>,
+    ) -> Result<(), ActorProcessingErr> {
+        let args = Arc::clone(args);
+        match message {
+            ImagesMsg::Import { input, tag, cancel, reply } => {
+                work::spawn(reply, move || work::import(&args, input, tag, &cancel));
+            }
+            ImagesMsg::Remove { tag, reply } => {
+                work::spawn(reply, move || work::remove(&args, &tag));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,105 @@
+//! The work itself, on blocking threads.
+
+use std::path::Path;
+
+use matchlock_host::image::{self, ImageError, ImportedImage};
+use matchlock_model::failure::{Failure, FailureKind};
+use matchlock_model::image::{ImageRecord, ImageScope};
+use matchlock_store::open_images;
+use ractor::RpcReplyPort;
+use tokio_util::sync::CancellationToken;
+
+use super::actor::{ImagesArgs, ImportInput, RemovedImage};
+
+/// Runs blocking work beside the actor and answers its caller.
+pub(super) fn spawn<T: Send + 'static>(
+    reply: RpcReplyPort<Result<T, Failure>>,
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) {
+    drop(tokio::task::spawn_blocking(move || {
+        if reply.send(work()).is_err() {
+            tracing::debug!("the caller was gone before its answer");
+        }
+    }));
+}
+
+fn image_failure(error: &ImageError) -> Failure {
+    let kind = match error {
+        ImageError::Cancelled => FailureKind::Cancelled,
+        _ => FailureKind::Host,
+    };
+    Failure::from_error(kind, error)
+}
+
+fn store_failure(error: &(dyn std::error::Error + 'static)) -> Failure {
+    Failure::from_error(FailureKind::Host, error).context("could not use the image metadata")
+}
+
+pub(super) fn import(
+    args: &ImagesArgs,
+    mut input: ImportInput,
+    tag: String,
+    cancel: &CancellationToken,
+) -> Result<ImportedImage, Failure> {
+    // Opened first: an import that could not be recorded is refused before its work.
+    let mut metadata = open_images(&args.dirs.images).map_err(|e| store_failure(&e))?;
+    if let Err(error) = image::sweep_temporary(&args.dirs) {
+        tracing::warn!(%error, "what an earlier import left could not be swept");
+    }
+    let progress = |step| tracing::info!(?step, "import");
+    let cancelled = || cancel.is_cancelled();
+    // The lease keeps a removal of the same blob away until its row is there.
+    let (imported, _lease) =
+        image::import(&mut *input, &args.dirs, &args.limits, &progress, &cancelled)
+            .map_err(|e| image_failure(&e))?;
+    let now = (args.now)();
+    let record = ImageRecord {
+        scope: ImageScope::Local,
+        tag,
+        digest: imported.digest.clone(),
+        size: imported.size,
+        created_at: now,
+        source: "import".into(),
+        rootfs_path: imported.rootfs_path.to_string_lossy().into_owned(),
+        config: imported.config.clone(),
+    };
+    let replaced =
+        metadata.put_image(&record, &imported.rootfs_digest, now).map_err(|e| store_failure(&e))?;
+    if let Some(replaced) = replaced
+        && !replaced.blob_in_use
+        && replaced.record.rootfs_path != record.rootfs_path
+    {
+        // In use by a VM: it goes with the next removal that finds it unused.
+        if let Err(error) = image::remove_blob(&args.dirs, Path::new(&replaced.record.rootfs_path))
+        {
+            tracing::warn!(%error, "the blob of the replaced image stays");
+        }
+    }
+    Ok(imported)
+}
+
+pub(super) fn remove(args: &ImagesArgs, tag: &str) -> Result<RemovedImage, Failure> {
+    let not_found = || Failure::new(FailureKind::NotFound, format!("image not found: {tag:?}"));
+    if matchlock_store::read_images(&args.dirs.images).map_err(|e| store_failure(&e))?.is_none() {
+        return Err(not_found());
+    }
+    let mut metadata = open_images(&args.dirs.images).map_err(|e| store_failure(&e))?;
+    let record = metadata.find(tag).map_err(|e| store_failure(&e))?.ok_or_else(not_found)?;
+    let blob = Path::new(&record.rootfs_path);
+    let shared = metadata
+        .list()
+        .map_err(|e| store_failure(&e))?
+        .iter()
+        .filter(|other| other.rootfs_path == record.rootfs_path)
+        .count()
+        > 1;
+    // The blob first: if a VM uses it, the image stays whole.
+    if !shared {
+        image::remove_blob(&args.dirs, blob).map_err(|e| image_failure(&e))?;
+    }
+    metadata
+        .remove_image(Some(record.scope), tag, (args.now)())
+        .map_err(|e| store_failure(&e))?
+        .ok_or_else(not_found)?;
+    Ok(RemovedImage { record, blob_removed: !shared })
+}

@@ -1,0 +1,86 @@
+//! The actor.
+
+use std::fmt;
+
+use matchlock_host::owner_lock::HeldLock;
+use matchlock_model::failure::Failure;
+use matchlock_model::id::VmId;
+use matchlock_model::reconcile::Goal;
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+
+use super::report::VmReport;
+use super::work;
+use crate::deps::Deps;
+
+/// Which VMs to look at.
+pub enum Target {
+    /// One, by its id.
+    One(VmId),
+    /// Every VM that has a row, a directory or a marked process.
+    All,
+    /// One whose lock the caller hands over.
+    Owned {
+        /// Which.
+        vm: VmId,
+        /// Its lock; `None` takes it.
+        lock: Option<HeldLock>,
+    },
+}
+
+/// What the reconciler is asked.
+pub enum ReconcilerMsg {
+    /// Compensate.
+    Reconcile {
+        /// For which VMs.
+        target: Target,
+        /// How far.
+        goal: Goal,
+        /// One report per VM, in the order of their ids; or why none could be made.
+        reply: RpcReplyPort<Result<Vec<VmReport>, Failure>>,
+    },
+}
+
+impl fmt::Debug for ReconcilerMsg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Reconcile { goal, .. } => {
+                f.debug_struct("Reconcile").field("goal", goal).finish_non_exhaustive()
+            }
+        }
+    }
+}
+
+/// The reconciler.
+#[derive(Debug)]
+pub struct Reconciler;
+
+impl Actor for Reconciler {
+    type Msg = ReconcilerMsg;
+    type State = Deps;
+    type Arguments = Deps;
+
+    async fn pre_start(
+        &self,
+        _myself: ActorRef<ReconcilerMsg>,
+        deps: Deps,
+    ) -> Result<Deps, ActorProcessingErr> {
+        Ok(deps)
+    }
+
+    async fn handle(
+        &self,
+        _myself: ActorRef<ReconcilerMsg>,
+        message: ReconcilerMsg,
+        deps: &mut Deps,
+    ) -> Result<(), ActorProcessingErr> {
+        let ReconcilerMsg::Reconcile { target, goal, reply } = message;
+        let deps = deps.clone();
+        tokio::spawn(async move {
+            let reports = work::reconcile(&deps, target, goal).await;
+            if reply.send(reports).is_err() {
+                tracing::debug!("nobody waits for the reconciler's report");
+            }
+        });
+        Ok(())
+    }
+}

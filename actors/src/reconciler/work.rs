@@ -1,0 +1,262 @@
+//! Observe, plan, act.
+
+use std::collections::BTreeSet;
+
+use matchlock_host::owner_lock::{HeldLock, OwnerLockError};
+use matchlock_host::process::MarkedProcess;
+use matchlock_model::failure::{Failure, FailureKind};
+use matchlock_model::id::{OwnerEpoch, VmId};
+use matchlock_model::phase::Phase;
+use matchlock_model::reconcile::{Action, Goal, Observed, plan};
+use matchlock_model::record::{
+    CleanupEntry, CleanupStatus, CleanupStep, LifecycleRecord, VmRecord,
+};
+use matchlock_store::{WriteOp, WriteOutcome};
+
+use super::actor::Target;
+use super::report::{Outcome, VmReport};
+use crate::deps::Deps;
+
+pub(super) async fn reconcile(
+    deps: &Deps,
+    target: Target,
+    goal: Goal,
+) -> Result<Vec<VmReport>, Failure> {
+    let marked = marked(deps)?;
+    let (ids, mut given) = match target {
+        Target::One(vm) => (BTreeSet::from([vm]), None),
+        Target::Owned { vm, lock } => (BTreeSet::from([vm]), lock),
+        Target::All => (all_ids(deps, &marked).await?, None),
+    };
+    let mut reports = Vec::with_capacity(ids.len());
+    for vm in ids {
+        let outcome = reconcile_one(deps, vm, goal, given.take(), &marked).await?;
+        reports.push(VmReport { vm, outcome });
+    }
+    Ok(reports)
+}
+
+fn host(error: &(dyn std::error::Error + 'static)) -> Failure {
+    Failure::from_error(FailureKind::Host, error)
+}
+
+/// Processes that carry our installation's mark; those of others are not ours to see.
+fn marked(deps: &Deps) -> Result<Vec<MarkedProcess>, Failure> {
+    let mut marked = deps.processes.find_marked().map_err(|e| host(&e))?;
+    marked.retain(|process| process.mark.install == deps.install);
+    Ok(marked)
+}
+
+async fn all_ids(deps: &Deps, marked: &[MarkedProcess]) -> Result<BTreeSet<VmId>, Failure> {
+    let rows = deps.reader.vms().await.map_err(|e| host(&e))?;
+    let dirs = deps.rootfs.list_dirs(&deps.vms_dir).map_err(|e| host(&e))?;
+    let of_rows = rows.iter().map(|row| row.id);
+    let of_processes = marked.iter().map(|process| process.mark.vm);
+    Ok(of_rows.chain(dirs).chain(of_processes).collect())
+}
+
+async fn reconcile_one(
+    deps: &Deps,
+    vm: VmId,
+    goal: Goal,
+    lock: Option<HeldLock>,
+    marked: &[MarkedProcess],
+) -> Result<Outcome, Failure> {
+    // Held until the VM is done: nobody else touches it meanwhile.
+    let _lock = match lock {
+        Some(lock) => lock,
+        None => match deps.locks.try_acquire(vm) {
+            Ok(lock) => lock,
+            Err(OwnerLockError::Held { .. }) => return Ok(Outcome::Running),
+            Err(error) => return Err(host(&error)),
+        },
+    };
+    let row = deps.reader.vm(vm).await.map_err(|e| host(&e))?;
+    let head = match &row {
+        Some(_) => deps.reader.lifecycle_head(vm).await.map_err(|e| host(&e))?,
+        None => None,
+    };
+    let observed = match observe(deps, vm, row.as_ref(), marked) {
+        Ok(observed) => observed,
+        Err(failure) => {
+            return Ok(Outcome::Failed {
+                removed: Vec::new(),
+                step: "observe".into(),
+                error: failure.message,
+            });
+        }
+    };
+    if row.is_none() && observed == Observed::default() {
+        return Ok(Outcome::Unknown);
+    }
+    let recorded = row.as_ref().map(|_| head.as_ref().map_or(Phase::Creating, |head| head.phase));
+    let actions = plan(vm, goal, recorded, &observed)
+        .map_err(|refusal| Failure::from_error(FailureKind::Internal, &refusal))?;
+    let mut work = Work::new(deps, vm, head.as_ref());
+    if row.is_some() && !actions.is_empty() {
+        work.epoch = Some(raise_epoch(deps, vm).await?);
+    }
+    Ok(work.carry_out(&actions).await)
+}
+
+fn observe(
+    deps: &Deps,
+    vm: VmId,
+    row: Option<&VmRecord>,
+    marked: &[MarkedProcess],
+) -> Result<Observed, Failure> {
+    let mut hypervisors: Vec<_> = marked
+        .iter()
+        .filter(|process| process.mark.vm == vm)
+        .map(|process| process.identity.clone())
+        .collect();
+    if let Some(recorded) = row.and_then(|row| row.hypervisor.as_ref())
+        && !hypervisors.contains(recorded)
+        && in_our_pid_namespace(deps, row)?
+        && deps.processes.is_alive(recorded).map_err(|e| host(&e))?
+    {
+        hypervisors.push(recorded.clone());
+    }
+    let files = deps.rootfs.observe(&deps.paths(vm)).map_err(|e| host(&e))?;
+    Ok(Observed {
+        owner_lives: false,
+        hypervisors,
+        sockets: files.sockets,
+        rootfs: files.rootfs,
+        dir: files.dir,
+    })
+}
+
+/// A pid that was recorded in another pid namespace means nothing here: that is "could not look".
+fn in_our_pid_namespace(deps: &Deps, row: Option<&VmRecord>) -> Result<bool, Failure> {
+    let Some(recorded) = row.and_then(|row| row.namespaces.as_ref()) else { return Ok(true) };
+    let ours = deps.processes.own_namespaces().map_err(|e| host(&e))?;
+    if recorded.pid == ours.pid {
+        return Ok(true);
+    }
+    let text = format!(
+        "could not look at the hypervisor: it was started in another pid namespace ({}, here {})",
+        recorded.pid, ours.pid
+    );
+    Err(Failure::new(FailureKind::Host, text))
+}
+
+async fn raise_epoch(deps: &Deps, vm: VmId) -> Result<OwnerEpoch, Failure> {
+    let owner = deps.processes.own_identity().map_err(|e| host(&e))?;
+    let op = WriteOp::RaiseEpoch { vm, owner, at: (deps.now)() };
+    match deps.db.write(op).await? {
+        WriteOutcome::Epoch(epoch) => Ok(epoch),
+        other => {
+            let text = format!("the store answered a take-over with {other:?}");
+            Err(Failure::new(FailureKind::Internal, text))
+        }
+    }
+}
+
+/// The carrying out of one VM's plan.
+struct Work<'a> {
+    deps: &'a Deps,
+    vm: VmId,
+    /// `None` for a VM without a row: nothing is recorded.
+    epoch: Option<OwnerEpoch>,
+    /// The phase in the row.
+    phase: Phase,
+    removed: Vec<String>,
+    cleanup: Vec<(String, CleanupEntry)>,
+}
+
+impl<'a> Work<'a> {
+    fn new(deps: &'a Deps, vm: VmId, head: Option<&LifecycleRecord>) -> Self {
+        let phase = head.map_or(Phase::Creating, |head| head.phase);
+        Self { deps, vm, epoch: None, phase, removed: Vec::new(), cleanup: Vec::new() }
+    }
+
+    async fn carry_out(mut self, actions: &[Action]) -> Outcome {
+        for action in actions {
+            let result = self.act(action).await;
+            let Some(step) = cleanup_step(action) else {
+                if let Err(failure) = result {
+                    return self.fail("record", failure).await;
+                }
+                continue;
+            };
+            self.note(step, &result);
+            match result {
+                Ok(()) => self.removed.push(step.name().to_owned()),
+                Err(failure) => return self.fail(step.name(), failure).await,
+            }
+        }
+        Outcome::Cleaned { removed: self.removed }
+    }
+
+    async fn act(&mut self, action: &Action) -> Result<(), Failure> {
+        let paths = self.deps.paths(self.vm);
+        let rootfs = &self.deps.rootfs;
+        match action {
+            Action::RecordCleaning => self.record(Phase::Cleaning, None).await,
+            Action::RecordCleaned => self.record(Phase::Cleaned, None).await,
+            Action::CloseMachine(process) => {
+                let limit = self.deps.limits.kill;
+                self.deps.processes.kill(process, limit).await.map_err(|e| host(&e))
+            }
+            Action::RemoveSockets => rootfs.remove_sockets(&paths).await.map_err(|e| host(&e)),
+            Action::RemoveDisk => rootfs.remove_disk(&paths).await.map_err(|e| host(&e)),
+            Action::RemoveDir => rootfs.remove_dir(&paths).await.map_err(|e| host(&e)),
+            Action::RemoveRow => {
+                let Some(epoch) = self.epoch else { return Ok(()) };
+                let op = WriteOp::RemoveVm { vm: self.vm, epoch };
+                self.deps.db.write(op).await.map(drop).map_err(Failure::from)
+            }
+        }
+    }
+
+    fn note(&mut self, step: CleanupStep, result: &Result<(), Failure>) {
+        let entry = CleanupEntry {
+            status: if result.is_ok() { CleanupStatus::Ok } else { CleanupStatus::Error },
+            error: result.as_ref().err().map(|failure| failure.message.clone()),
+            updated_at: (self.deps.now)(),
+        };
+        self.cleanup.push((step.name().to_owned(), entry));
+    }
+
+    async fn record(&mut self, phase: Phase, last_error: Option<String>) -> Result<(), Failure> {
+        let Some(epoch) = self.epoch else { return Ok(()) };
+        let op = WriteOp::SetPhase {
+            vm: self.vm,
+            epoch,
+            phase,
+            last_error,
+            backend: None,
+            resources: None,
+            cleanup: self.cleanup.clone(),
+            at: (self.deps.now)(),
+        };
+        self.deps.db.write(op).await?;
+        self.phase = phase;
+        Ok(())
+    }
+
+    /// Records the failure in the row, if there is one and it can be written.
+    ///
+    /// A VM that was recorded as cleaned before (only its directory or row was left) stays so.
+    async fn fail(mut self, step: &str, failure: Failure) -> Outcome {
+        let mut error = failure.message;
+        let text = Some(format!("{step}: {error}"));
+        let phase =
+            if self.phase == Phase::Cleaned { Phase::Cleaned } else { Phase::CleanupFailed };
+        if let Err(unwritten) = self.record(phase, text).await {
+            error = format!("{error} (and it could not be recorded: {unwritten})");
+        }
+        Outcome::Failed { removed: self.removed, step: step.to_owned(), error }
+    }
+}
+
+const fn cleanup_step(action: &Action) -> Option<CleanupStep> {
+    match action {
+        Action::CloseMachine(_) => Some(CleanupStep::MachineClose),
+        Action::RemoveSockets => Some(CleanupStep::SocketsRemove),
+        Action::RemoveDisk => Some(CleanupStep::RootfsRemove),
+        Action::RemoveDir => Some(CleanupStep::StateDirRemove),
+        Action::RecordCleaning | Action::RecordCleaned | Action::RemoveRow => None,
+    }
+}

@@ -1,0 +1,180 @@
+//! What of a VM outlives a life of its actor.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use matchlock_host::guest_link::GuestLink;
+use matchlock_host::hypervisor::{Machine, MachineSpec};
+use matchlock_host::image::BlobLease;
+use matchlock_host::rootfs::VmPaths;
+use matchlock_model::failure::Failure;
+use matchlock_model::id::{Generation, OwnerEpoch, VmId};
+use matchlock_model::image::ImageConfig;
+use matchlock_model::record::{Cleanup, CleanupEntry, CleanupStatus, CleanupStep};
+use matchlock_model::spec::VmSpec;
+use matchlock_model::view::{Timings, VmView};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::deps::{Deps, ServeGuard};
+
+/// A VM to create.
+#[derive(Debug)]
+pub struct CreateVm {
+    /// What it is to be.
+    pub spec: VmSpec,
+    /// How its image wants to be run.
+    pub image: ImageConfig,
+    /// The image's EROFS file.
+    pub base_disk: PathBuf,
+    /// Keeps the image from being removed while the VM runs.
+    pub lease: Option<BlobLease>,
+    /// The guest kernel.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initramfs: PathBuf,
+}
+
+/// What of a VM outlives a life of its actor. Kept by Fleet, shared with effects.
+pub struct VmContext {
+    /// The VM.
+    pub id: VmId,
+    /// What it was asked to be.
+    pub create: CreateVm,
+    /// Its files.
+    pub paths: VmPaths,
+    /// Which owner we are; every write carries it.
+    pub epoch: OwnerEpoch,
+    /// The world.
+    pub deps: Deps,
+    held: Mutex<Held>,
+    view: watch::Sender<VmView>,
+}
+
+/// What is held at the moment.
+#[derive(Default)]
+struct Held {
+    machine: Option<Arc<dyn Machine>>,
+    launched_at: Option<Instant>,
+    link: Option<Arc<dyn GuestLink>>,
+    server: Option<ServeGuard>,
+    /// Cleanup entries that are to be written with the next record.
+    cleanup: Cleanup,
+}
+
+impl fmt::Debug for VmContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VmContext").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl VmContext {
+    /// A VM whose row was just inserted, and its view.
+    #[must_use]
+    pub fn new(
+        id: VmId,
+        create: CreateVm,
+        epoch: OwnerEpoch,
+        deps: Deps,
+        view: watch::Sender<VmView>,
+    ) -> Self {
+        let paths = deps.paths(id);
+        Self { id, create, paths, epoch, deps, held: Mutex::default(), view }
+    }
+
+    // A poisoned lock holds whole values: each is replaced in one assignment.
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The machine, if one was launched and not yet seen to be gone.
+    #[must_use]
+    pub fn machine(&self) -> Option<Arc<dyn Machine>> {
+        self.held().machine.clone()
+    }
+
+    /// When the machine was launched.
+    #[must_use]
+    pub fn launched_at(&self) -> Option<Instant> {
+        self.held().launched_at
+    }
+
+    pub(crate) fn set_machine(&self, machine: Option<Arc<dyn Machine>>, launched_at: Instant) {
+        let mut held = self.held();
+        held.machine = machine;
+        held.launched_at = Some(launched_at);
+    }
+
+    /// The link to the guest, once it is there.
+    #[must_use]
+    pub fn link(&self) -> Option<Arc<dyn GuestLink>> {
+        self.held().link.clone()
+    }
+
+    pub(crate) fn set_link(&self, link: Option<Arc<dyn GuestLink>>) {
+        self.held().link = link;
+    }
+
+    pub(crate) fn set_server(&self, server: Option<ServeGuard>) {
+        // Dropped outside the lock: ending a server may run code of the node.
+        let old = std::mem::replace(&mut self.held().server, server);
+        drop(old);
+    }
+
+    /// Notes how a step of cleaning up ended; written with the next record.
+    pub(crate) fn note_cleanup(&self, step: CleanupStep, result: &Result<(), Failure>) {
+        let (status, error) = match result {
+            Ok(()) => (CleanupStatus::Ok, None),
+            Err(failure) => (CleanupStatus::Error, Some(failure.message.clone())),
+        };
+        let entry = CleanupEntry { status, error, updated_at: (self.deps.now)() };
+        self.held().cleanup.insert(step.name().to_owned(), entry);
+    }
+
+    /// The noted steps that were not written yet.
+    pub(crate) fn noted_cleanup(&self) -> Cleanup {
+        self.held().cleanup.clone()
+    }
+
+    /// Forgets the noted steps that were written.
+    pub(crate) fn cleanup_written(&self, written: &Cleanup) {
+        self.held().cleanup.retain(|step, entry| written.get(step) != Some(entry));
+    }
+
+    /// The machine to launch.
+    #[must_use]
+    pub fn machine_spec(&self) -> MachineSpec {
+        MachineSpec {
+            mark: self.deps.mark(self.id),
+            paths: self.paths.clone(),
+            kernel: self.create.kernel.clone(),
+            initramfs: self.create.initramfs.clone(),
+            base_disk: self.create.base_disk.clone(),
+            vcpus: self.create.spec.vcpus(),
+            memory_mb: self.create.spec.memory_mb,
+        }
+    }
+
+    /// Changes the view that others watch.
+    pub fn publish(&self, change: impl FnOnce(&mut VmView)) {
+        self.view.send_modify(change);
+    }
+
+    /// Notes how long a step took.
+    pub(crate) fn time(&self, change: impl FnOnce(&mut Timings)) {
+        self.view.send_modify(|view| change(&mut view.timings));
+    }
+
+    /// Watches the VM.
+    #[must_use]
+    pub fn watch(&self) -> watch::Receiver<VmView> {
+        self.view.subscribe()
+    }
+
+    /// The life of the actor that publishes now.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        self.view.borrow().generation
+    }
+}

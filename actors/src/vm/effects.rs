@@ -1,0 +1,361 @@
+//! One function per effect. Each may run twice; each is dropped at its next await when its
+//! operation is cancelled, unless it takes something down.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use matchlock_host::guest_link::LinkError;
+use matchlock_host::hypervisor::{HypervisorError, Machine, MachineExit};
+use matchlock_model::failure::{Failure, FailureKind};
+use matchlock_model::id::Generation;
+use matchlock_model::phase::Phase;
+use matchlock_model::record::CleanupStep;
+use matchlock_model::vm::{Effect, OpResult};
+use matchlock_store::WriteOp;
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::actor::VmMsg;
+use super::context::VmContext;
+
+/// How far an operation has come.
+#[derive(Debug)]
+pub(super) struct Progress {
+    /// The phase that was committed last.
+    pub(super) recorded: Phase,
+    /// The effect that is being carried out.
+    pub(super) effect: &'static str,
+}
+
+impl Progress {
+    pub(super) const fn new(recorded: Phase) -> Self {
+        Self { recorded, effect: "none" }
+    }
+}
+
+/// How long a lost link may wait for the machine's own, better reason.
+const EXIT_AFTER_LINK_LOSS: Duration = Duration::from_secs(2);
+
+/// How many lines of the console an error shows.
+const CONSOLE_LINES: usize = 5;
+
+/// Carries out the effects of an operation in order.
+///
+/// Building up stops at the first failure. Taking down goes on after a failed removal, so that as
+/// much as possible is released, but not after a hypervisor that may still be there; and a failed
+/// removal keeps the records after it from being written.
+pub(super) async fn run(
+    context: &Arc<VmContext>,
+    effects: &[Effect],
+    cancel: &CancellationToken,
+    progress: &Mutex<Progress>,
+) -> OpResult {
+    let mut failed: Option<Failure> = None;
+    for effect in effects {
+        if failed.is_some() && !is_removal(effect) {
+            break;
+        }
+        progress.lock().unwrap_or_else(PoisonError::into_inner).effect = effect.name();
+        let started = Instant::now();
+        let result = if is_cancellable(effect) {
+            tokio::select! {
+                biased;
+                () = cancel.cancelled() => Err(cancelled(effect)),
+                result = carry_out(context, effect) => result,
+            }
+        } else {
+            carry_out(context, effect).await
+        };
+        tracing::debug!(
+            vm_id = %context.id, %effect, took_us = started.elapsed().as_micros(), ok = result.is_ok(),
+            "effect"
+        );
+        note(context, effect, &result, started.elapsed());
+        match (result, effect) {
+            (Ok(()), Effect::Record { phase, .. }) => {
+                progress.lock().unwrap_or_else(PoisonError::into_inner).recorded = *phase;
+            }
+            (Ok(()), _) => {}
+            (Err(failure), effect) if is_removal(effect) => {
+                failed.get_or_insert(failure);
+            }
+            (Err(failure), _) => return Err(failure),
+        }
+    }
+    failed.map_or(Ok(()), Err)
+}
+
+fn cancelled(effect: &Effect) -> Failure {
+    Failure::new(FailureKind::Cancelled, format!("{effect} was cancelled by a stop"))
+}
+
+/// What follows it may be done even if it failed.
+const fn is_removal(effect: &Effect) -> bool {
+    matches!(effect, Effect::RemoveSockets | Effect::RemoveDisk)
+}
+
+/// Taking down is never cancelled; only the wait for the guest is.
+const fn is_cancellable(effect: &Effect) -> bool {
+    matches!(
+        effect,
+        Effect::CreateDir
+            | Effect::ServeOwner
+            | Effect::CreateDisk
+            | Effect::Launch
+            | Effect::ConnectGuest
+            | Effect::ConfigureGuest
+            | Effect::ShutdownGuest { .. }
+    )
+}
+
+async fn carry_out(context: &Arc<VmContext>, effect: &Effect) -> OpResult {
+    match effect {
+        Effect::Record { phase, cause } => record(context, *phase, cause.as_ref()).await,
+        Effect::CreateDir => {
+            context.deps.rootfs.create_dir(&context.paths).await.map_err(|e| host(&e))
+        }
+        Effect::ServeOwner => serve_owner(context).await,
+        Effect::CreateDisk => context
+            .deps
+            .rootfs
+            .create_disk(&context.paths, context.create.spec.disk_size_mb)
+            .await
+            .map_err(|e| host(&e)),
+        Effect::Launch => launch(context).await,
+        Effect::ConnectGuest => connect_guest(context).await,
+        Effect::ConfigureGuest => configure_guest(context).await,
+        Effect::ShutdownGuest { grace } => shutdown_guest(context, *grace).await,
+        Effect::CloseMachine => close_machine(context).await,
+        Effect::RemoveSockets => {
+            context.set_server(None);
+            context.deps.rootfs.remove_sockets(&context.paths).await.map_err(|e| host(&e))
+        }
+        Effect::RemoveDisk => {
+            context.deps.rootfs.remove_disk(&context.paths).await.map_err(|e| host(&e))
+        }
+        Effect::RemoveDir => {
+            context.deps.rootfs.remove_dir(&context.paths).await.map_err(|e| host(&e))
+        }
+        Effect::RemoveRow => {
+            let op = WriteOp::RemoveVm { vm: context.id, epoch: context.epoch };
+            context.deps.db.write(op).await.map(drop).map_err(Failure::from)
+        }
+        Effect::Cancel | Effect::Settle => Err(Failure::new(
+            FailureKind::Internal,
+            format!("{effect} is not part of an operation"),
+        )),
+    }
+}
+
+fn host(error: &(dyn std::error::Error + 'static)) -> Failure {
+    Failure::from_error(FailureKind::Host, error)
+}
+
+/// Notes what a step took, and how a step of cleaning up ended.
+fn note(context: &VmContext, effect: &Effect, result: &OpResult, took: Duration) {
+    let add = |sum: &mut Option<Duration>| *sum = Some(sum.unwrap_or_default() + took);
+    let cleanup = match effect {
+        Effect::CreateDir | Effect::CreateDisk => {
+            context.time(|timings| add(&mut timings.disk));
+            None
+        }
+        Effect::Launch => {
+            context.time(|timings| add(&mut timings.spawn));
+            None
+        }
+        // It notes its own entry: its failure is not the operation's.
+        Effect::ShutdownGuest { .. } => {
+            context.time(|timings| add(&mut timings.stop));
+            None
+        }
+        Effect::CloseMachine => {
+            context.time(|timings| add(&mut timings.stop));
+            Some(CleanupStep::MachineClose)
+        }
+        Effect::RemoveSockets => {
+            context.time(|timings| add(&mut timings.clean));
+            Some(CleanupStep::SocketsRemove)
+        }
+        Effect::RemoveDisk => {
+            context.time(|timings| add(&mut timings.clean));
+            Some(CleanupStep::RootfsRemove)
+        }
+        Effect::RemoveDir => {
+            context.time(|timings| add(&mut timings.clean));
+            Some(CleanupStep::StateDirRemove)
+        }
+        Effect::Record { .. }
+        | Effect::ServeOwner
+        | Effect::ConnectGuest
+        | Effect::ConfigureGuest
+        | Effect::RemoveRow
+        | Effect::Cancel
+        | Effect::Settle => None,
+    };
+    if let Some(step) = cleanup {
+        context.note_cleanup(step, result);
+    }
+}
+
+async fn record(context: &VmContext, phase: Phase, cause: Option<&Failure>) -> OpResult {
+    let cleanup = context.noted_cleanup();
+    let op = WriteOp::SetPhase {
+        vm: context.id,
+        epoch: context.epoch,
+        phase,
+        last_error: cause.map(|failure| failure.message.clone()),
+        backend: None,
+        resources: None,
+        cleanup: cleanup.clone().into_iter().collect(),
+        at: (context.deps.now)(),
+    };
+    context.deps.db.write(op).await.map_err(Failure::from)?;
+    context.cleanup_written(&cleanup);
+    Ok(())
+}
+
+async fn serve_owner(context: &VmContext) -> OpResult {
+    let guard = context.deps.owner_server.serve(context.id, &context.paths).await?;
+    context.set_server(Some(guard));
+    Ok(())
+}
+
+async fn launch(context: &VmContext) -> OpResult {
+    let started = Instant::now();
+    let machine =
+        context.deps.hypervisor.launch(&context.machine_spec()).await.map_err(|e| host(&e))?;
+    let hypervisor = machine.identity();
+    // Kept before it is recorded: if the write fails, closing the machine must find it.
+    context.set_machine(Some(machine), started);
+    let op = WriteOp::SetHypervisor {
+        vm: context.id,
+        epoch: context.epoch,
+        hypervisor,
+        at: (context.deps.now)(),
+    };
+    context.deps.db.write(op).await.map(drop).map_err(Failure::from)
+}
+
+fn no_machine() -> Failure {
+    Failure::new(FailureKind::Internal, "the hypervisor was not launched")
+}
+
+async fn connect_guest(context: &VmContext) -> OpResult {
+    let machine = context.machine().ok_or_else(no_machine)?;
+    let limit = context.deps.limits.boot;
+    let link = tokio::select! {
+        biased;
+        exit = machine.wait_exit() => return Err(ended_early(&*machine, &exit)),
+        link = context.deps.connector.connect(&*machine, limit) => link,
+    };
+    let link = match link {
+        Ok(link) => link,
+        Err(error) => return Err(never_ready(&*machine, &error).await),
+    };
+    let agent = link.agent().clone();
+    let ready = context.launched_at().map(|launched| launched.elapsed());
+    context.time(|timings| {
+        timings.kernel = Some(Duration::from_micros(agent.init_started_us));
+        timings.agent_ready = ready;
+    });
+    context.set_link(Some(link));
+    Ok(())
+}
+
+fn ended_early(machine: &dyn Machine, exit: &MachineExit) -> Failure {
+    let text = format!("the guest ended before its agent was ready: {exit}{}", console(machine));
+    Failure::new(FailureKind::Guest, text)
+}
+
+/// A link that failed because the machine has ended is better explained by the machine.
+async fn never_ready(machine: &dyn Machine, error: &LinkError) -> Failure {
+    if let Ok(exit) = timeout(EXIT_AFTER_LINK_LOSS, machine.wait_exit()).await {
+        return ended_early(machine, &exit);
+    }
+    let chain = matchlock_model::failure::chain(error);
+    let text = format!("the guest's agent never got ready: {chain}{}", console(machine));
+    Failure::new(FailureKind::Guest, text)
+}
+
+/// The end of the console, for the end of an error text.
+fn console(machine: &dyn Machine) -> String {
+    match machine.console_tail(CONSOLE_LINES) {
+        Ok(lines) if lines.is_empty() => "; its console is empty".to_owned(),
+        Ok(lines) => format!("; its console ends with: {}", lines.join(" | ")),
+        Err(error) => format!("; its console cannot be read: {error}"),
+    }
+}
+
+async fn configure_guest(context: &VmContext) -> OpResult {
+    let link = context
+        .link()
+        .ok_or_else(|| Failure::new(FailureKind::Internal, "the guest is not connected"))?;
+    let config = context.create.spec.guest_config(context.id);
+    link.configure(&config).await.map_err(|e| Failure::from_error(FailureKind::Guest, &e))
+}
+
+/// Asks the guest to power off and waits until it has. A guest that does not answer is no failure
+/// of the stop: the machine is closed next, and the step's entry says what happened.
+async fn shutdown_guest(context: &VmContext, grace: Duration) -> OpResult {
+    let (Some(machine), Some(link)) = (context.machine(), context.link()) else {
+        return Ok(());
+    };
+    let asked = async {
+        link.shutdown(grace).await.map_err(|e| Failure::from_error(FailureKind::Guest, &e))?;
+        machine.wait_exit().await;
+        Ok(())
+    };
+    let limit = grace + context.deps.limits.power_off;
+    let result: OpResult = timeout(limit, asked).await.unwrap_or_else(|_| {
+        let text = format!("the guest did not power off within {limit:?}");
+        Err(Failure::new(FailureKind::Timeout, text))
+    });
+    if let Err(failure) = &result {
+        tracing::warn!(vm_id = %context.id, %failure, "the guest was not shut down cleanly");
+    }
+    context.note_cleanup(CleanupStep::GuestSync, &result);
+    Ok(())
+}
+
+/// Ends the hypervisor and sees that it is gone: by its handle, or, where an earlier life may have
+/// launched one that it did not keep, by the VM's mark.
+async fn close_machine(context: &VmContext) -> OpResult {
+    context.set_link(None);
+    let limit = context.deps.limits.kill;
+    if let Some(machine) = context.machine() {
+        machine.kill(limit).await.map_err(|e: HypervisorError| host(&e))?;
+        return Ok(());
+    }
+    if context.generation() == Generation::default() {
+        // The first life keeps the handle of whatever it launched; a launch that failed or was
+        // cancelled has killed its process itself.
+        return Ok(());
+    }
+    let processes = Arc::clone(&context.deps.processes);
+    let mark = context.deps.mark(context.id);
+    for process in processes.find_marked().map_err(|e| host(&e))? {
+        if process.mark == mark {
+            processes.kill(&process.identity, limit).await.map_err(|e| host(&e))?;
+        }
+    }
+    Ok(())
+}
+
+/// Waits until the machine ends or its link is lost, and says which.
+pub(super) async fn watch(context: &VmContext) -> VmMsg {
+    let (Some(machine), Some(link)) = (context.machine(), context.link()) else {
+        return VmMsg::MachineExited(no_machine());
+    };
+    let exited = |exit: MachineExit| {
+        VmMsg::MachineExited(Failure::new(FailureKind::Guest, exit.to_string()))
+    };
+    let lost = tokio::select! {
+        biased;
+        exit = machine.wait_exit() => return exited(exit),
+        lost = link.closed() => lost,
+    };
+    match timeout(EXIT_AFTER_LINK_LOSS, machine.wait_exit()).await {
+        Ok(exit) => exited(exit),
+        Err(_) => VmMsg::LinkLost(Failure::from_error(FailureKind::Guest, &lost)),
+    }
+}

@@ -1,0 +1,33 @@
+//! One VM: its hypervisor, its files, its link to the guest.
+//!
+//! ```text
+//!   message ─► model::vm::step ─► new state, effects
+//!                                     │ one operation at a time, spawned in the VM's scope
+//!                                     ▼
+//!              OpDone / OpStuck ◄── effects::run ─► host traits, DbWriter
+//!   MachineExited / LinkLost ◄───── watch task, while running
+//! ```
+//!
+//! # Invariants
+//! 1. The actor decides nothing: `model::vm::step` does.
+//! 2. What outlives an actor's life (machine, link, scope) is in its [`VmContext`], which Fleet
+//!    keeps; a new life gets the same context and a new [`Generation`].
+//! 3. Answers of an older operation or life are dropped.
+//! 4. An effect checks its scope just before it touches the host; a closed scope means that
+//!    another life, or another owner, is in charge.
+//!
+//! # Failure
+//! An actor that panics is restarted by Fleet, after its scope was closed, and finishes the
+//! shutdown from the phase in the row ([`StartAs::Recover`]). A cancelled operation that does not
+//! end within [`crate::deps::Limits::cancel`] leads to a `*_failed` phase that names the effect.
+//!
+//! [`Generation`]: matchlock_model::id::Generation
+
+mod actor;
+mod context;
+mod effects;
+mod scope;
+
+pub use actor::{StartAs, Vm, VmArgs, VmMsg};
+pub use context::{CreateVm, VmContext};
+pub use scope::{EffectScope, ScopeStuck};

@@ -1,0 +1,261 @@
+//! The guest bundle: the kernel and initramfs that machines boot.
+//!
+//! ```text
+//!   $MATCHLOCK_KERNEL set?  yes ─► that kernel, with $MATCHLOCK_INITRAMFS or the default bundle's
+//!                           no ──► <cache>/guest/default/{kernel,initramfs,manifest.json}
+//! ```
+//!
+//! # Invariants
+//! 1. What is found are regular files, and a manifest of the format that we know.
+//! 2. Nothing is written, and 50 MB are not hashed for each run: a bundle is installed by a
+//!    rename of the whole directory.
+//! 3. The paths are those of one installed version, so that another installation meanwhile cannot
+//!    mix two.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+/// The version of the manifest that we know.
+const FORMAT: u32 = 1;
+
+/// The environment variable that names another kernel.
+pub const KERNEL_VARIABLE: &str = "MATCHLOCK_KERNEL";
+
+/// The environment variable that names another initramfs; used with another kernel only.
+pub const INITRAMFS_VARIABLE: &str = "MATCHLOCK_INITRAMFS";
+
+/// A guest to boot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GuestBundle {
+    /// The kernel: an ELF file with a PVH entry.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initramfs: PathBuf,
+    /// The bundle's version, or `custom` with a kernel of the user's.
+    pub version: String,
+    /// The kernel's release, or `custom`.
+    pub kernel_release: String,
+}
+
+/// Why there is no guest to boot.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestBundleError {
+    /// No bundle is installed.
+    #[error(
+        "no guest kernel in {dir}: run `make guest` and `scripts/install-bundle.sh`, or set {KERNEL_VARIABLE}"
+    )]
+    Missing {
+        /// Where it should be.
+        dir: PathBuf,
+    },
+    /// A file is missing or no file.
+    #[error(
+        "the guest {what} {path} is not a readable file: run `make guest`, or correct {variable}"
+    )]
+    File {
+        /// `kernel` or `initramfs`.
+        what: &'static str,
+        /// Where it should be.
+        path: PathBuf,
+        /// The variable that names it.
+        variable: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The bundle's manifest cannot be read.
+    #[error("could not read the manifest {path} of the guest bundle: run `make guest`")]
+    Manifest {
+        /// The manifest.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The bundle is made for another version of Matchlock.
+    #[error(
+        "the guest bundle {dir} has format {found}, this matchlock knows {FORMAT}: run `make guest`"
+    )]
+    Format {
+        /// The bundle.
+        dir: PathBuf,
+        /// Its format.
+        found: u32,
+    },
+}
+
+/// What we use of `manifest.json`.
+#[derive(Debug, Deserialize)]
+struct Manifest {
+    format: u32,
+    version: String,
+    kernel_release: String,
+}
+
+impl GuestBundle {
+    /// Finds the guest: `kernel` and `initramfs` are those that the user named, if any. An
+    /// initramfs without a kernel is used with the default kernel.
+    ///
+    /// # Errors
+    /// What is missing, and what to do about it.
+    pub fn find_with(
+        cache: &Path,
+        kernel: Option<PathBuf>,
+        initramfs: Option<PathBuf>,
+    ) -> Result<Self, GuestBundleError> {
+        let bundle = match (kernel, initramfs) {
+            (Some(kernel), Some(initramfs)) => Self::custom(kernel, initramfs),
+            (None, None) => Self::default_of(cache)?,
+            (Some(kernel), None) => Self::custom(kernel, Self::default_of(cache)?.initramfs),
+            (None, Some(initramfs)) => Self { initramfs, ..Self::default_of(cache)? },
+        };
+        check_file("kernel", &bundle.kernel, KERNEL_VARIABLE)?;
+        check_file("initramfs", &bundle.initramfs, INITRAMFS_VARIABLE)?;
+        Ok(bundle)
+    }
+
+    /// Finds the guest: with the kernel that the user named, if any, and the initramfs that the
+    /// environment names.
+    ///
+    /// # Errors
+    /// What is missing, and what to do about it.
+    pub fn find(cache: &Path, kernel_override: Option<PathBuf>) -> Result<Self, GuestBundleError> {
+        let initramfs = std::env::var_os(INITRAMFS_VARIABLE).filter(|path| !path.is_empty());
+        Self::find_with(cache, kernel_override, initramfs.map(PathBuf::from))
+    }
+
+    fn custom(kernel: PathBuf, initramfs: PathBuf) -> Self {
+        let custom = || "custom".to_owned();
+        Self { kernel, initramfs, version: custom(), kernel_release: custom() }
+    }
+
+    /// The installed bundle.
+    fn default_of(cache: &Path) -> Result<Self, GuestBundleError> {
+        let link = cache.join("guest").join("default");
+        // The link is resolved once: it may point to another bundle a moment later.
+        let dir = match fs::canonicalize(&link) {
+            Ok(dir) => dir,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(GuestBundleError::Missing { dir: link });
+            }
+            Err(source) => {
+                return Err(GuestBundleError::Manifest { path: link, source });
+            }
+        };
+        let path = dir.join("manifest.json");
+        let manifest = fs::read(&path)
+            .and_then(|text| serde_json::from_slice::<Manifest>(&text).map_err(io::Error::from));
+        let manifest = match manifest {
+            Ok(manifest) => manifest,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(GuestBundleError::Missing { dir });
+            }
+            Err(source) => return Err(GuestBundleError::Manifest { path, source }),
+        };
+        if manifest.format != FORMAT {
+            return Err(GuestBundleError::Format { dir, found: manifest.format });
+        }
+        Ok(Self {
+            kernel: dir.join("kernel"),
+            initramfs: dir.join("initramfs"),
+            version: manifest.version,
+            kernel_release: manifest.kernel_release,
+        })
+    }
+}
+
+/// Checks that a path is a regular file that can be opened.
+fn check_file(
+    what: &'static str,
+    path: &Path,
+    variable: &'static str,
+) -> Result<(), GuestBundleError> {
+    let checked = fs::metadata(path).and_then(|found| {
+        if !found.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+        }
+        fs::File::open(path).map(drop)
+    });
+    checked.map_err(|source| GuestBundleError::File {
+        what,
+        path: path.to_owned(),
+        variable,
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MANIFEST: &str = r#"{"format":1,"version":"0.1.0-x","kernel_release":"6.1.0",
+        "kernel_package":"linux=1","kernel_sha256":"00","initramfs_sha256":"00"}"#;
+
+    /// A cache with a bundle whose `default` is a link, as it is installed.
+    fn cache(manifest: &str) -> tempfile::TempDir {
+        let cache = tempfile::tempdir().unwrap();
+        let dir = cache.path().join("guest/v1");
+        fs::create_dir_all(&dir).unwrap();
+        for (name, text) in [("kernel", "k"), ("initramfs", "i"), ("manifest.json", manifest)] {
+            fs::write(dir.join(name), text).unwrap();
+        }
+        std::os::unix::fs::symlink("v1", cache.path().join("guest/default")).unwrap();
+        cache
+    }
+
+    #[test]
+    fn the_default_bundle_is_found_under_its_version() {
+        let cache = cache(MANIFEST);
+        let dir = cache.path().canonicalize().unwrap().join("guest/v1");
+        let found = GuestBundle::find_with(cache.path(), None, None).unwrap();
+        assert_eq!(found.kernel, dir.join("kernel"));
+        assert_eq!(found.initramfs, dir.join("initramfs"));
+        assert_eq!((&*found.version, &*found.kernel_release), ("0.1.0-x", "6.1.0"));
+    }
+
+    #[test]
+    fn a_missing_bundle_says_what_to_do() {
+        let cache = tempfile::tempdir().unwrap();
+        let error = GuestBundle::find_with(cache.path(), None, None).unwrap_err().to_string();
+        assert!(error.starts_with("no guest kernel in "), "{error}");
+        assert!(error.contains("make guest") && error.contains("MATCHLOCK_KERNEL"), "{error}");
+        assert!(!error.contains('\n'));
+    }
+
+    #[test]
+    fn a_bundle_that_is_not_whole_is_refused() {
+        let other = cache(&MANIFEST.replace("\"format\":1", "\"format\":2"));
+        let error = GuestBundle::find_with(other.path(), None, None).unwrap_err();
+        assert!(matches!(error, GuestBundleError::Format { found: 2, .. }), "{error}");
+
+        let damaged = cache("{");
+        let error = GuestBundle::find_with(damaged.path(), None, None).unwrap_err();
+        assert!(matches!(error, GuestBundleError::Manifest { .. }), "{error}");
+
+        let cut = cache(MANIFEST);
+        fs::remove_file(cut.path().join("guest/v1/initramfs")).unwrap();
+        let error = GuestBundle::find_with(cut.path(), None, None).unwrap_err();
+        assert!(matches!(error, GuestBundleError::File { what: "initramfs", .. }), "{error}");
+    }
+
+    #[test]
+    fn a_kernel_of_the_users_comes_with_either_initramfs() {
+        let cache = cache(MANIFEST);
+        let own = cache.path().join("vmlinux");
+        fs::write(&own, "k").unwrap();
+        let found = GuestBundle::find_with(cache.path(), Some(own.clone()), None).unwrap();
+        assert_eq!(found.kernel, own);
+        assert!(found.initramfs.ends_with("guest/v1/initramfs"));
+
+        // With both named, no bundle is needed.
+        let empty = tempfile::tempdir().unwrap();
+        let found =
+            GuestBundle::find_with(empty.path(), Some(own.clone()), Some(own.clone())).unwrap();
+        assert_eq!((found.initramfs, &*found.version), (own.clone(), "custom"));
+
+        let directory = cache.path().to_owned();
+        let error = GuestBundle::find_with(empty.path(), Some(directory), Some(own)).unwrap_err();
+        assert!(matches!(error, GuestBundleError::File { what: "kernel", .. }), "{error}");
+    }
+}

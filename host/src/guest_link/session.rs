@@ -1,0 +1,263 @@
+//! A session with the agent: one stream per request, one per command.
+//!
+//! # Invariants
+//! 1. At most [`MAX_JOBS`] commands and [`MAX_REQUESTS`] requests use a stream at once, so the
+//!    guest's limit of [`matchlock_wire::MAX_STREAMS`] is never met. A stream counts until the
+//!    guest has ended its side.
+//! 2. Every request has a deadline. One that passed it, or whose caller has left, is read to its
+//!    end in the background.
+//! 3. Dropping the link and all its commands ends the session.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::BytesMut;
+use futures::StreamExt;
+use matchlock_model::exec::ExecSpec;
+use matchlock_model::guest::{AgentInfo, GuestConfig};
+use matchlock_wire::MAX_STREAMS;
+use matchlock_wire::frame::{FrameError, MAX_FRAME_BYTES};
+use matchlock_wire::message::{JobId, Reply, Request, Shutdown};
+use tokio::io::AsyncWriteExt;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::time::timeout;
+use tokio_util::codec::FramedRead;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::codec::{self, Limited};
+use super::driver::{Ending, Mux};
+use super::job::{EVENT_SLOTS, Job, stream_cut};
+use super::stream::{self, LinkStream};
+use super::{ExecSession, GuestLink, LinkError};
+
+/// The most commands at once.
+pub const MAX_JOBS: usize = 60;
+
+/// The most other requests at once; two streams stay free for what is just being closed.
+const MAX_REQUESTS: usize = 2;
+
+const _: () = assert!(MAX_JOBS + MAX_REQUESTS < MAX_STREAMS);
+
+/// How long the guest may take for a reply.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long a command waits for another one to end before it is refused.
+const SLOT_WAIT: Duration = Duration::from_secs(1);
+
+const STDIN_SLOTS: usize = 4;
+const SIGNAL_SLOTS: usize = 16;
+
+/// Asks the agent things that have one answer.
+#[derive(Debug, Clone)]
+pub(super) struct Requests {
+    mux: Mux,
+    slots: Arc<Semaphore>,
+}
+
+impl Requests {
+    /// Requests over this session.
+    pub(super) fn new(mux: Mux) -> Self {
+        Self { mux, slots: Arc::new(Semaphore::new(MAX_REQUESTS)) }
+    }
+
+    /// Sends a request and waits for its reply.
+    ///
+    /// # Errors
+    /// When the link fails or ends, or the deadline passes.
+    pub(super) async fn ask(
+        &self,
+        what: &'static str,
+        request: Request,
+        deadline: Duration,
+    ) -> Result<Reply, LinkError> {
+        let request = codec::encode(request).map_err(|error| unsendable(what, &error))?;
+        let answered = async {
+            let slot = slot_of(&self.slots).await?;
+            let stream = self.mux.open().await?;
+            let (reply, answer) = oneshot::channel();
+            tokio::spawn(exchange(self.mux.ending().clone(), stream, slot, request, reply));
+            match answer.await {
+                Ok(result) => result,
+                Err(_) => Err(self.mux.ending().ended().await),
+            }
+        };
+        timeout(deadline, answered)
+            .await
+            .unwrap_or(Err(LinkError::Timeout { what, waited: deadline }))
+    }
+
+    /// As [`Self::ask`], for requests whose answer is `Done`.
+    async fn order(&self, what: &'static str, request: Request) -> Result<(), LinkError> {
+        match self.ask(what, request, REQUEST_DEADLINE).await? {
+            Reply::Done => Ok(()),
+            Reply::Failed(message) => {
+                Err(LinkError::Refused { what, message: codec::clean(&message) })
+            }
+            Reply::Hello(_) => Err(self.wrong_reply(what)),
+        }
+    }
+
+    /// Ends the link over a reply that does not fit its request.
+    pub(super) fn wrong_reply(&self, what: &'static str) -> LinkError {
+        let what = format!("it answered {what} with another request's reply");
+        self.mux.ending().end(LinkError::Protocol { what })
+    }
+}
+
+/// One request and its reply. Holds its slot, but not the session.
+async fn exchange(
+    ending: Arc<Ending>,
+    stream: LinkStream,
+    slot: OwnedSemaphorePermit,
+    request: BytesMut,
+    reply: oneshot::Sender<Result<Reply, LinkError>>,
+) {
+    let (read_half, mut writer) = tokio::io::split(stream);
+    let mut reader = FramedRead::new(read_half, Limited::<Reply>::new(codec::MAX_REPLY_FRAME));
+    let written = writer.write_all(&request).await;
+    let answer = match (written, reader.next().await) {
+        (_, Some(Ok(answer))) => Ok(answer),
+        (Ok(()), Some(Err(error))) => match codec::violation_of(&error) {
+            Some(violation) => Err(ending.end(violation)),
+            None => Err(ending.end(stream_cut(&ending, CLOSED).await)),
+        },
+        (Ok(()), None) | (Err(_), _) => Err(ending.end(stream_cut(&ending, CLOSED).await)),
+    };
+    let answered = answer.is_ok();
+    if reply.send(answer).is_err() {
+        tracing::debug!("the guest answered a request after its deadline");
+    }
+    if answered {
+        if let Err(error) = writer.shutdown().await {
+            tracing::trace!(%error, "a request's stream was closed by the guest first");
+        }
+        stream::drain(reader.get_mut()).await;
+    }
+    drop(slot);
+}
+
+const CLOSED: &str = "it closed a request's stream";
+
+async fn slot_of(slots: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, LinkError> {
+    // Nobody closes the semaphores.
+    slots
+        .clone()
+        .acquire_owned()
+        .await
+        .map_err(|error| LinkError::Lost { cause: error.to_string() })
+}
+
+fn unsendable(what: &'static str, error: &FrameError) -> LinkError {
+    let message = match error {
+        FrameError::TooLong { len } => {
+            format!("it is too long: {len} bytes, the link carries {MAX_FRAME_BYTES}")
+        }
+        other => codec::with_sources(other),
+    };
+    LinkError::Refused { what, message }
+}
+
+/// A [`GuestLink`] over a session.
+#[derive(Debug)]
+pub(super) struct YamuxLink {
+    requests: Requests,
+    agent: AgentInfo,
+    job_slots: Arc<Semaphore>,
+    /// Cancelled with this link: jobs that are only saying goodbye then do not keep the session.
+    orphaned: CancellationToken,
+    _orphaning: DropGuard,
+}
+
+impl YamuxLink {
+    /// A link over this session, with what its agent has answered.
+    pub(super) fn new(requests: Requests, agent: AgentInfo) -> Self {
+        let orphaned = CancellationToken::new();
+        Self {
+            requests,
+            agent,
+            job_slots: Arc::new(Semaphore::new(MAX_JOBS)),
+            _orphaning: orphaned.clone().drop_guard(),
+            orphaned,
+        }
+    }
+
+    async fn job_slot(&self) -> Result<OwnedSemaphorePermit, LinkError> {
+        match timeout(SLOT_WAIT, slot_of(&self.job_slots)).await {
+            Ok(slot) => slot,
+            Err(_) => Err(LinkError::Refused {
+                what: COMMAND,
+                message: format!("too many commands at once ({MAX_JOBS})"),
+            }),
+        }
+    }
+}
+
+const COMMAND: &str = "the command";
+
+#[async_trait]
+impl GuestLink for YamuxLink {
+    fn agent(&self) -> &AgentInfo {
+        &self.agent
+    }
+
+    async fn configure(&self, config: &GuestConfig) -> Result<(), LinkError> {
+        let request = Request::Configure(codec::configure(config));
+        self.requests.order("the configuration", request).await
+    }
+
+    async fn exec(&self, spec: &ExecSpec) -> Result<ExecSession, LinkError> {
+        let request = Request::Exec(codec::exec_start(job_id()?, spec));
+        let request = codec::encode(request).map_err(|error| unsendable(COMMAND, &error))?;
+        let (stdin, stdin_receiver) = mpsc::channel(STDIN_SLOTS);
+        let (signals, signal_receiver) = mpsc::channel(SIGNAL_SLOTS);
+        let (event_sender, events) = mpsc::channel(EVENT_SLOTS);
+        let session = ExecSession { stdin, signals, events };
+        let mux = self.requests.mux.clone();
+        let taken = async {
+            let slot = self.job_slot().await?;
+            let (accepted, taken) = oneshot::channel();
+            let job = Job {
+                stream: mux.open().await?,
+                mux: mux.clone(),
+                request,
+                accepted,
+                stdin: spec.stdin.then_some(stdin_receiver),
+                signals: signal_receiver,
+                events: event_sender,
+                orphaned: self.orphaned.clone(),
+                slot,
+            };
+            tokio::spawn(job.run());
+            match taken.await {
+                Ok(()) => Ok(()),
+                Err(_) => Err(mux.ending().ended().await),
+            }
+        };
+        // An error drops the session, and with it the receiver: the job releases itself.
+        timeout(REQUEST_DEADLINE, taken)
+            .await
+            .unwrap_or(Err(LinkError::Timeout { what: COMMAND, waited: REQUEST_DEADLINE }))?;
+        Ok(session)
+    }
+
+    async fn shutdown(&self, grace: Duration) -> Result<(), LinkError> {
+        let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
+        self.requests.order("the shutdown", Request::Shutdown(Shutdown { grace_ms })).await
+    }
+
+    async fn closed(&self) -> LinkError {
+        self.requests.mux.ending().ended().await
+    }
+}
+
+fn job_id() -> Result<JobId, LinkError> {
+    let mut id = [0; 16];
+    getrandom::fill(&mut id).map_err(|error| no_random(&error))?;
+    Ok(JobId(id))
+}
+
+/// The kernel gave no random bytes: nothing that needs an unguessable name can be done.
+pub(super) fn no_random(error: &getrandom::Error) -> LinkError {
+    LinkError::Lost { cause: format!("this host gave no random bytes: {error}") }
+}

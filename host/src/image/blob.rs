@@ -1,0 +1,163 @@
+//! Root filesystems in `images/blobs/`, and who uses them.
+//!
+//! ```text
+//!   BlobLease::take  open ─► LOCK_SH ─► still there under its name? ─► held until dropped
+//!   remove_blob      open ─► LOCK_EX ─► still there under its name? ─► unlink ─► unlock
+//! ```
+//!
+//! # Invariants
+//! 1. Each side looks again at the name after it has the lock, so that nobody holds a lease on a
+//!    file that was just removed.
+//! 2. Nobody waits: a blob that is being removed counts as gone, one with a lease as in use.
+//!
+//! The kernel drops a lease with the process that holds it. Dropping one unlocks before it closes:
+//! a child that is just being started has a copy of every descriptor until its exec, and a lock
+//! lives as long as its last copy, unless it is unlocked.
+
+use std::ffi::OsStr;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{
+    AtFlags, FileType, FlockOperation, Mode, OFlags, flock, fstat, open, openat, unlinkat,
+};
+use rustix::io::Errno;
+
+use super::workspace::{DIRECTORY, failed, is_named};
+use super::{ImageDirs, ImageError};
+
+/// Nothing is followed, nothing waits for the other end of a fifo.
+const FILE: OFlags =
+    OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::NONBLOCK).union(OFlags::CLOEXEC);
+
+/// An open file that is unlocked when it is dropped.
+#[derive(Debug)]
+struct Locked(OwnedFd);
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        if let Err(error) = flock(&self.0, FlockOperation::Unlock) {
+            // Closing unlocks as well, only a little later.
+            tracing::debug!(error = &error as &dyn std::error::Error, "could not unlock a blob");
+        }
+    }
+}
+
+/// A shared lock on a blob. While one is held, the blob is not removed.
+#[derive(Debug)]
+pub struct BlobLease {
+    path: PathBuf,
+    size: u64,
+    /// Held for its lock.
+    _lock: Locked,
+}
+
+impl BlobLease {
+    /// Takes a lease on a blob. Hold it as long as a VM runs from the blob.
+    ///
+    /// # Errors
+    /// [`ImageError::NoBlob`] when there is no such file, or it is empty or being removed;
+    /// [`ImageError::File`] when that could not be found out.
+    pub fn take(path: &Path) -> Result<Self, ImageError> {
+        let gone = || ImageError::NoBlob { path: path.to_owned() };
+        let fail = |error: Errno| failed("open", path, error);
+        let lock = match open(path, FILE, Mode::empty()) {
+            Err(Errno::NOENT | Errno::LOOP) => return Err(gone()),
+            opened => opened.map_err(fail)?,
+        };
+        match flock(&lock, FlockOperation::NonBlockingLockShared) {
+            Err(Errno::WOULDBLOCK) => return Err(gone()),
+            locked => locked.map_err(|error| failed("lock", path, error))?,
+        }
+        let lock = Locked(lock);
+        let stat = fstat(&lock.0).map_err(fail)?;
+        let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+        if !regular || stat.st_size == 0 || !is_named(rustix::fs::CWD, path, &lock.0, path)? {
+            return Err(gone());
+        }
+        let size = u64::try_from(stat.st_blocks).unwrap_or_default() * 512;
+        Ok(Self { path: path.to_owned(), size, _lock: lock })
+    }
+
+    /// The same lease, after the file was given another name.
+    pub(super) fn moved(self, path: &Path) -> Self {
+        Self { path: path.to_owned(), ..self }
+    }
+
+    /// The blob.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The bytes that it takes on disk.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+}
+
+/// Removes a blob. One that is gone already is fine.
+///
+/// # Errors
+/// [`ImageError::InUse`] when somebody holds a [`BlobLease`] on it; [`ImageError::NotABlob`] when
+/// the path is not directly below `images/blobs/` or is no regular file.
+pub fn remove_blob(dirs: &ImageDirs, path: &Path) -> Result<(), ImageError> {
+    remove(dirs, path, false)
+}
+
+/// Removes what has a blob's name and is empty: all that a crash of the machine may leave of one.
+pub(super) fn remove_empty(dirs: &ImageDirs, path: &Path) -> Result<(), ImageError> {
+    remove(dirs, path, true)
+}
+
+fn remove(dirs: &ImageDirs, path: &Path, only_empty: bool) -> Result<(), ImageError> {
+    let blobs = dirs.blobs();
+    let refused = || ImageError::NotABlob { path: path.to_owned(), blobs: blobs.clone() };
+    let Ok(relative) = path.strip_prefix(&blobs) else {
+        return Err(refused());
+    };
+    let mut components = relative.components();
+    let (Some(Component::Normal(name)), None) = (components.next(), components.next()) else {
+        return Err(refused());
+    };
+    let fail = |error: Errno| failed("remove", path, error);
+    let parent = match open(&blobs, DIRECTORY, Mode::empty()) {
+        Err(Errno::NOENT) => return Ok(()),
+        opened => opened.map_err(fail)?,
+    };
+    let file = match openat(&parent, name, FILE, Mode::empty()) {
+        Err(Errno::NOENT) => return Ok(()),
+        Err(Errno::LOOP) => return Err(refused()),
+        opened => opened.map_err(fail)?,
+    };
+    let stat = fstat(&file).map_err(fail)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(refused());
+    }
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => return Err(ImageError::InUse { path: path.to_owned() }),
+        locked => locked.map_err(fail)?,
+    }
+    let file = Locked(file);
+    let kept = only_empty && stat.st_size > 0;
+    if kept || !is_named(parent.as_fd(), name, &file.0, path)? {
+        return Ok(());
+    }
+    unlink_verified(parent.as_fd(), name, &file.0, path)
+}
+
+fn unlink_verified(
+    parent: BorrowedFd<'_>,
+    name: &OsStr,
+    file: &OwnedFd,
+    path: &Path,
+) -> Result<(), ImageError> {
+    let fail = |error: Errno| failed("remove", path, error);
+    match unlinkat(parent, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => {}
+        Err(error) => return Err(fail(error)),
+    }
+    // An import may have put a new file there since; only ours must be gone.
+    if is_named(parent, name, file, path)? { Err(fail(Errno::BUSY)) } else { Ok(()) }
+}

@@ -1,0 +1,247 @@
+//! Images: an archive in, one flattened read-only EROFS out.
+//!
+//! ```text
+//!   tar stream (docker-save or OCI layout, also gzip or zstd)
+//!     │ stream, tarball, archive     counted, capped, hashed; every file under a name of ours
+//!     ▼
+//!   images/tmp/<random>/spool/
+//!     │ select, config               one image of this host's platform; blobs against their digests
+//!     │ layer, tree, attributes      layers in order, whiteouts, owners, modes, times, xattrs
+//!     ▼
+//!   images/tmp/<random>/rootfs/
+//!     │ erofs                        mkfs.erofs, dies with us and on cancel
+//!     ▼
+//!   images/tmp/<random>/out.erofs ─► images/blobs/sha256_<hex>.erofs (synced, then renamed)
+//! ```
+//!
+//! [`import`] is synchronous and long: call it on a thread for blocking work.
+//!
+//! # Invariants
+//! 1. Layers are hostile. Everything is unpacked below one private directory with openat2
+//!    (RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS); nothing is written outside it, ever.
+//! 2. Digests are checked: each layer against the config's diff id, the config against its name
+//!    where the archive names it by digest, OCI blobs against their descriptors.
+//! 3. Counts and sizes are capped, and the cap that was met is named.
+//! 4. A blob is visible only when complete. What a crash leaves lies in `images/tmp/`, is locked
+//!    (flock) only while its maker lives, and is swept by the next import and by `gc`.
+//! 5. A VM that runs from a blob holds a shared lock on it (`BlobLease`); a blob with a lease is
+//!    not removed. [`import`] hands its blob over with the lease already taken, so that no `prune`
+//!    can come between the import and the row that names the blob.
+//!
+//! # On error, stop and crash
+//! On an error, and when the caller cancels, the temporary directory is removed before `import`
+//! returns. After a crash it stays, unlocked, until it is swept.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use matchlock_model::image::ImageConfig;
+
+mod archive;
+mod attributes;
+mod blob;
+mod build;
+mod config;
+mod erofs;
+mod fields;
+mod layer;
+mod select;
+mod stream;
+mod tarball;
+mod tree;
+mod workspace;
+
+pub use blob::{BlobLease, remove_blob};
+pub use build::import;
+pub use workspace::{Swept, sweep_temporary};
+
+/// What an import made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImportedImage {
+    /// The image's digest: the config's, `sha256:` and 64 hex digits.
+    pub digest: String,
+    /// The EROFS file, absolute.
+    pub rootfs_path: PathBuf,
+    /// The name of the blob's content: `sha256:` over the diff ids, as the reference makes it.
+    pub rootfs_digest: String,
+    /// The bytes it takes on disk.
+    pub size: u64,
+    /// How many layers were flattened.
+    pub layers: usize,
+    /// How to run it.
+    pub config: ImageConfig,
+}
+
+/// What an import is doing; for a progress line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ImportProgress {
+    /// The archive is being read.
+    Receiving {
+        /// The bytes read so far.
+        bytes: u64,
+    },
+    /// A layer is being verified and, unless the root filesystem is here already, unpacked.
+    Layer {
+        /// Which, from one.
+        number: usize,
+        /// Of how many.
+        of: usize,
+    },
+    /// The EROFS is being made.
+    Building,
+    /// The root filesystem was here already: nothing is built.
+    Reused,
+    /// Something in a layer that this host cannot keep was left out; said once for each kind.
+    LeftOut {
+        /// What.
+        what: String,
+    },
+}
+
+/// How much an archive may ask for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImportLimits {
+    /// The bytes of the archive and of all unpacked files.
+    pub max_bytes: u64,
+    /// The entries of all layers together.
+    pub max_entries: u64,
+    /// The layers.
+    pub max_layers: usize,
+    /// The bytes of a JSON document in the archive.
+    pub max_json_bytes: u64,
+}
+
+impl Default for ImportLimits {
+    fn default() -> Self {
+        Self {
+            max_bytes: 64 * 1024 * 1024 * 1024,
+            max_entries: 4_000_000,
+            max_layers: 512,
+            max_json_bytes: 8 * 1024 * 1024,
+        }
+    }
+}
+
+/// Why an image could not be imported, used or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The stream is not an archive that we know.
+    #[error("this is not an image archive: {what}")]
+    NotAnArchive {
+        /// What was found or missing.
+        what: String,
+    },
+    /// The archive contradicts itself or is cut off.
+    #[error("the image archive is damaged: {what}")]
+    Damaged {
+        /// What is wrong, and where.
+        what: String,
+    },
+    /// The archive tries something that no image needs.
+    #[error("the image archive is refused: {what}")]
+    Hostile {
+        /// What it tried, and where.
+        what: String,
+    },
+    /// The archive is over a limit.
+    #[error("the image is over the limit of {limit}")]
+    TooLarge {
+        /// The limit, with its unit.
+        limit: String,
+    },
+    /// A file operation of ours failed.
+    #[error("could not {doing} {path}")]
+    File {
+        /// What was being done.
+        doing: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The standard input failed.
+    #[error("could not read the image archive")]
+    Read(#[source] io::Error),
+    /// mkfs.erofs is not installed.
+    #[error("mkfs.erofs is not installed: install the package erofs-utils")]
+    NoMkfsErofs,
+    /// mkfs.erofs failed.
+    #[error("mkfs.erofs failed ({status}): {stderr}")]
+    MkfsErofs {
+        /// Its exit status.
+        status: String,
+        /// The end of what it printed.
+        stderr: String,
+    },
+    /// Only root can give files their owners.
+    #[error(
+        "importing an image needs root: it sets owners, devices and file capabilities; run it with sudo"
+    )]
+    NeedsRoot,
+    /// The image is for another kind of machine.
+    #[error("the image is for {image}, and this host runs {host}: get the image for {host}")]
+    Platform {
+        /// What the image is for.
+        image: String,
+        /// What this host runs.
+        host: String,
+    },
+    /// The caller cancelled the import.
+    #[error("the import was cancelled")]
+    Cancelled,
+    /// A root filesystem that an image names is not there.
+    #[error(
+        "{path}, the root filesystem of the image, is missing or empty: import the image again"
+    )]
+    NoBlob {
+        /// The blob.
+        path: PathBuf,
+    },
+    /// A path that was to be removed as a blob is none.
+    #[error("{path} is not a file directly below {blobs}")]
+    NotABlob {
+        /// What was given.
+        path: PathBuf,
+        /// Where blobs are.
+        blobs: PathBuf,
+    },
+    /// A VM runs from it.
+    #[error("{path} is in use by a running VM: stop it first (matchlock list, matchlock kill)")]
+    InUse {
+        /// The blob.
+        path: PathBuf,
+    },
+}
+
+/// The directories of the image store, below `$MATCHLOCK_CACHE`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageDirs {
+    /// `images/`.
+    pub images: PathBuf,
+}
+
+impl ImageDirs {
+    /// The directories below this cache.
+    #[must_use]
+    pub fn new(cache: &Path) -> Self {
+        Self { images: cache.join("images") }
+    }
+
+    /// `images/blobs/`.
+    #[must_use]
+    pub fn blobs(&self) -> PathBuf {
+        self.images.join("blobs")
+    }
+
+    /// `images/tmp/`.
+    #[must_use]
+    pub fn tmp(&self) -> PathBuf {
+        self.images.join("tmp")
+    }
+
+    /// `images/metadata.db`.
+    #[must_use]
+    pub fn metadata(&self) -> PathBuf {
+        self.images.join("metadata.db")
+    }
+}

@@ -1,0 +1,28 @@
+//! The only crate of Matchlock that touches the kernel or a child process.
+//!
+//! Each kind of host resource is one folder: a narrow trait with its laws in `mod.rs`, the Linux
+//! implementation, and a fake beside it that the same conformance suite checks. What is decided is
+//! decided elsewhere: nothing here knows rows, phases or actors.
+//!
+//! | folder | owns |
+//! |---|---|
+//! | [`process`] | identity of processes, pidfds, the thread that spawns children, the search for marked ones |
+//! | [`owner_lock`] | one lock byte per VM: held means that its owner lives |
+//! | [`rootfs`] | a VM's directory, its writable disk, its sockets |
+//! | [`hypervisor`] | launch, watch, kill: QEMU, and a fake |
+//! | [`guest_link`] | streams to the agent in the guest |
+//! | [`image`] | archives in, EROFS out |
+//! | [`guest_bundle`] | the kernel and initramfs to boot |
+
+#[cfg(not(target_os = "linux"))]
+compile_error!("Matchlock runs on Linux only, for now: other platforms are not supported");
+
+pub mod facts;
+pub mod guest_bundle;
+pub mod guest_link;
+pub mod hypervisor;
+pub mod image;
+pub mod owner_lock;
+pub mod process;
+pub mod rootfs;
+pub mod socket;

@@ -1,0 +1,40 @@
+//! What a guest is told before its first command, and what its agent says of itself.
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+/// What a guest is told before its first command.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestConfig {
+    /// The hostname.
+    pub hostname: String,
+    /// Extra lines of `/etc/hosts`.
+    pub add_hosts: Vec<HostEntry>,
+    /// The servers of `/etc/resolv.conf`.
+    pub dns_servers: Vec<IpAddr>,
+    /// The CPU share of all commands together, in thousandths of one CPU; 0 means no limit.
+    pub cpu_millis: u32,
+}
+
+/// A line of `/etc/hosts`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostEntry {
+    /// The name.
+    pub host: String,
+    /// Its address.
+    pub ip: IpAddr,
+}
+
+/// What the agent said of itself when it was ready.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentInfo {
+    /// The agent's version.
+    pub agent_version: String,
+    /// The guest kernel's release.
+    pub kernel_release: String,
+    /// When `/init` was started, in microseconds since the guest's boot.
+    pub init_started_us: u64,
+    /// When the agent was ready, in microseconds since the guest's boot.
+    pub agent_ready_us: u64,
+}

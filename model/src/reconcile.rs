@@ -1,0 +1,203 @@
+//! What to do about what a VM left on the host: rows and observations in, actions out.
+//!
+//! # Invariants
+//! 1. A VM whose owner lives is left alone.
+//! 2. Removals come in the order of law 7: hypervisor, sockets, disk, directory; the row last.
+//! 3. What has no row is removed only if it carries our own mark and nobody owns it.
+//! 4. A plan for a VM that holds nothing is empty but for its records.
+
+use crate::id::VmId;
+use crate::identity::ProcessIdentity;
+use crate::phase::Phase;
+
+/// What is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Goal {
+    /// The VM holds nothing on the host; its row and logs stay (`gc`).
+    Clean,
+    /// Nothing of the VM is left but its history (`rm`, `prune`).
+    Remove,
+}
+
+/// What was seen of a VM on the host.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Observed {
+    /// Whether its owner's lock is held.
+    pub owner_lives: bool,
+    /// Living processes that carry its mark, or are recorded as its hypervisor.
+    pub hypervisors: Vec<ProcessIdentity>,
+    /// Whether its sockets exist.
+    pub sockets: bool,
+    /// Whether its writable disk exists.
+    pub rootfs: bool,
+    /// Whether its directory exists.
+    pub dir: bool,
+}
+
+/// One thing to do about a VM's remains.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Commit that cleaning begins.
+    RecordCleaning,
+    /// End this process and see that it is gone.
+    CloseMachine(ProcessIdentity),
+    /// Remove the sockets.
+    RemoveSockets,
+    /// Remove the writable disk.
+    RemoveDisk,
+    /// Commit that the VM holds nothing.
+    RecordCleaned,
+    /// Remove the directory.
+    RemoveDir,
+    /// Remove the row; the history stays.
+    RemoveRow,
+}
+
+/// Why nothing was planned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// Its owner lives.
+    #[error("{vm} is running")]
+    OwnerLives {
+        /// The VM.
+        vm: VmId,
+    },
+}
+
+/// What to do about a VM: `recorded` is the phase in its row, `None` if it has no row.
+///
+/// # Errors
+/// When the VM has an owner that lives.
+pub fn plan(
+    vm: VmId,
+    goal: Goal,
+    recorded: Option<Phase>,
+    observed: &Observed,
+) -> Result<Vec<Action>, Refusal> {
+    if observed.owner_lives {
+        return Err(Refusal::OwnerLives { vm });
+    }
+    let mut actions = Vec::new();
+    let dirty = !observed.hypervisors.is_empty() || observed.sockets || observed.rootfs;
+    let unfinished = recorded.is_some_and(|phase| phase != Phase::Cleaned);
+    if unfinished {
+        actions.push(Action::RecordCleaning);
+    }
+    actions.extend(observed.hypervisors.iter().cloned().map(Action::CloseMachine));
+    if observed.sockets {
+        actions.push(Action::RemoveSockets);
+    }
+    if observed.rootfs {
+        actions.push(Action::RemoveDisk);
+    }
+    if unfinished || (dirty && recorded.is_some()) {
+        actions.push(Action::RecordCleaned);
+    }
+    let sweep = recorded.is_none() || goal == Goal::Remove;
+    if sweep && observed.dir {
+        actions.push(Action::RemoveDir);
+    }
+    if recorded.is_some() && goal == Goal::Remove {
+        actions.push(Action::RemoveRow);
+    }
+    Ok(actions)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VM: VmId = VmId::new(1);
+
+    fn process(pid: i32) -> ProcessIdentity {
+        ProcessIdentity { pid, start_ticks: 1, boot_id: "b".into() }
+    }
+
+    fn everything() -> Observed {
+        Observed {
+            owner_lives: false,
+            hypervisors: vec![process(7)],
+            sockets: true,
+            rootfs: true,
+            dir: true,
+        }
+    }
+
+    #[test]
+    fn a_living_owner_is_left_alone() {
+        let observed = Observed { owner_lives: true, ..everything() };
+        for goal in [Goal::Clean, Goal::Remove] {
+            for recorded in Phase::ALL.map(Some).into_iter().chain([None]) {
+                assert_eq!(
+                    plan(VM, goal, recorded, &observed),
+                    Err(Refusal::OwnerLives { vm: VM })
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn everything_goes_in_the_order_of_law_7() {
+        let actions = plan(VM, Goal::Remove, Some(Phase::Running), &everything()).unwrap();
+        assert_eq!(
+            actions,
+            [
+                Action::RecordCleaning,
+                Action::CloseMachine(process(7)),
+                Action::RemoveSockets,
+                Action::RemoveDisk,
+                Action::RecordCleaned,
+                Action::RemoveDir,
+                Action::RemoveRow,
+            ]
+        );
+    }
+
+    #[test]
+    fn cleaning_keeps_directory_and_row() {
+        let actions = plan(VM, Goal::Clean, Some(Phase::Running), &everything()).unwrap();
+        assert!(!actions.contains(&Action::RemoveDir) && !actions.contains(&Action::RemoveRow));
+    }
+
+    #[test]
+    fn a_clean_vm_needs_nothing() {
+        let observed = Observed { dir: true, ..Observed::default() };
+        assert_eq!(plan(VM, Goal::Clean, Some(Phase::Cleaned), &observed).unwrap(), []);
+    }
+
+    #[test]
+    fn remains_without_a_row_are_swept_without_a_record() {
+        let actions = plan(VM, Goal::Clean, None, &everything()).unwrap();
+        assert_eq!(
+            actions,
+            [
+                Action::CloseMachine(process(7)),
+                Action::RemoveSockets,
+                Action::RemoveDisk,
+                Action::RemoveDir,
+            ]
+        );
+    }
+
+    #[test]
+    fn every_recorded_phase_can_become_what_the_plan_records() {
+        for phase in Phase::ALL {
+            let actions = plan(VM, Goal::Remove, Some(phase), &everything()).unwrap();
+            let mut now = phase;
+            for action in actions {
+                let next = match action {
+                    Action::RecordCleaning => Phase::Cleaning,
+                    Action::RecordCleaned => Phase::Cleaned,
+                    Action::CloseMachine(_)
+                    | Action::RemoveSockets
+                    | Action::RemoveDisk
+                    | Action::RemoveDir
+                    | Action::RemoveRow => continue,
+                };
+                now.check_transition(next).unwrap();
+                now = next;
+            }
+            assert_eq!(now, Phase::Cleaned);
+        }
+    }
+}

@@ -1,0 +1,511 @@
+//! What a VM is asked to be. Every refusal of a user's input ends here.
+//!
+//! [`VmSpecInput`] is what the command line (later also a session) was given, as it was given;
+//! [`VmSpec`] is the same, checked. What depends on the image (entrypoint, environment, user)
+//! is joined in by [`VmSpec::command`], once the image is known.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::exec::ExecSpec;
+use crate::guest::{GuestConfig, HostEntry};
+use crate::id::VmId;
+use crate::image::ImageConfig;
+
+/// The smallest guest memory: below it the kernel does not reach its agent.
+pub const MIN_MEMORY_MB: u64 = 96;
+/// The largest guest memory that is not a typing error.
+pub const MAX_MEMORY_MB: u64 = 16 * 1024 * 1024;
+/// The smallest writable disk: an ext4 needs some room for itself.
+pub const MIN_DISK_SIZE_MB: u64 = 16;
+/// The largest writable disk: ext4's limit with 4 KiB blocks, in MiB.
+pub const MAX_DISK_SIZE_MB: u64 = 16 * 1024 * 1024;
+/// The longest command line with its environment: what one frame of the guest link carries.
+pub const MAX_COMMAND_BYTES: usize = 1024 * 1024;
+/// The longest hostname that Linux takes.
+pub const MAX_HOSTNAME_BYTES: usize = 63;
+/// The most `--add-host` entries.
+pub const MAX_ADD_HOSTS: usize = 1024;
+/// The time a stop gives the guest when nothing else is said.
+pub const DEFAULT_GRACE: Duration = Duration::from_secs(10);
+
+/// A variable of the environment, as given.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EnvVar {
+    /// The name.
+    pub name: String,
+    /// The value.
+    pub value: Vec<u8>,
+    /// Whether the value was taken from the caller's environment (`-e NAME`): then it counts as a
+    /// secret and is never stored.
+    pub secret: bool,
+}
+
+/// What a VM was asked to be, unchecked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VmSpecInput {
+    /// The image's tag.
+    pub image: String,
+    /// The command after the image; empty means the image's own.
+    pub command: Vec<Vec<u8>>,
+    /// `--entrypoint`; `Some("")` clears the image's.
+    pub entrypoint: Option<String>,
+    /// The environment, files first.
+    pub env: Vec<EnvVar>,
+    /// `--workdir`.
+    pub workdir: Option<String>,
+    /// `--user`.
+    pub user: Option<String>,
+    /// `--hostname`.
+    pub hostname: Option<String>,
+    /// `--add-host`, each `host:ip`.
+    pub add_hosts: Vec<String>,
+    /// `--cpus`.
+    pub cpus: f64,
+    /// `--memory` in MiB.
+    pub memory_mb: u64,
+    /// `--disk-size` in MiB.
+    pub disk_size_mb: u64,
+    /// `--timeout`, in seconds.
+    pub timeout_s: Option<u64>,
+    /// `--graceful-shutdown`.
+    pub graceful_shutdown: Option<Duration>,
+    /// `--interactive`.
+    pub stdin: bool,
+    /// `--rm`.
+    pub remove: bool,
+    /// How many CPUs this host has.
+    pub host_cpus: u32,
+}
+
+/// Why an input was refused.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum SpecError {
+    /// A number is out of its range.
+    #[error("{flag} {given}: expected {expected}")]
+    Range {
+        /// The flag.
+        flag: &'static str,
+        /// What was given.
+        given: String,
+        /// What is allowed.
+        expected: String,
+    },
+    /// A text has the wrong form.
+    #[error("{what} {given:?}: {expected}")]
+    Form {
+        /// What it is.
+        what: &'static str,
+        /// What was given.
+        given: String,
+        /// What is wrong with it.
+        expected: &'static str,
+    },
+    /// There is nothing to run.
+    #[error("command required: image {image:?} has no command of its own, put one after `--`")]
+    NoCommand {
+        /// The image.
+        image: String,
+    },
+    /// The command line and its environment are too long.
+    #[error(
+        "the command line and its environment take {bytes} bytes, over the limit of {MAX_COMMAND_BYTES}"
+    )]
+    CommandTooLong {
+        /// How long they are.
+        bytes: usize,
+    },
+}
+
+/// A CPU share in thousandths of one CPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuMillis(pub u32);
+
+/// What a VM is asked to be, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmSpec {
+    /// The image's tag.
+    pub image: String,
+    command: Vec<Vec<u8>>,
+    entrypoint: Option<String>,
+    env: Vec<EnvVar>,
+    workdir: Option<String>,
+    user: Option<String>,
+    hostname: Option<String>,
+    add_hosts: Vec<HostEntry>,
+    /// The share of CPU that the guest's commands get.
+    pub cpus: CpuMillis,
+    /// The guest's memory in MiB.
+    pub memory_mb: u64,
+    /// The writable disk in MiB.
+    pub disk_size_mb: u64,
+    /// How long the command may take.
+    pub timeout: Option<Duration>,
+    /// How long a stop waits for the guest.
+    pub grace: Duration,
+    /// Whether the command gets a stdin.
+    pub stdin: bool,
+    /// Whether the VM is removed when its command has ended.
+    pub ephemeral: bool,
+}
+
+impl VmSpec {
+    /// Checks an input.
+    ///
+    /// # Errors
+    /// The first thing that is wrong: which flag, what was given, what is allowed.
+    pub fn check(input: VmSpecInput) -> Result<Self, SpecError> {
+        check_image(&input.image)?;
+        let cpus = check_cpus(input.cpus, input.host_cpus)?;
+        check_range("--memory", input.memory_mb, MIN_MEMORY_MB, MAX_MEMORY_MB, "MB")?;
+        check_range("--disk-size", input.disk_size_mb, MIN_DISK_SIZE_MB, MAX_DISK_SIZE_MB, "MB")?;
+        if input.timeout_s == Some(0) {
+            return Err(SpecError::Range {
+                flag: "--timeout",
+                given: "0".into(),
+                expected: "at least 1 second; leave it out for no limit".into(),
+            });
+        }
+        if let Some(hostname) = &input.hostname {
+            check_hostname(hostname)?;
+        }
+        if let Some(workdir) = &input.workdir {
+            check_workdir(workdir)?;
+        }
+        if let Some(user) = &input.user {
+            check_user(user)?;
+        }
+        if input.add_hosts.len() > MAX_ADD_HOSTS {
+            return Err(SpecError::Range {
+                flag: "--add-host",
+                given: format!("{} times", input.add_hosts.len()),
+                expected: format!("at most {MAX_ADD_HOSTS}"),
+            });
+        }
+        let add_hosts =
+            input.add_hosts.iter().map(|text| parse_add_host(text)).collect::<Result<_, _>>()?;
+        Ok(Self {
+            image: input.image,
+            command: input.command,
+            entrypoint: input.entrypoint,
+            env: input.env,
+            workdir: input.workdir,
+            user: input.user,
+            hostname: input.hostname,
+            add_hosts,
+            cpus,
+            memory_mb: input.memory_mb,
+            disk_size_mb: input.disk_size_mb,
+            timeout: input.timeout_s.map(Duration::from_secs),
+            grace: input.graceful_shutdown.unwrap_or(DEFAULT_GRACE),
+            stdin: input.stdin,
+            ephemeral: input.remove,
+        })
+    }
+
+    /// The number of virtual CPUs: the share, rounded up.
+    #[must_use]
+    pub const fn vcpus(&self) -> u32 {
+        self.cpus.0.div_ceil(1000)
+    }
+
+    /// The command to run in this VM: the image's config under what the user gave.
+    ///
+    /// As docker does, `--entrypoint` also clears the image's command.
+    ///
+    /// # Errors
+    /// When there is nothing to run, or it is too long.
+    pub fn command(&self, image: &ImageConfig) -> Result<ExecSpec, SpecError> {
+        let mut argv: Vec<Vec<u8>> = Vec::new();
+        match self.entrypoint.as_deref() {
+            Some("") => {}
+            Some(entrypoint) => argv.push(entrypoint.as_bytes().to_vec()),
+            None => argv.extend(image.entrypoint.iter().map(|word| word.as_bytes().to_vec())),
+        }
+        if self.command.is_empty() {
+            if self.entrypoint.is_none() {
+                argv.extend(image.cmd.iter().map(|word| word.as_bytes().to_vec()));
+            }
+        } else {
+            argv.extend(self.command.iter().cloned());
+        }
+        if argv.is_empty() {
+            return Err(SpecError::NoCommand { image: self.image.clone() });
+        }
+        let env = self.environment(image);
+        check_length(&argv, &env)?;
+        Ok(ExecSpec {
+            argv,
+            env,
+            cwd: self.workdir.clone().or_else(|| non_empty(&image.working_dir)),
+            user: self.user.clone().or_else(|| non_empty(&image.user)),
+            stdin: self.stdin,
+        })
+    }
+
+    /// A further command in this VM (`exec`): what it does not say is as for the VM's own command.
+    ///
+    /// # Errors
+    /// When it is empty, too long, or its working directory or user has no form of one.
+    pub fn further_command(
+        &self,
+        image: &ImageConfig,
+        request: ExecSpec,
+    ) -> Result<ExecSpec, SpecError> {
+        if request.argv.is_empty() {
+            return Err(SpecError::NoCommand { image: self.image.clone() });
+        }
+        if let Some(workdir) = &request.cwd {
+            check_workdir(workdir)?;
+        }
+        if let Some(user) = &request.user {
+            check_user(user)?;
+        }
+        let mut env = self.environment(image);
+        env.extend(request.env);
+        check_length(&request.argv, &env)?;
+        let own_cwd = || self.workdir.clone().or_else(|| non_empty(&image.working_dir));
+        let own_user = || self.user.clone().or_else(|| non_empty(&image.user));
+        Ok(ExecSpec {
+            argv: request.argv,
+            env,
+            cwd: request.cwd.or_else(own_cwd),
+            user: request.user.or_else(own_user),
+            stdin: request.stdin,
+        })
+    }
+
+    /// The environment of a command in this VM: the image's, then the user's.
+    #[must_use]
+    pub fn environment(&self, image: &ImageConfig) -> Vec<(Vec<u8>, Vec<u8>)> {
+        let from_image = image
+            .env
+            .iter()
+            .map(|(name, value)| (name.as_bytes().to_vec(), value.as_bytes().to_vec()));
+        let from_user =
+            self.env.iter().map(|var| (var.name.as_bytes().to_vec(), var.value.clone()));
+        from_image.chain(from_user).collect()
+    }
+
+    /// What the guest of this VM is told.
+    #[must_use]
+    pub fn guest_config(&self, vm: VmId) -> GuestConfig {
+        let fractional = !self.cpus.0.is_multiple_of(1000);
+        GuestConfig {
+            hostname: self.hostname.clone().unwrap_or_else(|| vm.to_string()),
+            add_hosts: self.add_hosts.clone(),
+            dns_servers: Vec::new(),
+            cpu_millis: if fractional { self.cpus.0 } else { 0 },
+        }
+    }
+
+    /// The specification as it is stored and shown: without what counts as a secret.
+    #[must_use]
+    pub fn redacted_json(&self) -> String {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let env: serde_json::Map<String, serde_json::Value> = self
+            .env
+            .iter()
+            .filter(|var| !var.secret)
+            .map(|var| (var.name.clone(), text(&var.value).into()))
+            .collect();
+        let env_from_host: Vec<&str> =
+            self.env.iter().filter(|var| var.secret).map(|var| var.name.as_str()).collect();
+        json!({
+            "image": self.image,
+            "command": self.command.iter().map(|word| text(word)).collect::<Vec<_>>(),
+            "entrypoint": self.entrypoint,
+            "env": env,
+            "env_from_host": env_from_host,
+            "workdir": self.workdir,
+            "user": self.user,
+            "resources": {
+                "cpus": f64::from(self.cpus.0) / 1000.0,
+                "memory_mb": self.memory_mb,
+                "disk_size_mb": self.disk_size_mb,
+                "timeout_seconds": self.timeout.map(|limit| limit.as_secs()),
+            },
+            "network": {
+                "no_network": true,
+                "hostname": self.hostname,
+                "add_hosts": self.add_hosts,
+            },
+            "remove": self.ephemeral,
+            "graceful_shutdown_ms": u64::try_from(self.grace.as_millis()).unwrap_or(u64::MAX),
+        })
+        .to_string()
+    }
+}
+
+fn check_length(argv: &[Vec<u8>], env: &[(Vec<u8>, Vec<u8>)]) -> Result<(), SpecError> {
+    let bytes = argv.iter().map(|word| word.len() + 1).sum::<usize>()
+        + env.iter().map(|(name, value)| name.len() + value.len() + 2).sum::<usize>();
+    if bytes > MAX_COMMAND_BYTES {
+        return Err(SpecError::CommandTooLong { bytes });
+    }
+    Ok(())
+}
+
+fn non_empty(text: &str) -> Option<String> {
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+fn check_image(image: &str) -> Result<(), SpecError> {
+    crate::image::check_tag(image).map_err(|_| SpecError::Form {
+        what: "--image",
+        given: image.to_owned(),
+        expected: "not an image name; see `matchlock image ls` for those that are here",
+    })
+}
+
+fn check_cpus(cpus: f64, host_cpus: u32) -> Result<CpuMillis, SpecError> {
+    let refused =
+        |expected: String| SpecError::Range { flag: "--cpus", given: cpus.to_string(), expected };
+    let range = || format!("a number from 0.01 to {host_cpus}, the CPUs of this host");
+    if !cpus.is_finite() || cpus < 0.01 || cpus > f64::from(host_cpus) {
+        return Err(refused(range()));
+    }
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "the range was just checked: at most the host's CPUs times 1000"
+    )]
+    let millis = (cpus * 1000.0).round() as u32;
+    Ok(CpuMillis(millis))
+}
+
+fn check_range(
+    flag: &'static str,
+    given: u64,
+    min: u64,
+    max: u64,
+    unit: &str,
+) -> Result<(), SpecError> {
+    if (min..=max).contains(&given) {
+        return Ok(());
+    }
+    Err(SpecError::Range {
+        flag,
+        given: given.to_string(),
+        expected: format!("{min} to {max} {unit}"),
+    })
+}
+
+fn check_hostname(text: &str) -> Result<(), SpecError> {
+    let label = |label: &str| {
+        let inner = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
+        !label.is_empty()
+            && label.bytes().all(inner)
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    if text.len() <= MAX_HOSTNAME_BYTES && text.split('.').all(label) {
+        return Ok(());
+    }
+    Err(SpecError::Form {
+        what: "--hostname",
+        given: text.to_owned(),
+        expected: "use up to 63 of a-z A-Z 0-9 - and single dots, not starting or ending with -",
+    })
+}
+
+/// Checks a working directory given by a user.
+///
+/// # Errors
+/// When it is not an absolute path.
+pub fn check_workdir(text: &str) -> Result<(), SpecError> {
+    if text.starts_with('/') && !text.contains('\0') {
+        return Ok(());
+    }
+    Err(SpecError::Form {
+        what: "--workdir",
+        given: text.to_owned(),
+        expected: "use an absolute path in the guest, for example /work",
+    })
+}
+
+/// Checks a user given by a user; whether it exists is known in the guest only.
+///
+/// # Errors
+/// When it cannot be a user in any guest.
+pub fn check_user(text: &str) -> Result<(), SpecError> {
+    let mut parts = text.split(':');
+    let good = |part: Option<&str>| {
+        part.is_some_and(|p| !p.is_empty() && !p.contains(char::is_whitespace) && !p.contains('\0'))
+    };
+    let group = parts.clone().nth(1);
+    if good(parts.next()) && (group.is_none() || good(group)) && text.split(':').count() <= 2 {
+        return Ok(());
+    }
+    Err(SpecError::Form {
+        what: "--user",
+        given: text.to_owned(),
+        expected: "use uid, uid:gid, a name, or name:group",
+    })
+}
+
+fn parse_add_host(text: &str) -> Result<HostEntry, SpecError> {
+    let refused = |expected| SpecError::Form {
+        what: "invalid add-host mapping",
+        given: text.to_owned(),
+        expected,
+    };
+    let (host, ip) = text.split_once(':').ok_or_else(|| refused("expected host:ip"))?;
+    let good = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if host.is_empty() || host.len() > 253 || !host.chars().all(good) {
+        return Err(refused("the host name before the first colon is empty or not a host name"));
+    }
+    let ip = ip.strip_prefix('[').and_then(|inner| inner.strip_suffix(']')).unwrap_or(ip);
+    let ip: IpAddr = ip
+        .parse()
+        .map_err(|_| refused("what follows the first colon is not an IPv4 or IPv6 address"))?;
+    Ok(HostEntry { host: host.to_owned(), ip })
+}
+
+/// Reads one `-e` value: `NAME=VALUE`, or `NAME` for the caller's own value.
+///
+/// # Errors
+/// When the name is empty or holds a NUL, or the caller's environment has no such variable.
+pub fn parse_env(
+    text: &str,
+    lookup: &dyn Fn(&str) -> Option<Vec<u8>>,
+) -> Result<EnvVar, SpecError> {
+    let refused = |expected| SpecError::Form {
+        what: "invalid environment variable",
+        given: text.split('=').next().unwrap_or_default().to_owned(),
+        expected,
+    };
+    let (name, value) = match text.split_once('=') {
+        Some((name, value)) => (name, Some(value.as_bytes().to_vec())),
+        None => (text, None),
+    };
+    if name.is_empty() || text.contains('\0') {
+        return Err(refused("use NAME=VALUE or NAME"));
+    }
+    let secret = value.is_none();
+    let value = match value {
+        Some(value) => value,
+        None => lookup(name)
+            .ok_or_else(|| refused("it is not set in your environment; use NAME=VALUE"))?,
+    };
+    Ok(EnvVar { name: name.to_owned(), value, secret })
+}
+
+/// The lines of an environment file that hold variables: trimmed, without blank lines and
+/// comments.
+pub fn env_file_lines(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'))
+}
+
+impl fmt::Display for CpuMillis {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", f64::from(self.0) / 1000.0)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,237 @@
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// Carries out nothing, but keeps the books: which phases were recorded, in which order.
+struct Life {
+    state: VmState,
+    recorded: Vec<Phase>,
+    pending: Vec<Effect>,
+}
+
+impl Life {
+    fn new(ephemeral: bool) -> Self {
+        Self {
+            state: VmState::new(ephemeral),
+            recorded: vec![Phase::Creating],
+            pending: Vec::new(),
+        }
+    }
+
+    fn event(&mut self, event: VmEvent) {
+        let (state, effects) = step(self.state.clone(), event).unwrap();
+        self.state = state;
+        if self.state.op.is_none() {
+            self.pending.clear();
+        }
+        if !matches!(effects.as_slice(), [] | [Effect::Cancel | Effect::Settle]) {
+            self.pending = effects;
+        }
+    }
+
+    /// Ends the operation in flight after `done` of its effects.
+    fn end_op(&mut self, done: usize, result: OpResult) {
+        let done = if result.is_ok() { self.pending.len() } else { done.min(self.pending.len()) };
+        for effect in self.pending.drain(..).take(done) {
+            if let Effect::Record { phase, .. } = effect {
+                self.recorded.push(phase);
+            }
+        }
+        let recorded = *self.recorded.last().unwrap();
+        self.event(VmEvent::OpDone { recorded, result });
+    }
+
+    fn check_recorded(&self) {
+        for pair in self.recorded.windows(2) {
+            pair[0].check_transition(pair[1]).unwrap();
+        }
+    }
+}
+
+fn failure() -> Failure {
+    Failure::new(FailureKind::Guest, "it broke")
+}
+
+const GRACE: StopMode = StopMode::Graceful(Duration::from_secs(1));
+
+#[test]
+fn a_clean_life_goes_through_the_runbooks_phases() {
+    let mut life = Life::new(true);
+    life.event(VmEvent::Begin);
+    life.end_op(0, Ok(()));
+    life.end_op(0, Ok(()));
+    assert_eq!((life.state.phase, life.state.op), (Phase::Running, None));
+    life.event(VmEvent::Stop(GRACE));
+    while !life.state.settled {
+        life.end_op(0, Ok(()));
+    }
+    let expected = [
+        Phase::Creating,
+        Phase::Created,
+        Phase::Starting,
+        Phase::Running,
+        Phase::Stopping,
+        Phase::Cleaning,
+        Phase::Cleaned,
+    ];
+    assert_eq!(life.recorded, expected);
+    assert_eq!(life.state.cause, None);
+}
+
+#[test]
+fn the_hypervisor_is_closed_before_anything_is_removed() {
+    let mut life = Life::new(false);
+    life.event(VmEvent::Begin);
+    life.end_op(0, Ok(()));
+    life.end_op(1, Err(failure()));
+    let close = life.pending.iter().position(|e| *e == Effect::CloseMachine).unwrap();
+    let remove = life.pending.iter().position(|e| *e == Effect::RemoveDisk).unwrap();
+    assert!(close < remove);
+    assert_eq!(
+        life.pending[0],
+        Effect::Record { phase: Phase::StartFailed, cause: Some(failure()) }
+    );
+}
+
+#[test]
+fn a_failed_graceful_stop_is_forced() {
+    let mut life = Life::new(false);
+    life.event(VmEvent::Begin);
+    life.end_op(0, Ok(()));
+    life.end_op(0, Ok(()));
+    life.event(VmEvent::Stop(GRACE));
+    life.end_op(1, Err(failure()));
+    assert_eq!(life.state.op, Some(Op::Stop(StopMode::Force)));
+    assert!(!life.pending.iter().any(|e| matches!(e, Effect::ShutdownGuest { .. })));
+    life.end_op(1, Err(failure()));
+    assert_eq!(life.state.phase, Phase::StopFailed);
+    life.end_op(0, Ok(()));
+    assert!(life.state.settled);
+    assert_eq!(life.state.cause, Some(failure()));
+}
+
+#[test]
+fn a_second_harder_stop_cancels_the_graceful_one() {
+    let mut life = Life::new(false);
+    life.event(VmEvent::Begin);
+    life.end_op(0, Ok(()));
+    life.end_op(0, Ok(()));
+    life.event(VmEvent::Stop(GRACE));
+    let (state, effects) = step(life.state.clone(), VmEvent::Stop(StopMode::Force)).unwrap();
+    assert_eq!(effects, [Effect::Cancel]);
+    let (_, again) = step(state, VmEvent::Stop(StopMode::Force)).unwrap();
+    assert_eq!(again, []);
+}
+
+#[test]
+fn a_machine_that_ends_while_running_is_taken_down_with_its_cause() {
+    let mut life = Life::new(true);
+    life.event(VmEvent::Begin);
+    life.end_op(0, Ok(()));
+    life.end_op(0, Ok(()));
+    life.event(VmEvent::MachineExited(failure()));
+    assert_eq!(life.pending[0], Effect::Record { phase: Phase::Stopping, cause: Some(failure()) });
+}
+
+#[test]
+fn an_effect_that_hangs_releases_nothing() {
+    let mut life = Life::new(true);
+    life.event(VmEvent::Begin);
+    life.end_op(0, Ok(()));
+    life.event(VmEvent::Stop(GRACE));
+    life.recorded.push(Phase::Starting);
+    life.event(VmEvent::OpStuck { recorded: Phase::Starting, effect: "launch" });
+    assert_eq!(life.state.phase, Phase::StartFailed);
+    assert!(life.pending.iter().all(|e| matches!(e, Effect::Record { .. })));
+    let cause = life.state.cause.clone().unwrap();
+    assert_eq!(cause.message, "effect launch still running");
+}
+
+#[test]
+fn impossible_events_are_named() {
+    let refused =
+        step(VmState::new(true), VmEvent::OpDone { recorded: Phase::Creating, result: Ok(()) })
+            .unwrap_err();
+    assert_eq!(refused.event, "op_done");
+}
+
+#[derive(Debug, Clone)]
+enum Happening {
+    Done,
+    Fail(usize),
+    Stuck,
+    Stop(StopMode),
+    Exit,
+    Lost,
+    Restart(usize),
+}
+
+fn happening() -> impl Strategy<Value = Happening> {
+    prop_oneof![
+        3 => Just(Happening::Done),
+        2 => (0usize..6).prop_map(Happening::Fail),
+        1 => Just(Happening::Stuck),
+        1 => Just(Happening::Stop(GRACE)),
+        1 => Just(Happening::Stop(StopMode::Force)),
+        1 => Just(Happening::Exit),
+        1 => Just(Happening::Lost),
+        1 => (0usize..6).prop_map(Happening::Restart),
+    ]
+}
+
+fn apply(life: &mut Life, happening: Happening) {
+    match happening {
+        Happening::Done if life.state.op.is_some() => life.end_op(0, Ok(())),
+        Happening::Fail(done) if life.state.op.is_some() => {
+            // The last effect of an operation that fails did not happen.
+            let done = done.min(life.pending.len().saturating_sub(1));
+            life.end_op(done, Err(failure()));
+        }
+        Happening::Stuck if life.state.op.is_some() => {
+            let recorded = *life.recorded.last().unwrap();
+            life.event(VmEvent::OpStuck { recorded, effect: "x" });
+        }
+        Happening::Stop(mode) => life.event(VmEvent::Stop(mode)),
+        Happening::Exit => life.event(VmEvent::MachineExited(failure())),
+        Happening::Lost => life.event(VmEvent::LinkLost(failure())),
+        Happening::Restart(done) if !life.state.settled => restart(life, done),
+        Happening::Done | Happening::Fail(_) | Happening::Stuck | Happening::Restart(_) => {}
+    }
+}
+
+/// The actor dies after `done` effects; its successor knows only what was recorded.
+fn restart(life: &mut Life, done: usize) {
+    for effect in std::mem::take(&mut life.pending).into_iter().take(done) {
+        if let Effect::Record { phase, .. } = effect {
+            life.recorded.push(phase);
+        }
+    }
+    let phase = *life.recorded.last().unwrap();
+    life.state = VmState::new(life.state.ephemeral);
+    life.event(VmEvent::Recover { phase, cause: failure() });
+}
+
+proptest! {
+    #[test]
+    fn whatever_happens_phases_stay_legal_and_the_vm_settles(
+        ephemeral: bool,
+        happenings in prop::collection::vec(happening(), 0..40),
+    ) {
+        let mut life = Life::new(ephemeral);
+        life.event(VmEvent::Begin);
+        for happening in happenings {
+            apply(&mut life, happening);
+            life.check_recorded();
+        }
+        life.event(VmEvent::Stop(StopMode::Force));
+        for _ in 0..10 {
+            if life.state.op.is_some() {
+                life.end_op(0, Ok(()));
+            }
+        }
+        life.check_recorded();
+        prop_assert!(life.state.settled, "{:?}", life.state);
+    }
+}

@@ -1,0 +1,80 @@
+//! `matchlock exec`: a further command in a running microVM, from any process of the same user.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+
+use clap::Args;
+use matchlock_model::exec::ExecSpec;
+use matchlock_model::id::VmId;
+use matchlock_model::spec::{DEFAULT_GRACE, check_user, check_workdir};
+use matchlock_model::view::Status;
+
+use super::error::CliError;
+use super::list::statuses;
+use super::run::{environment, exit_code};
+use crate::node::config::NodeConfig;
+use crate::node::owner;
+use crate::node::relay::{RelayLimits, relay};
+use crate::node::signals::Interrupts;
+
+/// The arguments of `exec`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Exit codes: as `matchlock run`.
+
+Example:
+  matchlock exec vm-0badcafe -- sh -c 'cat > /tmp/f; wc -c /tmp/f'   (add -i to give it a stdin)")]
+pub(super) struct ExecArgs {
+    /// Give the command our stdin
+    #[arg(short, long)]
+    interactive: bool,
+    /// Set a variable: NAME=VALUE, or NAME for your own value
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    env: Vec<String>,
+    /// Working directory in the guest, made if missing
+    #[arg(short, long, value_name = "DIR")]
+    workdir: Option<String>,
+    /// User in the guest: uid, uid:gid, name or name:group
+    #[arg(short, long)]
+    user: Option<String>,
+    /// VM, as `matchlock list` shows it
+    id: VmId,
+    /// Command and its arguments
+    #[arg(trailing_var_arg = true, value_name = "COMMAND", required = true)]
+    command: Vec<OsString>,
+}
+
+pub(super) async fn exec(args: ExecArgs, config: NodeConfig) -> Result<u8, CliError> {
+    let mut interrupts = Interrupts::install().map_err(|e| CliError::failure(&e))?;
+    if let Some(workdir) = &args.workdir {
+        check_workdir(workdir).map_err(CliError::input)?;
+    }
+    if let Some(user) = &args.user {
+        check_user(user).map_err(CliError::input)?;
+    }
+    let env = environment(&[], &args.env)?;
+    require_running(&config, args.id).await?;
+    let spec = ExecSpec {
+        argv: args.command.into_iter().map(OsStringExt::into_vec).collect(),
+        env: env.into_iter().map(|var| (var.name.into_bytes(), var.value)).collect(),
+        cwd: args.workdir,
+        user: args.user,
+        stdin: args.interactive,
+    };
+    let session = owner::exec(&config.vms_dir(), args.id, spec).await?;
+    let limits = RelayLimits { timeout: None, grace: DEFAULT_GRACE };
+    let ending = relay(session, args.interactive, limits, &mut interrupts).await;
+    exit_code(ending, None)
+}
+
+async fn require_running(config: &NodeConfig, id: VmId) -> Result<(), CliError> {
+    let shown = statuses(config).await?;
+    match shown.iter().find(|vm| vm.id == id) {
+        None => Err(CliError::message(format_args!("VM {id} not found; see `matchlock list`"))),
+        Some(vm) if vm.status == Status::Running => Ok(()),
+        Some(vm) => Err(CliError::message(format_args!(
+            "VM {id} is not running (status: {})",
+            vm.status.name()
+        ))),
+    }
+}

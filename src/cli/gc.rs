@@ -1,0 +1,90 @@
+//! `matchlock gc`: remove what crashed VMs left on this host.
+
+use clap::Args;
+use matchlock_actors::reconciler::{Outcome, VmReport};
+use matchlock_model::id::VmId;
+use matchlock_model::reconcile::Goal;
+use matchlock_model::vm::StopMode;
+
+use super::error::CliError;
+use super::kill::take_down;
+use super::render;
+use crate::node::boot::Node;
+use crate::node::config::NodeConfig;
+
+/// The arguments of `gc`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A running VM is skipped and is not an error, unless it is named.
+
+Exit codes: 0 when nothing is left to do; 1 when something could not be removed.")]
+pub(super) struct GcArgs {
+    /// Take running VMs down first, then clean up
+    #[arg(long)]
+    force_running: bool,
+    /// VM (default: all)
+    id: Option<VmId>,
+}
+
+pub(super) async fn gc(args: GcArgs, config: NodeConfig) -> Result<u8, CliError> {
+    let node = Node::boot(config.clone()).await?;
+    let result = reconcile(&node, &config, &args).await;
+    node.shutdown(StopMode::Force).await?;
+    let reports = result?;
+    let mut failed = 0;
+    for report in &reports {
+        failed += u32::from(!print(report, args.id.is_some())?);
+    }
+    if args.id.is_none() {
+        render::lines([format!("Reconciled {} VMs", reports.len())])?;
+    }
+    Ok(u8::from(failed > 0))
+}
+
+async fn reconcile(
+    node: &Node,
+    config: &NodeConfig,
+    args: &GcArgs,
+) -> Result<Vec<VmReport>, CliError> {
+    let mut reports = node.client().reconcile(args.id, Goal::Clean).await?;
+    if !args.force_running {
+        return Ok(reports);
+    }
+    for report in reports.iter_mut().filter(|report| report.outcome == Outcome::Running) {
+        take_down(config, report.vm, true).await?;
+        if let Some(again) = node.client().reconcile(Some(report.vm), Goal::Clean).await?.pop() {
+            *report = again;
+        }
+    }
+    Ok(reports)
+}
+
+/// Prints a report; whether it is one of success.
+fn print(report: &VmReport, named: bool) -> Result<bool, CliError> {
+    let vm = report.vm;
+    match &report.outcome {
+        Outcome::Running => {
+            render::lines([format!("{vm}: skipped (VM is running)")])?;
+            return Ok(!named);
+        }
+        Outcome::Unknown if named => {
+            render::error(&CliError::message(format_args!("VM {vm} not found")));
+            return Ok(false);
+        }
+        Outcome::Unknown => render::lines([format!("{vm}: no resources to clean")])?,
+        Outcome::Cleaned { removed } if removed.is_empty() => {
+            render::lines([format!("{vm}: no resources to clean")])?;
+        }
+        Outcome::Cleaned { removed } => {
+            render::lines([format!("{vm}: cleaned {}", removed.join(", "))])?;
+        }
+        Outcome::Failed { removed, step, error } => {
+            if !removed.is_empty() {
+                render::lines([format!("{vm}: cleaned {}", removed.join(", "))])?;
+            }
+            render::error(&CliError::message(format_args!("{vm}: failed {step}: {error}")));
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}

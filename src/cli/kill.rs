@@ -1,0 +1,86 @@
+//! `matchlock kill`: ask a VM's owner to take it down, and wait until it has.
+
+use std::time::Duration;
+
+use clap::Args;
+use matchlock_model::id::VmId;
+use matchlock_model::view::Status;
+use tokio::time::{Instant, sleep};
+
+use super::error::CliError;
+use super::list::statuses;
+use super::render;
+use crate::node::config::NodeConfig;
+use crate::node::owner;
+use crate::node::wiring;
+
+/// The arguments of `kill`.
+#[derive(Debug, Args)]
+pub(super) struct KillArgs {
+    /// Kill the hypervisor at once, without asking the guest
+    #[arg(short, long)]
+    force: bool,
+    /// All running VMs
+    #[arg(long, conflicts_with = "id")]
+    all: bool,
+    /// VM, as `matchlock list` shows it
+    #[arg(required_unless_present = "all")]
+    id: Option<VmId>,
+}
+
+/// How long an owner may take: a grace of its guest, a power-off, a clean-up.
+const OWNER_LIMIT: Duration = Duration::from_secs(120);
+
+/// How long an owner may take to let go of its VM after its last word.
+const RELEASE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How often the lock is looked at meanwhile: nobody can be told when a lock is released.
+const RELEASE_POLL: Duration = Duration::from_millis(5);
+
+pub(super) async fn kill(args: KillArgs, config: NodeConfig) -> Result<u8, CliError> {
+    let shown = statuses(&config).await?;
+    let ids = match args.id {
+        Some(id) => {
+            let vm = shown.iter().find(|vm| vm.id == id).ok_or_else(|| {
+                CliError::message(format_args!("VM {id} not found; see `matchlock list`"))
+            })?;
+            if !is_owned(vm.status) {
+                let text = format!("VM {id} is not running (status: {})", vm.status.name());
+                return Err(CliError::message(text));
+            }
+            vec![id]
+        }
+        None => shown.iter().filter(|vm| is_owned(vm.status)).map(|vm| vm.id).collect(),
+    };
+    let mut failed = None;
+    for id in ids {
+        match take_down(&config, id, args.force).await {
+            Ok(()) => render::lines([format!("Killed {id}")])?,
+            Err(error) => {
+                if let Some(before) = failed.replace(error) {
+                    render::error(&before);
+                }
+            }
+        }
+    }
+    failed.map_or(Ok(0), Err)
+}
+
+const fn is_owned(status: Status) -> bool {
+    matches!(status, Status::Starting | Status::Running | Status::Stopping)
+}
+
+/// Asks the owner, and sees that it has let go.
+pub(super) async fn take_down(config: &NodeConfig, id: VmId, force: bool) -> Result<(), CliError> {
+    owner::kill(&config.vms_dir(), id, force, OWNER_LIMIT).await?;
+    let locks = wiring::owner_locks(config)?;
+    let deadline = Instant::now() + RELEASE_LIMIT;
+    while locks.is_held(id).map_err(|e| CliError::failure(&e))? {
+        if Instant::now() > deadline {
+            let text = format!("VM {id} is down, but its owner still holds it");
+            return Err(CliError::message(text));
+        }
+        sleep(RELEASE_POLL).await;
+    }
+    Ok(())
+}

@@ -1,0 +1,126 @@
+//! Verbs and flags that are known but not there yet: recognised, and refused by name.
+
+use std::ffi::OsString;
+
+use clap::{Args, Subcommand};
+
+use super::error::CliError;
+
+/// Verbs of later versions.
+#[derive(Debug, Subcommand)]
+pub(super) enum LaterVerb {
+    #[command(hide = true)]
+    AllowList(Anything),
+    #[command(hide = true)]
+    Build(Anything),
+    #[command(hide = true)]
+    Diagnose(Anything),
+    #[command(hide = true)]
+    Get(Anything),
+    #[command(hide = true, alias = "stat")]
+    Inspect(Anything),
+    #[command(hide = true)]
+    Log(Anything),
+    #[command(hide = true)]
+    PortForward(Anything),
+    #[command(hide = true)]
+    Prune(Anything),
+    #[command(hide = true)]
+    Pull(Anything),
+    #[command(hide = true)]
+    Rpc(Anything),
+    #[command(hide = true)]
+    Setup(Anything),
+    #[command(hide = true)]
+    Volume(Anything),
+}
+
+/// Whatever follows.
+#[derive(Debug, Args)]
+pub(super) struct Anything {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+    _rest: Vec<OsString>,
+}
+
+impl LaterVerb {
+    /// The refusal, which names the verb.
+    pub(super) fn refuse(&self) -> CliError {
+        let verb = match self {
+            Self::AllowList(_) => "allow-list",
+            Self::Build(_) => "build",
+            Self::Diagnose(_) => "diagnose",
+            Self::Get(_) => "get",
+            Self::Inspect(_) => "inspect",
+            Self::Log(_) => "log",
+            Self::PortForward(_) => "port-forward",
+            Self::Prune(_) => "prune",
+            Self::Pull(_) => "pull",
+            Self::Rpc(_) => "rpc",
+            Self::Setup(_) => "setup",
+            Self::Volume(_) => "volume",
+        };
+        let text = format!("`matchlock {verb}` is not available in this version yet");
+        CliError::input(format_args!("{text}; see docs/COMPATIBILITY.md"))
+    }
+}
+
+/// Flags of `run` of later versions.
+#[derive(Debug, Default, Args)]
+pub(super) struct LaterRunFlags {
+    #[arg(long, hide = true)]
+    address: Vec<String>,
+    #[arg(long, hide = true)]
+    allow_host: Vec<String>,
+    #[arg(short = 'd', long, hide = true)]
+    detach: bool,
+    #[arg(long, hide = true)]
+    disk: Vec<String>,
+    #[arg(long, hide = true)]
+    dns_servers: Vec<String>,
+    #[arg(long, hide = true)]
+    mtu: Option<String>,
+    #[arg(long, hide = true)]
+    network_intercept: bool,
+    #[arg(long, hide = true)]
+    privileged: bool,
+    #[arg(short = 'p', long, hide = true)]
+    publish: Vec<String>,
+    #[arg(long, hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "always")]
+    pull: Option<String>,
+    #[arg(long, hide = true)]
+    secret: Vec<String>,
+    #[arg(short = 't', long, hide = true)]
+    tty: bool,
+    #[arg(short = 'v', long, hide = true)]
+    volume: Vec<String>,
+    #[arg(long, hide = true)]
+    workspace: Option<String>,
+}
+
+impl LaterRunFlags {
+    /// Refuses the first that was given, by name.
+    pub(super) fn refuse(&self) -> Result<(), CliError> {
+        let given = [
+            ("--address", !self.address.is_empty()),
+            ("--allow-host", !self.allow_host.is_empty()),
+            ("--detach", self.detach),
+            ("--disk", !self.disk.is_empty()),
+            ("--dns-servers", !self.dns_servers.is_empty()),
+            ("--mtu", self.mtu.is_some()),
+            ("--network-intercept", self.network_intercept),
+            ("--privileged", self.privileged),
+            ("--publish", !self.publish.is_empty()),
+            ("--pull", self.pull.is_some()),
+            ("--secret", !self.secret.is_empty()),
+            ("--tty", self.tty),
+            ("--volume", !self.volume.is_empty()),
+            ("--workspace", self.workspace.is_some()),
+        ];
+        match given.iter().find(|(_, given)| *given) {
+            None => Ok(()),
+            Some((flag, _)) => Err(CliError::input(format_args!(
+                "{flag} is not available in this version yet; see docs/COMPATIBILITY.md"
+            ))),
+        }
+    }
+}

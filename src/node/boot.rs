@@ -1,0 +1,222 @@
+//! Boot and shutdown, in order.
+//!
+//! ```text
+//! NodeConfig ─ open ─► Opened (home, install-id, state.db migrated) ─ supervise ─► Node
+//! ```
+//!
+//! Each step consumes the one before. A failure in `open` leaves at most the state directory and
+//! its database; nothing of a VM exists before the tree does.
+
+use std::fs::{DirBuilder, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use matchlock_actors::db_writer::{DbWriterArgs, OpenStore, ThreadSlot, join_thread};
+use matchlock_actors::deps::Deps;
+use matchlock_actors::images::ImagesArgs;
+use matchlock_actors::root::{Root, RootArgs, RootMsg, Slots};
+use matchlock_host::image::{ImageDirs, ImportLimits};
+use matchlock_model::failure::{Failure, FailureKind};
+use matchlock_model::id::InstallId;
+use matchlock_model::vm::StopMode;
+use matchlock_store::{ReadPool, WriteConn, open_state};
+use ractor::{Actor, ActorRef};
+use tokio::task::JoinHandle;
+
+use super::client::NodeClient;
+use super::config::NodeConfig;
+use super::wiring;
+
+/// How long the services may take to end.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(60);
+
+/// The state directory with its database, open.
+#[derive(Debug)]
+pub struct Opened {
+    config: NodeConfig,
+    install: InstallId,
+    conn: WriteConn,
+    reader: ReadPool,
+}
+
+/// The actor tree of this process.
+#[derive(Debug)]
+pub struct Node {
+    client: NodeClient,
+    deps: Deps,
+    root: ActorRef<RootMsg>,
+    joined: JoinHandle<()>,
+    writer: ThreadSlot,
+}
+
+fn failed(error: &(dyn std::error::Error + 'static), doing: &str) -> Failure {
+    Failure::from_error(FailureKind::Host, error).context(doing)
+}
+
+impl Opened {
+    /// Makes the state directory if it is missing, reads the installation's id, opens and
+    /// migrates the database.
+    ///
+    /// # Errors
+    /// What is wrong with the directory or the database.
+    pub fn open(config: NodeConfig) -> Result<Self, Failure> {
+        let home = &config.home;
+        let conn = open_state(home).map_err(|e| failed(&e, "could not open the state"))?;
+        let install = install_id(home).map_err(|e| {
+            failed(&e, &format!("could not use {}", home.join(INSTALL_ID_FILE).display()))
+        })?;
+        make_dir(&config.vms_dir())
+            .map_err(|e| failed(&e, &format!("could not make {}", config.vms_dir().display())))?;
+        let reader = ReadPool::open(home)
+            .map_err(|e| failed(&e, "could not read the state"))?
+            .ok_or_else(|| Failure::new(FailureKind::Internal, "the state has just vanished"))?;
+        Ok(Self { config, install, conn, reader })
+    }
+
+    /// Starts the tree.
+    ///
+    /// # Errors
+    /// When a service cannot be started.
+    pub async fn supervise(self) -> Result<Node, Failure> {
+        let Self { config, install, conn, reader } = self;
+        let slots = Slots::default();
+        let services = slots.services();
+        let deps = wiring::deps(&config, install, reader, &services)?;
+        let writer = ThreadSlot::default();
+        let args = RootArgs {
+            slots,
+            db_writer: DbWriterArgs {
+                open: open_again(config.home.clone(), conn),
+                thread: Arc::clone(&writer),
+            },
+            deps: deps.clone(),
+            images: ImagesArgs {
+                dirs: ImageDirs::new(&config.cache),
+                limits: ImportLimits::default(),
+                now: jiff::Timestamp::now,
+            },
+        };
+        let (root, joined) = Actor::spawn(None, Root, args)
+            .await
+            .map_err(|e| failed(&e, "could not start the services"))?;
+        Ok(Node { client: NodeClient::new(services), deps, root, joined, writer })
+    }
+}
+
+/// The first life of the writer gets the connection that is open already.
+fn open_again(home: std::path::PathBuf, conn: WriteConn) -> OpenStore {
+    let first = Mutex::new(Some(conn));
+    Arc::new(move || match first.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        Some(conn) => Ok(conn),
+        None => open_state(&home),
+    })
+}
+
+impl Node {
+    /// Boots a node.
+    ///
+    /// # Errors
+    /// As [`Opened::open`] and [`Opened::supervise`].
+    pub async fn boot(config: NodeConfig) -> Result<Self, Failure> {
+        Opened::open(config)?.supervise().await
+    }
+
+    /// The way to it.
+    #[must_use]
+    pub const fn client(&self) -> &NodeClient {
+        &self.client
+    }
+
+    /// What its actors have of this host.
+    #[must_use]
+    pub const fn deps(&self) -> &Deps {
+        &self.deps
+    }
+
+    /// Takes all VMs down and ends the services; the last write is on disk when it returns.
+    ///
+    /// # Errors
+    /// When something did not end in time.
+    pub async fn shutdown(self, mode: StopMode) -> Result<(), Failure> {
+        self.client.stop_all(mode).await?;
+        let message = |reply| RootMsg::Shutdown { reply };
+        let answered = self.root.call(message, Some(SHUTDOWN_LIMIT)).await;
+        if !matches!(answered, Ok(ractor::rpc::CallResult::Success(()))) {
+            return Err(Failure::new(FailureKind::Internal, "the services did not end in time"));
+        }
+        self.joined.await.map_err(|e| Failure::from_error(FailureKind::Internal, &e))?;
+        Ok(join_thread(&self.writer).await?)
+    }
+}
+
+const INSTALL_ID_FILE: &str = "install-id";
+
+fn make_dir(path: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        result => result,
+    }
+}
+
+/// Reads the installation's id, or makes it: written aside and linked into place, so that of two
+/// processes that make it at once one wins and both read the same.
+fn install_id(home: &Path) -> io::Result<InstallId> {
+    let path = home.join(INSTALL_ID_FILE);
+    match read_install_id(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        result => return result,
+    }
+    let mut random = [0; 8];
+    getrandom::fill(&mut random).map_err(io::Error::other)?;
+    let id = InstallId::from_bytes(random);
+    let aside = home.join(format!("{INSTALL_ID_FILE}.{id}"));
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&aside)?;
+    let linked = file
+        .write_all(format!("{id}\n").as_bytes())
+        .and_then(|()| std::fs::hard_link(&aside, &path));
+    std::fs::remove_file(&aside)?;
+    match linked {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => read_install_id(&path),
+    }
+}
+
+fn read_install_id(path: &Path) -> io::Result<InstallId> {
+    let mut text = String::new();
+    OpenOptions::new().read(true).open(path)?.take(64).read_to_string(&mut text)?;
+    text.trim_end().parse().map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_installation_keeps_its_id() {
+        let home = tempfile::tempdir().unwrap();
+        let first = install_id(home.path()).unwrap();
+        assert_eq!(install_id(home.path()).unwrap(), first);
+        assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn many_processes_that_make_it_agree() {
+        let home = tempfile::tempdir().unwrap();
+        let made: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> =
+                (0..8).map(|_| scope.spawn(|| install_id(home.path()).unwrap())).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(made.windows(2).all(|pair| pair[0] == pair[1]), "{made:?}");
+    }
+
+    #[test]
+    fn a_damaged_id_is_refused_not_replaced() {
+        let home = tempfile::tempdir().unwrap();
+        std::fs::write(home.path().join(INSTALL_ID_FILE), "nonsense\n").unwrap();
+        assert_eq!(install_id(home.path()).unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+}

@@ -1,0 +1,202 @@
+//! The door of the node: one async method per request, each with a deadline.
+
+use std::time::Duration;
+
+use matchlock_actors::fleet::{FleetMsg, RunningVm, VmHandle};
+use matchlock_actors::images::{ImagesMsg, ImportInput, RemovedImage};
+use matchlock_actors::reconciler::{ReconcilerMsg, Target, VmReport};
+use matchlock_actors::root::Services;
+use matchlock_actors::vm::CreateVm;
+use matchlock_host::guest_link::ExecSession;
+use matchlock_host::image::ImportedImage;
+use matchlock_model::exec::ExecSpec;
+use matchlock_model::failure::{Failure, FailureKind};
+use matchlock_model::id::VmId;
+use matchlock_model::phase::Phase;
+use matchlock_model::reconcile::Goal;
+use matchlock_model::view::VmView;
+use matchlock_model::vm::StopMode;
+use tokio_util::sync::CancellationToken;
+
+/// How long a request that only passes a message may take: longer than a write to a database that
+/// another process has locked.
+const CALL_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long a reconciliation of everything may take.
+const RECONCILE_LIMIT: Duration = Duration::from_secs(600);
+
+/// How long an import may take.
+const IMPORT_LIMIT: Duration = Duration::from_secs(4 * 3600);
+
+/// Asks the node.
+#[derive(Debug, Clone)]
+pub struct NodeClient {
+    services: Services,
+}
+
+impl NodeClient {
+    /// Asks these services.
+    #[must_use]
+    pub const fn new(services: Services) -> Self {
+        Self { services }
+    }
+
+    /// Brings a VM up. Returns once its row is there; the handle's view says what comes then.
+    ///
+    /// # Errors
+    /// When it is not admitted or could not be registered; then nothing was made.
+    pub async fn create_vm(&self, create: CreateVm) -> Result<VmHandle, Failure> {
+        let create = Box::new(create);
+        self.services.fleet.call(|reply| FleetMsg::CreateVm { create, reply }, CALL_LIMIT).await?
+    }
+
+    /// Takes a VM down and waits until it is settled: it holds nothing any more, or the view's
+    /// cause says what it still holds.
+    ///
+    /// # Errors
+    /// When there is no such VM, or it could not be cleaned up.
+    pub async fn stop_vm(&self, id: VmId, mode: StopMode) -> Result<VmView, Failure> {
+        let handle = self
+            .services
+            .fleet
+            .call(|reply| FleetMsg::StopVm { id, mode, reply }, CALL_LIMIT)
+            .await??;
+        let view = settled(handle).await?;
+        if view.phase == Phase::Cleaned {
+            return Ok(view);
+        }
+        let why = view.cause.map(|cause| format!(": {cause}")).unwrap_or_default();
+        let text = format!(
+            "VM {id} was not cleaned up (phase {}){why}; run `matchlock gc {id}`",
+            view.phase
+        );
+        Err(Failure::new(FailureKind::Host, text))
+    }
+
+    /// Runs a further command in a VM.
+    ///
+    /// # Errors
+    /// When the VM does not run, or the command has no form of one.
+    pub async fn exec(&self, id: VmId, request: ExecSpec) -> Result<ExecSession, Failure> {
+        let running = self.running_vm(id).await?;
+        let create = &running.context.create;
+        let spec = create
+            .spec
+            .further_command(&create.image, request)
+            .map_err(|e| Failure::from_error(FailureKind::Input, &e))?;
+        self.start(&running, &spec).await
+    }
+
+    /// Runs a VM's own command.
+    ///
+    /// # Errors
+    /// When the VM does not run.
+    pub async fn exec_own(&self, id: VmId, spec: &ExecSpec) -> Result<ExecSession, Failure> {
+        let running = self.running_vm(id).await?;
+        self.start(&running, spec).await
+    }
+
+    async fn start(&self, running: &RunningVm, spec: &ExecSpec) -> Result<ExecSession, Failure> {
+        running.link.exec(spec).await.map_err(|e| Failure::from_error(FailureKind::Guest, &e))
+    }
+
+    async fn running_vm(&self, id: VmId) -> Result<RunningVm, Failure> {
+        self.services.fleet.call(|reply| FleetMsg::OpenLink { id, reply }, CALL_LIMIT).await?
+    }
+
+    /// How long a graceful stop of this VM waits for its guest.
+    ///
+    /// # Errors
+    /// When there is no such VM in this process.
+    pub async fn grace(&self, id: VmId) -> Result<Duration, Failure> {
+        match self.running_vm(id).await {
+            Ok(running) => Ok(running.context.create.spec.grace),
+            // Not running (any more, or yet): there is no guest to wait for.
+            Err(failure) if failure.kind == FailureKind::Guest => Ok(Duration::ZERO),
+            Err(failure) => Err(failure),
+        }
+    }
+
+    /// Takes all VMs down, admits no more, and waits until all are settled.
+    ///
+    /// # Errors
+    /// When the fleet does not answer.
+    pub async fn stop_all(&self, mode: StopMode) -> Result<(), Failure> {
+        let handles =
+            self.services.fleet.call(|reply| FleetMsg::StopAll { mode, reply }, CALL_LIMIT).await?;
+        for handle in handles {
+            settled(handle).await?;
+        }
+        Ok(())
+    }
+
+    /// Looks at one VM or all, and removes what nobody owns.
+    ///
+    /// # Errors
+    /// When it could not look at all; what could not be done for one VM is in its report.
+    pub async fn reconcile(
+        &self,
+        target: Option<VmId>,
+        goal: Goal,
+    ) -> Result<Vec<VmReport>, Failure> {
+        let target = target.map_or(Target::All, Target::One);
+        self.services
+            .reconciler
+            .call(|reply| ReconcilerMsg::Reconcile { target, goal, reply }, RECONCILE_LIMIT)
+            .await?
+    }
+
+    /// Imports an image.
+    ///
+    /// # Errors
+    /// What is wrong with the archive, or with this host.
+    pub async fn import_image(
+        &self,
+        input: ImportInput,
+        tag: String,
+        cancel: CancellationToken,
+    ) -> Result<ImportedImage, Failure> {
+        self.services
+            .images
+            .call(|reply| ImagesMsg::Import { input, tag, cancel, reply }, IMPORT_LIMIT)
+            .await?
+    }
+
+    /// Removes an image's tag, and its blob if nothing else uses it.
+    ///
+    /// # Errors
+    /// When there is none, or a VM runs from it.
+    pub async fn remove_image(&self, tag: String) -> Result<RemovedImage, Failure> {
+        self.services.images.call(|reply| ImagesMsg::Remove { tag, reply }, CALL_LIMIT).await?
+    }
+}
+
+/// Waits until a VM is settled.
+///
+/// # Errors
+/// When its view ended before that: the fleet is gone.
+pub async fn settled(mut handle: VmHandle) -> Result<VmView, Failure> {
+    let view = handle.view.wait_for(|view| view.settled).await;
+    view.map(|view| view.clone()).map_err(|_| {
+        let text = format!("nobody looks after VM {} any more; run `matchlock gc`", handle.id);
+        Failure::new(FailureKind::Internal, text)
+    })
+}
+
+/// Waits until a VM runs.
+///
+/// # Errors
+/// Why it does not and will not.
+pub async fn running(handle: &mut VmHandle) -> Result<VmView, Failure> {
+    let id = handle.id;
+    let reached =
+        |view: &VmView| view.settled || view.cause.is_some() || view.phase == Phase::Running;
+    let view = handle.view.wait_for(reached).await.map(|view| view.clone()).map_err(|_| {
+        Failure::new(FailureKind::Internal, format!("nobody looks after VM {id} any more"))
+    })?;
+    match view.cause {
+        Some(cause) => Err(cause),
+        None if view.phase == Phase::Running => Ok(view),
+        None => Err(Failure::new(FailureKind::Cancelled, format!("VM {id} was stopped"))),
+    }
+}

@@ -1,0 +1,63 @@
+//! The only place that names Linux implementations.
+
+use std::sync::Arc;
+
+use matchlock_actors::db_writer::DbHandle;
+use matchlock_actors::deps::{Deps, Limits};
+use matchlock_actors::root::Services;
+use matchlock_host::facts;
+use matchlock_host::guest_link::YamuxConnector;
+use matchlock_host::hypervisor::{Qemu, QemuOptions};
+use matchlock_host::owner_lock::{LinuxOwnerLocks, OwnerLocks};
+use matchlock_host::process::{LinuxProcesses, Spawner};
+use matchlock_host::rootfs::LinuxRootfs;
+use matchlock_model::failure::{Failure, FailureKind};
+use matchlock_model::id::InstallId;
+use matchlock_store::ReadPool;
+
+use super::client::NodeClient;
+use super::config::NodeConfig;
+use super::serve::OwnerSockets;
+
+fn host(error: &(dyn std::error::Error + 'static)) -> Failure {
+    Failure::from_error(FailureKind::Host, error)
+}
+
+/// The owner locks of an installation, also for those who only look.
+///
+/// # Errors
+/// When what lies in the place of the lock file is no lock file.
+pub(crate) fn owner_locks(config: &NodeConfig) -> Result<Arc<dyn OwnerLocks>, Failure> {
+    Ok(Arc::new(LinuxOwnerLocks::open(&config.home).map_err(|e| host(&e))?))
+}
+
+/// What the actors of this process need, made of this host.
+pub(super) fn deps(
+    config: &NodeConfig,
+    install: InstallId,
+    reader: ReadPool,
+    services: &Services,
+) -> Result<Deps, Failure> {
+    let spawner = Spawner::new().map_err(|e| host(&e))?;
+    let options = QemuOptions { cache: config.cache.clone(), ..QemuOptions::default() };
+    let mut limits = Limits::default();
+    if let Some(boot) = config.boot_timeout {
+        limits.boot = boot;
+    }
+    Ok(Deps {
+        install,
+        vms_dir: config.vms_dir(),
+        hypervisor: Arc::new(Qemu::new(spawner, options)),
+        connector: Arc::new(YamuxConnector),
+        rootfs: Arc::new(LinuxRootfs::new()),
+        processes: Arc::new(LinuxProcesses::new().map_err(|e| host(&e))?),
+        locks: owner_locks(config)?,
+        owner_server: Arc::new(OwnerSockets::new(NodeClient::new(services.clone()))),
+        db: DbHandle(services.db_writer.clone()),
+        reader,
+        available_memory_mb: Arc::new(|| facts::available_memory_mb().map_err(|e| host(&e))),
+        now: jiff::Timestamp::now,
+        random_u32: Arc::new(|| getrandom::u32().map_err(|e| host(&e))),
+        limits,
+    })
+}

@@ -1,0 +1,494 @@
+//! What can go wrong with a database, one type per side: opening, writing, reading.
+//!
+//! # Invariants
+//! * Each text names the file or the VM and, where a person must act, what to do.
+//! * [`WriteError`] can be cloned, since one failed commit answers many callers; SQLite's own
+//!   error is kept in it as text.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use matchlock_model::failure::chain;
+use matchlock_model::id::{OwnerEpoch, VmId};
+use matchlock_model::phase::{InvalidTransition, Phase};
+use rusqlite::ffi::{ErrorCode, SQLITE_IOERR_SHMSIZE};
+use rusqlite::types::Type;
+
+/// What kind of trouble SQLite reports, as far as anybody decides by it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DbFault {
+    /// Another process held the lock for too long.
+    Busy,
+    /// The disk is full.
+    Full,
+    /// The file or its directory cannot be written.
+    ReadOnly,
+    /// The file is damaged or is no database.
+    Corrupt,
+    /// Anything else.
+    Other,
+}
+
+impl DbFault {
+    /// The kind of this error.
+    #[must_use]
+    pub fn of(error: &rusqlite::Error) -> Self {
+        let Some(code) = error.sqlite_error() else {
+            return Self::Other;
+        };
+        match code.code {
+            ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked => Self::Busy,
+            ErrorCode::DiskFull => Self::Full,
+            // The -shm file is grown by allocating its blocks, which is how a full disk shows first.
+            ErrorCode::SystemIoFailure if code.extended_code == SQLITE_IOERR_SHMSIZE => Self::Full,
+            ErrorCode::ReadOnly | ErrorCode::PermissionDenied | ErrorCode::CannotOpen => {
+                Self::ReadOnly
+            }
+            ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase => Self::Corrupt,
+            _ => Self::Other,
+        }
+    }
+
+    /// Whether the same write may succeed later without anybody having changed it.
+    #[must_use]
+    pub const fn retryable(self) -> bool {
+        matches!(self, Self::Busy | Self::Full)
+    }
+}
+
+impl fmt::Display for DbFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Busy => "another process held its lock for too long, try again",
+            Self::Full => "the disk is full, free some space and try again",
+            Self::ReadOnly => "it cannot be written, check the rights on it and on its directory",
+            Self::Corrupt => "it is damaged, move it away or put a backup in its place",
+            Self::Other => "SQLite failed",
+        })
+    }
+}
+
+/// What became of the database after a failed migration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Recovery {
+    /// The failed migration was the first, and was rolled back.
+    Unchanged,
+    /// The migrations before it were undone from the backup.
+    Restored,
+    /// The migrations before it stay: others have written since, and undoing would lose that.
+    KeptPartly {
+        /// The state before the first of them.
+        backup: PathBuf,
+    },
+}
+
+impl fmt::Display for Recovery {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unchanged => f.write_str("nothing was changed"),
+            Self::Restored => f.write_str("the database was put back as it was"),
+            Self::KeptPartly { backup } => write!(
+                f,
+                "the migrations before it stay, because others have written since; the state before them is in {}",
+                backup.display()
+            ),
+        }
+    }
+}
+
+/// A database could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// A directory could not be made or looked at.
+    #[error("cannot {doing} the directory {}", path.display())]
+    Directory {
+        /// What was being done.
+        doing: &'static str,
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file beside the database could not be made or looked at.
+    #[error("cannot {doing} {}", path.display())]
+    File {
+        /// What was being done.
+        doing: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Something is there that is neither a directory nor, for a file, a regular file.
+    #[error("{} is not a {wanted}: move it away", path.display())]
+    WrongKind {
+        /// What is there.
+        path: PathBuf,
+        /// What it should be.
+        wanted: &'static str,
+    },
+    /// It belongs to another user.
+    #[error("{} belongs to user {owner}, but this is user {us}: use another directory, or run as its owner", path.display())]
+    NotOurs {
+        /// What belongs to another.
+        path: PathBuf,
+        /// Whose it is.
+        owner: u32,
+        /// Who we are.
+        us: u32,
+    },
+    /// Another process has been setting up the database for too long.
+    #[error("{} was locked by another process for {waited:?}: it sets up the database, try again", path.display())]
+    SetupLocked {
+        /// The lock file.
+        path: PathBuf,
+        /// How long we waited.
+        waited: Duration,
+    },
+    /// A newer Matchlock has been here.
+    #[error("{} was written by a newer matchlock (it has {module} version {version}, this one knows {known}): use that one, or another MATCHLOCK_HOME", path.display())]
+    Newer {
+        /// The database.
+        path: PathBuf,
+        /// The module.
+        module: String,
+        /// The version found.
+        version: i64,
+        /// The newest version of that module that is known here, 0 for none.
+        known: i64,
+    },
+    /// An older Matchlock made it, and a reader does not migrate.
+    #[error("{} was made by an older matchlock (it lacks {module} version {version}): a command that writes, such as `matchlock gc`, brings it up to date", path.display())]
+    Older {
+        /// The database.
+        path: PathBuf,
+        /// The module of the first migration that is missing.
+        module: &'static str,
+        /// Its version.
+        version: i64,
+    },
+    /// A migration that was applied is not the one that is known here.
+    #[error("{} was set up with another text of migration {module} {version} (sha256 {recorded}, here {expected}): use the matchlock that made it", path.display())]
+    Edited {
+        /// The database.
+        path: PathBuf,
+        /// The module.
+        module: &'static str,
+        /// The version.
+        version: i64,
+        /// The checksum in the database.
+        recorded: String,
+        /// The checksum of the text here.
+        expected: String,
+    },
+    /// A migration failed.
+    #[error("migration {module} {version} ({name}) of {} failed, {recovery}: {}", path.display(), DbFault::of(source))]
+    Migration {
+        /// The database.
+        path: PathBuf,
+        /// The module.
+        module: &'static str,
+        /// The version.
+        version: i64,
+        /// The migration's name.
+        name: &'static str,
+        /// What became of the database.
+        recovery: Recovery,
+        /// Why it failed.
+        source: Box<rusqlite::Error>,
+    },
+    /// A migration failed, and the state before it could not be put back. The next attempt does.
+    #[error("a migration of {} failed ({failed}), and whether it must be put back from {} could not be found out: keep both files: {}", path.display(), backup.display(), DbFault::of(source))]
+    Restore {
+        /// The database.
+        path: PathBuf,
+        /// The backup, which is kept.
+        backup: PathBuf,
+        /// Why the migration failed.
+        failed: String,
+        /// Why it could not be put back.
+        source: Box<rusqlite::Error>,
+    },
+    /// SQLite's own check found damage.
+    #[error("{} is damaged ({report}): move it away or put a backup in its place", path.display())]
+    Damaged {
+        /// The database or its backup.
+        path: PathBuf,
+        /// The first line of the check.
+        report: String,
+    },
+    /// SQLite could not open, read or write it.
+    #[error("cannot {doing} {}: {fault}", path.display())]
+    Database {
+        /// What was being done.
+        doing: &'static str,
+        /// The database.
+        path: PathBuf,
+        /// What kind of trouble.
+        fault: DbFault,
+        /// What SQLite says.
+        source: Box<rusqlite::Error>,
+    },
+    /// The pool of readers could not be set up.
+    #[error("cannot set up the readers of {}", path.display())]
+    Pool {
+        /// The database.
+        path: PathBuf,
+        /// Why.
+        source: deadpool_sqlite::BuildError,
+    },
+}
+
+impl OpenError {
+    /// What SQLite says, with its kind.
+    pub(crate) fn database(
+        doing: &'static str,
+        path: impl Into<PathBuf>,
+        source: rusqlite::Error,
+    ) -> Self {
+        Self::Database {
+            doing,
+            path: path.into(),
+            fault: DbFault::of(&source),
+            source: Box::new(source),
+        }
+    }
+
+    /// What kind of trouble it is with the database itself.
+    #[must_use]
+    pub fn fault(&self) -> DbFault {
+        match self {
+            Self::Database { fault, .. } => *fault,
+            Self::Damaged { .. } => DbFault::Corrupt,
+            Self::SetupLocked { .. } => DbFault::Busy,
+            Self::Migration { source, .. } | Self::Restore { source, .. } => DbFault::of(source),
+            Self::Directory { source, .. } | Self::File { source, .. } => match source.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => DbFault::Full,
+                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                    DbFault::ReadOnly
+                }
+                _ => DbFault::Other,
+            },
+            Self::WrongKind { .. }
+            | Self::NotOurs { .. }
+            | Self::Newer { .. }
+            | Self::Older { .. }
+            | Self::Edited { .. }
+            | Self::Pool { .. } => DbFault::Other,
+        }
+    }
+}
+
+/// A write was refused or failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WriteError {
+    /// The id is taken, or was: its history is still there.
+    #[error("{id} exists already")]
+    VmExists {
+        /// The id.
+        id: VmId,
+    },
+    /// No such VM.
+    #[error("there is no {vm}")]
+    NotFound {
+        /// The VM.
+        vm: VmId,
+    },
+    /// Another owner has taken the VM over.
+    #[error("{vm} has another owner now: epoch {} was asked to write, {} may", epoch.0, current.0)]
+    Fenced {
+        /// The VM.
+        vm: VmId,
+        /// The epoch of the write.
+        epoch: OwnerEpoch,
+        /// The epoch that may write.
+        current: OwnerEpoch,
+    },
+    /// The VM may not become that.
+    #[error(transparent)]
+    Transition(#[from] InvalidTransition),
+    /// Only a cleaned VM is removed.
+    #[error("{vm} is {phase}, only a cleaned VM can be removed: clean it with `matchlock gc {vm}`")]
+    NotCleaned {
+        /// The VM.
+        vm: VmId,
+        /// Its phase.
+        phase: Phase,
+    },
+    /// The VM still holds a subnet.
+    #[error("{vm} still holds a subnet: clean it with `matchlock gc {vm}`")]
+    SubnetHeld {
+        /// The VM.
+        vm: VmId,
+    },
+    /// A stored row cannot be read.
+    #[error(transparent)]
+    Row(#[from] BadRow),
+    /// A value has no form in JSON.
+    #[error("{what} cannot be written as JSON: {reason}")]
+    Json {
+        /// What it is.
+        what: &'static str,
+        /// Why.
+        reason: String,
+    },
+    /// A value does not fit into the database.
+    #[error("{what} does not fit into the database: {value}")]
+    TooLarge {
+        /// What it is.
+        what: &'static str,
+        /// The value.
+        value: u64,
+    },
+    /// SQLite could not write.
+    #[error("the database could not be written: {fault} ({message})")]
+    Database {
+        /// What kind of trouble.
+        fault: DbFault,
+        /// What SQLite says.
+        message: String,
+    },
+}
+
+impl WriteError {
+    /// Whether the same write may succeed later without anybody having changed it.
+    #[must_use]
+    pub const fn retryable(&self) -> bool {
+        match self {
+            Self::Database { fault, .. } => fault.retryable(),
+            Self::VmExists { .. }
+            | Self::NotFound { .. }
+            | Self::Fenced { .. }
+            | Self::Transition(_)
+            | Self::NotCleaned { .. }
+            | Self::SubnetHeld { .. }
+            | Self::Row(_)
+            | Self::Json { .. }
+            | Self::TooLarge { .. } => false,
+        }
+    }
+}
+
+impl From<rusqlite::Error> for WriteError {
+    fn from(error: rusqlite::Error) -> Self {
+        match BadRow::taken_from(error) {
+            Ok(row) => Self::Row(row),
+            Err(error) => Self::Database { fault: DbFault::of(&error), message: chain(&error) },
+        }
+    }
+}
+
+/// Something could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// A stored row cannot be read.
+    #[error(transparent)]
+    Row(#[from] BadRow),
+    /// No connection came free, or none could be opened.
+    #[error("cannot get a connection for reading")]
+    Pool {
+        /// Why.
+        source: deadpool_sqlite::PoolError,
+    },
+    /// The thread that was reading ended without an answer.
+    #[error("reading was interrupted")]
+    Interrupted {
+        /// How.
+        source: deadpool_sqlite::InteractError,
+    },
+    /// SQLite could not read.
+    #[error("the database could not be read: {fault}")]
+    Database {
+        /// What kind of trouble.
+        fault: DbFault,
+        /// What SQLite says.
+        source: rusqlite::Error,
+    },
+}
+
+impl From<rusqlite::Error> for ReadError {
+    fn from(error: rusqlite::Error) -> Self {
+        match BadRow::taken_from(error) {
+            Ok(row) => Self::Row(row),
+            Err(source) => Self::Database { fault: DbFault::of(&source), source },
+        }
+    }
+}
+
+/// A stored value that is not what its column holds.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{table}.{column} of {key} cannot be read: {reason}")]
+pub struct BadRow {
+    /// The table.
+    pub table: &'static str,
+    /// The column.
+    pub column: &'static str,
+    /// Which row.
+    pub key: String,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+impl BadRow {
+    /// As an error of the kind that rusqlite's row functions return.
+    pub(crate) fn into_sqlite(self) -> rusqlite::Error {
+        rusqlite::Error::FromSqlConversionFailure(0, Type::Text, Box::new(self))
+    }
+
+    /// The bad row that travels in this error, or the error again.
+    fn taken_from(error: rusqlite::Error) -> Result<Self, rusqlite::Error> {
+        match error {
+            rusqlite::Error::FromSqlConversionFailure(column, kind, inner) => inner
+                .downcast::<Self>()
+                .map(|row| *row)
+                .map_err(|inner| rusqlite::Error::FromSqlConversionFailure(column, kind, inner)),
+            other => Err(other),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rusqlite::ffi;
+
+    use super::*;
+
+    #[test]
+    fn faults_are_told_apart() {
+        let cases = [
+            (ffi::SQLITE_BUSY, DbFault::Busy),
+            (ffi::SQLITE_BUSY_SNAPSHOT, DbFault::Busy),
+            (ffi::SQLITE_LOCKED, DbFault::Busy),
+            (ffi::SQLITE_FULL, DbFault::Full),
+            (ffi::SQLITE_IOERR_SHMSIZE, DbFault::Full),
+            (ffi::SQLITE_IOERR_READ, DbFault::Other),
+            (ffi::SQLITE_READONLY_DIRECTORY, DbFault::ReadOnly),
+            (ffi::SQLITE_CANTOPEN, DbFault::ReadOnly),
+            (ffi::SQLITE_NOTADB, DbFault::Corrupt),
+            (ffi::SQLITE_CORRUPT_INDEX, DbFault::Corrupt),
+            (ffi::SQLITE_CONSTRAINT_UNIQUE, DbFault::Other),
+        ];
+        for (code, fault) in cases {
+            let error = rusqlite::Error::SqliteFailure(ffi::Error::new(code), None);
+            assert_eq!(DbFault::of(&error), fault, "code {code}");
+            let write = WriteError::from(error);
+            let retryable = matches!(fault, DbFault::Busy | DbFault::Full);
+            assert_eq!(write.retryable(), retryable, "code {code}");
+        }
+    }
+
+    #[test]
+    fn a_full_disk_and_a_read_only_directory_are_known_by_their_files_too() {
+        let failed = |kind: io::ErrorKind| OpenError::File {
+            doing: "make",
+            path: "/x".into(),
+            source: kind.into(),
+        };
+        assert_eq!(failed(io::ErrorKind::StorageFull).fault(), DbFault::Full);
+        for kind in [io::ErrorKind::ReadOnlyFilesystem, io::ErrorKind::PermissionDenied] {
+            assert_eq!(failed(kind).fault(), DbFault::ReadOnly);
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! The images' metadata: one connection that writes it, one that reads it.
+//!
+//! # Invariants
+//! * Each write is one IMMEDIATE transaction.
+//! * Whether a blob is still used is told by the transaction that removed an image of it. Another
+//!   process may add one right after: who deletes blobs holds the lock of the image directory.
+
+use std::path::Path;
+
+use jiff::Timestamp;
+use matchlock_model::image::{ImageRecord, ImageScope};
+use rusqlite::{Connection, TransactionBehavior};
+
+use crate::error::{OpenError, ReadError, WriteError};
+use crate::files::DbFiles;
+use crate::migrate;
+use crate::migrations;
+use crate::open::IMAGES_DB;
+use crate::rows::images as rows;
+
+/// An image that is not in the metadata any more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RemovedImage {
+    /// What it was.
+    pub record: ImageRecord,
+    /// Whether another image uses its root filesystem.
+    pub blob_in_use: bool,
+}
+
+/// A blob that some image uses.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BlobInUse {
+    /// The root filesystem's file, as the image names it.
+    pub rootfs_path: String,
+    /// The digest of one of the image's layers; empty if none is known.
+    pub digest: String,
+}
+
+/// The connection that writes the images' metadata; made by [`open_images`](crate::open_images).
+#[derive(Debug)]
+pub struct ImageConn {
+    conn: Connection,
+}
+
+impl ImageConn {
+    pub(crate) fn new(conn: Connection) -> Self {
+        Self { conn }
+    }
+
+    /// Writes an image whose root filesystem has this digest; answers the image that had its scope
+    /// and tag before.
+    ///
+    /// # Errors
+    /// When it could not be written; then nothing was.
+    pub fn put_image(
+        &mut self,
+        image: &ImageRecord,
+        rootfs_digest: &str,
+        at: Timestamp,
+    ) -> Result<Option<RemovedImage>, WriteError> {
+        self.write(|conn| rows::put(conn, image, rootfs_digest, at))
+    }
+
+    /// Removes the image that this tag means, in this scope or, without one, as [`Self::find`]
+    /// looks for it; `None` if there is none.
+    ///
+    /// # Errors
+    /// When it could not be written; then nothing was.
+    pub fn remove_image(
+        &mut self,
+        scope: Option<ImageScope>,
+        tag: &str,
+        at: Timestamp,
+    ) -> Result<Option<RemovedImage>, WriteError> {
+        self.write(|conn| {
+            let scope = match scope {
+                Some(scope) => scope,
+                None => match rows::find(conn, tag)? {
+                    Some(record) => record.scope,
+                    None => return Ok(None),
+                },
+            };
+            rows::remove(conn, scope, tag, at)
+        })
+    }
+
+    /// The image that this tag means: one made here hides one that was pulled.
+    ///
+    /// # Errors
+    /// When it could not be read.
+    pub fn find(&self, tag: &str) -> Result<Option<ImageRecord>, ReadError> {
+        Ok(rows::find(&self.conn, tag)?)
+    }
+
+    /// All images, those made here first, each group newest first.
+    ///
+    /// # Errors
+    /// When they could not be read.
+    pub fn list(&self) -> Result<Vec<ImageRecord>, ReadError> {
+        Ok(rows::all(&self.conn)?)
+    }
+
+    /// All blobs that some image uses.
+    ///
+    /// # Errors
+    /// When they could not be read.
+    pub fn blobs_in_use(&self) -> Result<Vec<BlobInUse>, ReadError> {
+        Ok(rows::blobs_in_use(&self.conn)?)
+    }
+
+    fn write<T>(
+        &mut self,
+        work: impl FnOnce(&Connection) -> Result<T, WriteError>,
+    ) -> Result<T, WriteError> {
+        let tx = self.conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let answer = work(&tx)?;
+        tx.commit()?;
+        Ok(answer)
+    }
+}
+
+/// A connection that reads the images' metadata.
+#[derive(Debug)]
+pub struct ImageReader {
+    conn: Connection,
+}
+
+impl ImageReader {
+    /// The image that this tag means: one made here hides one that was pulled.
+    ///
+    /// # Errors
+    /// When it could not be read.
+    pub fn find(&self, tag: &str) -> Result<Option<ImageRecord>, ReadError> {
+        Ok(rows::find(&self.conn, tag)?)
+    }
+
+    /// All images, those made here first, each group newest first.
+    ///
+    /// # Errors
+    /// When they could not be read.
+    pub fn list(&self) -> Result<Vec<ImageRecord>, ReadError> {
+        Ok(rows::all(&self.conn)?)
+    }
+}
+
+/// Opens the metadata in this directory for reading; `None` if there is none. Makes nothing.
+///
+/// # Errors
+/// When it cannot be opened, or another version made it.
+pub fn read_images(images_dir: &Path) -> Result<Option<ImageReader>, OpenError> {
+    let files = DbFiles::new(images_dir, IMAGES_DB);
+    let found = migrate::open_to_read(&files, migrations::IMAGES)?;
+    Ok(found.map(|conn| ImageReader { conn }))
+}

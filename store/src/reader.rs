@@ -1,0 +1,176 @@
+//! Reading `state.db`: a pool of read-only connections, never blocked by whoever writes.
+//!
+//! # Invariants
+//! * Looking has no side effects: no database is made, none is migrated, nothing can be written.
+//!   (SQLite makes the empty `-wal` and the `-shm` beside a database that nobody has open, private
+//!   like the database, and a reader cannot remove them again. They hold nothing.)
+//! * Each answer is of one moment: one statement.
+//!
+//! # On error
+//! A row that cannot be read is named. A future that is dropped lets its statement finish.
+
+use std::path::{Path, PathBuf};
+
+use deadpool_sqlite::{Config, Hook, HookError, Pool, Runtime};
+use matchlock_model::id::VmId;
+use matchlock_model::record::{LifecycleRecord, VmRecord};
+use rusqlite::Connection;
+
+use crate::busy::LOCK_WAIT;
+use crate::connect::{self, Access};
+use crate::error::{OpenError, ReadError};
+use crate::files::DbFiles;
+use crate::migrate;
+use crate::migrations;
+use crate::open::STATE_DB;
+use crate::rows::{lifecycle, vms};
+
+const MOST_CONNECTIONS: usize = 4;
+
+/// The read-only connections to `state.db`; clones share them.
+///
+/// To be used, and dropped, within a tokio runtime: the pool closes its connections on the
+/// runtime's blocking threads, and panics where there is none.
+#[derive(Debug, Clone)]
+pub struct ReadPool {
+    pool: Pool,
+}
+
+impl ReadPool {
+    /// The readers of `state.db` in this directory; `None` if nothing was ever stored there.
+    ///
+    /// Looks at the database before it returns, so it may wait for a lock.
+    ///
+    /// # Errors
+    /// When the database cannot be opened, or another version made it.
+    pub fn open(home: &Path) -> Result<Option<Self>, OpenError> {
+        let files = DbFiles::new(home, STATE_DB);
+        if migrate::open_to_read(&files, migrations::STATE)?.is_none() {
+            return Ok(None);
+        }
+        // deadpool opens with the default flags; the address says that nothing is to be written.
+        let address = PathBuf::from(connect::uri(&files.db, Access::ReadOnly));
+        let pool = Config::new(address)
+            .builder(Runtime::Tokio1)
+            .map_err(|never| match never {})?
+            .max_size(MOST_CONNECTIONS)
+            .wait_timeout(Some(LOCK_WAIT))
+            .post_create(Hook::async_fn(|object, _| {
+                Box::pin(async move {
+                    object
+                        .interact(|conn| connect::prepare(conn, Access::ReadOnly))
+                        .await
+                        .map_err(|e| HookError::message(e.to_string()))?
+                        .map_err(HookError::Backend)
+                })
+            }))
+            .build()
+            .map_err(|source| OpenError::Pool { path: files.db, source })?;
+        Ok(Some(Self { pool }))
+    }
+
+    /// The VM's row.
+    ///
+    /// # Errors
+    /// When it could not be read.
+    pub async fn vm(&self, vm: VmId) -> Result<Option<VmRecord>, ReadError> {
+        self.read(move |conn| vms::find(conn, vm)).await
+    }
+
+    /// All VMs, newest first.
+    ///
+    /// # Errors
+    /// When they could not be read.
+    pub async fn vms(&self) -> Result<Vec<VmRecord>, ReadError> {
+        self.read(vms::all).await
+    }
+
+    /// The VM's latest lifecycle row.
+    ///
+    /// # Errors
+    /// When it could not be read.
+    pub async fn lifecycle_head(&self, vm: VmId) -> Result<Option<LifecycleRecord>, ReadError> {
+        self.read(move |conn| lifecycle::head(conn, vm)).await
+    }
+
+    /// The latest lifecycle row of each VM that has not been removed.
+    ///
+    /// # Errors
+    /// When they could not be read.
+    pub async fn lifecycle_heads(&self) -> Result<Vec<LifecycleRecord>, ReadError> {
+        self.read(lifecycle::heads).await
+    }
+
+    /// All lifecycle rows of a VM, removed or not, oldest first.
+    ///
+    /// # Errors
+    /// When they could not be read.
+    pub async fn history(&self, vm: VmId) -> Result<Vec<LifecycleRecord>, ReadError> {
+        self.read(move |conn| lifecycle::history(conn, vm)).await
+    }
+
+    async fn read<T: Send + 'static>(
+        &self,
+        query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, ReadError> {
+        let object = self.pool.get().await.map_err(|source| ReadError::Pool { source })?;
+        let read = object
+            .interact(move |conn| query(conn))
+            .await
+            .map_err(|source| ReadError::Interrupted { source })?;
+        Ok(read?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::error::DbFault;
+    use crate::open_state;
+
+    #[tokio::test]
+    async fn readers_cannot_write_whatever_they_try() {
+        let home = TempDir::new().unwrap();
+        let _writer = open_state(home.path()).unwrap();
+        let pool = ReadPool::open(home.path()).unwrap().unwrap();
+        let attempts = [
+            "DELETE FROM vms",
+            "PRAGMA query_only = OFF; DELETE FROM vms",
+            "CREATE TABLE x (y)",
+            "PRAGMA query_only = OFF; DROP TABLE vms",
+        ];
+        for sql in attempts {
+            let refused = pool.read(move |conn| conn.execute_batch(sql)).await;
+            let Err(ReadError::Database { fault, .. }) = refused else {
+                panic!("{sql}: {refused:?}");
+            };
+            assert_eq!(fault, DbFault::ReadOnly, "{sql}");
+        }
+    }
+
+    #[tokio::test]
+    async fn each_connection_is_prepared() {
+        let home = TempDir::new().unwrap();
+        let _writer = open_state(home.path()).unwrap();
+        let pool = ReadPool::open(home.path()).unwrap().unwrap();
+        let query_only: bool = pool
+            .read(|conn| conn.pragma_query_value(None, "query_only", |row| row.get(0)))
+            .await
+            .unwrap();
+        assert!(query_only);
+    }
+
+    #[tokio::test]
+    async fn a_panic_while_reading_is_an_error_and_the_pool_goes_on() {
+        let home = TempDir::new().unwrap();
+        let _writer = open_state(home.path()).unwrap();
+        let pool = ReadPool::open(home.path()).unwrap().unwrap();
+        for _ in 0..2 * MOST_CONNECTIONS {
+            let read = pool.read::<()>(|_| panic!("on purpose")).await;
+            assert!(matches!(read, Err(ReadError::Interrupted { .. })), "{read:?}");
+        }
+        assert!(pool.vms().await.unwrap().is_empty());
+    }
+}

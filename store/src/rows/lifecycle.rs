@@ -1,0 +1,233 @@
+//! The tables `vm_lifecycle` and `vm_lifecycle_head`.
+//!
+//! # Invariants
+//! * Rows are only added; each is one more than the one before, which the head counts.
+//! * A row that would say the same as the latest one is not added. Times do not count.
+//! * Keys of `resources_json` that this version does not know stay until all resources are replaced.
+
+use jiff::Timestamp;
+use matchlock_model::id::VmId;
+use matchlock_model::identity::ProcessIdentity;
+use matchlock_model::phase::Phase;
+use matchlock_model::record::{Cleanup, CleanupEntry, LifecycleRecord, Resources};
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
+use serde_json::{Map, Value};
+
+use super::{Reading, stored, vms};
+use crate::error::WriteError;
+use crate::op::WriteOutcome;
+
+/// What the backend of a VM is called that never had a lifecycle row.
+const UNKNOWN_BACKEND: &str = "unknown";
+
+const SELECT: &str = "
+    SELECT l.vm_id, l.version, l.backend, l.phase, l.updated_at, l.last_error, l.resources_json,
+           l.cleanup_json
+    FROM vm_lifecycle AS l";
+
+/// What the next row says anew; whatever is not given stays.
+#[derive(Debug, Default)]
+pub(crate) struct Change {
+    pub(crate) phase: Option<Phase>,
+    pub(crate) last_error: Option<String>,
+    pub(crate) backend: Option<String>,
+    pub(crate) resources: Option<ResourceChange>,
+    pub(crate) cleanup: Vec<(String, CleanupEntry)>,
+}
+
+/// A change of what a VM holds.
+#[derive(Debug)]
+pub(crate) enum ResourceChange {
+    All(Box<Resources>),
+    Hypervisor(ProcessIdentity),
+}
+
+/// What a row says, apart from its number and time.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Content {
+    pub(crate) phase: Phase,
+    backend: String,
+    last_error: String,
+    resources: Map<String, Value>,
+    cleanup: Cleanup,
+}
+
+impl Content {
+    /// A VM of which nothing has been written yet.
+    fn none() -> Self {
+        Self {
+            phase: Phase::Creating,
+            backend: UNKNOWN_BACKEND.to_owned(),
+            last_error: String::new(),
+            resources: Map::new(),
+            cleanup: Cleanup::new(),
+        }
+    }
+
+    fn changed_by(&self, change: Change) -> Result<Self, WriteError> {
+        let phase = change.phase.unwrap_or(self.phase);
+        self.phase.check_transition(phase)?;
+        let resources = match change.resources {
+            None => self.resources.clone(),
+            Some(ResourceChange::All(all)) => super::to_object("resources", &*all)?,
+            Some(ResourceChange::Hypervisor(hypervisor)) => {
+                let mut resources = self.resources.clone();
+                let known = super::to_object("hypervisor", &hypervisor)?;
+                resources.insert("hypervisor".to_owned(), Value::Object(known));
+                resources
+            }
+        };
+        let mut cleanup = self.cleanup.clone();
+        cleanup.extend(change.cleanup);
+        Ok(Self {
+            phase,
+            backend: change.backend.unwrap_or_else(|| self.backend.clone()),
+            last_error: change.last_error.unwrap_or_else(|| self.last_error.clone()),
+            resources,
+            cleanup,
+        })
+    }
+
+    fn says_the_same_as(&self, other: &Self) -> bool {
+        let timeless = |content: &Self| {
+            let mut content = content.clone();
+            for entry in content.cleanup.values_mut() {
+                entry.updated_at = Timestamp::UNIX_EPOCH;
+            }
+            content
+        };
+        timeless(self) == timeless(other)
+    }
+}
+
+/// Adds the VM's next row, unless it would say the same again, and sets the status in `vms`.
+pub(crate) fn append(
+    conn: &Connection,
+    vm: VmId,
+    change: Change,
+    at: Timestamp,
+) -> Result<WriteOutcome, WriteError> {
+    let before = latest_numbered(conn, vm)?;
+    let next = match &before {
+        Some((version, content)) => {
+            let next = content.changed_by(change)?;
+            if next.says_the_same_as(content) {
+                return Ok(WriteOutcome::Version(*version));
+            }
+            next
+        }
+        None => Content::none().changed_by(change)?,
+    };
+    vms::set_status(conn, vm, next.phase, at)?;
+    let id = vm.to_string();
+    let version: i64 = conn
+        .prepare_cached(
+            "INSERT INTO vm_lifecycle_head (vm_id, last_version)
+             VALUES (?1, (SELECT coalesce(max(version), 0) + 1 FROM vm_lifecycle WHERE vm_id = ?1))
+             ON CONFLICT (vm_id) DO UPDATE
+                 SET last_version = max(last_version + 1, excluded.last_version)
+             RETURNING last_version",
+        )?
+        .query_row([&id], |row| row.get(0))?;
+    conn.prepare_cached(
+        "INSERT INTO vm_lifecycle (vm_id, version, backend, phase, updated_at, last_error,
+                                   resources_json, cleanup_json)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+    )?
+    .execute(params![
+        id,
+        version,
+        next.backend,
+        next.phase.name(),
+        stored(at),
+        next.last_error,
+        super::to_json("resources", &next.resources)?,
+        super::to_json("cleanup", &next.cleanup)?,
+    ])?;
+    Ok(WriteOutcome::Version(version))
+}
+
+/// What the VM's latest row says.
+pub(crate) fn latest(conn: &Connection, vm: VmId) -> Result<Option<Content>, WriteError> {
+    Ok(latest_numbered(conn, vm)?.map(|(_, content)| content))
+}
+
+fn latest_numbered(conn: &Connection, vm: VmId) -> Result<Option<(i64, Content)>, WriteError> {
+    let row = conn
+        .prepare_cached(&format!("{SELECT} WHERE l.vm_id = ?1 ORDER BY l.version DESC LIMIT 1"))?
+        .query_row([vm.to_string()], |row| {
+            let row = Reading::new(row, "vm_lifecycle", "vm_id")?;
+            let content = Content {
+                phase: row.parsed("phase")?,
+                backend: row.text("backend")?,
+                last_error: row.text("last_error")?,
+                resources: row.json("resources_json")?.unwrap_or_default(),
+                cleanup: row.json("cleanup_json")?.unwrap_or_default(),
+            };
+            Ok((row.number("version")?, content))
+        })
+        .optional()?;
+    Ok(row)
+}
+
+/// The VM's latest row.
+pub(crate) fn head(conn: &Connection, vm: VmId) -> rusqlite::Result<Option<LifecycleRecord>> {
+    conn.prepare_cached(&format!("{SELECT} WHERE l.vm_id = ?1 ORDER BY l.version DESC LIMIT 1"))?
+        .query_row([vm.to_string()], read)
+        .optional()
+}
+
+/// The latest row of each VM that has a row in `vms`.
+pub(crate) fn heads(conn: &Connection) -> rusqlite::Result<Vec<LifecycleRecord>> {
+    conn.prepare_cached(&format!(
+        "{SELECT} JOIN vms AS v ON v.id = l.vm_id
+         WHERE l.version = (SELECT max(version) FROM vm_lifecycle WHERE vm_id = v.id)
+         ORDER BY l.vm_id"
+    ))?
+    .query_map([], read)?
+    .collect()
+}
+
+/// All rows of a VM, oldest first.
+pub(crate) fn history(conn: &Connection, vm: VmId) -> rusqlite::Result<Vec<LifecycleRecord>> {
+    conn.prepare_cached(&format!("{SELECT} WHERE l.vm_id = ?1 ORDER BY l.version"))?
+        .query_map([vm.to_string()], read)?
+        .collect()
+}
+
+fn read(row: &Row<'_>) -> rusqlite::Result<LifecycleRecord> {
+    let row = Reading::new(row, "vm_lifecycle", "vm_id")?;
+    Ok(LifecycleRecord {
+        version: row.number("version")?,
+        vm_id: row.parsed("vm_id")?,
+        backend: row.text("backend")?,
+        phase: row.parsed("phase")?,
+        updated_at: row.parsed("updated_at")?,
+        last_error: row.text("last_error")?,
+        resources: row.json("resources_json")?.unwrap_or_default(),
+        cleanup: row.json("cleanup_json")?.unwrap_or_default(),
+    })
+}
+
+/// Drops the history of VMs without a row that was last added to before this moment.
+pub(crate) fn prune(conn: &Connection, before: Timestamp) -> Result<WriteOutcome, WriteError> {
+    let mut query = conn.prepare_cached(
+        "SELECT l.vm_id, l.updated_at FROM vm_lifecycle AS l
+         WHERE NOT EXISTS (SELECT 1 FROM vms WHERE vms.id = l.vm_id)
+           AND l.version = (SELECT max(version) FROM vm_lifecycle WHERE vm_id = l.vm_id)",
+    )?;
+    let removed = query
+        .query_map([], |row| {
+            let row = Reading::new(row, "vm_lifecycle", "vm_id")?;
+            Ok((row.text("vm_id")?, row.parsed::<Timestamp>("updated_at")?))
+        })?
+        .collect::<rusqlite::Result<Vec<_>>>()?;
+    let mut vms = 0;
+    for (id, _) in removed.iter().filter(|(_, last)| *last < before) {
+        for table in ["vm_lifecycle", "vm_lifecycle_head"] {
+            conn.prepare_cached(&format!("DELETE FROM {table} WHERE vm_id = ?1"))?.execute([id])?;
+        }
+        vms += 1;
+    }
+    Ok(WriteOutcome::Pruned { vms })
+}

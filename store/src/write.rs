@@ -1,0 +1,232 @@
+//! The one connection of this process that writes `state.db`.
+//!
+//! ```text
+//! apply([op, op, op]):  BEGIN IMMEDIATE
+//!                         SAVEPOINT · op · RELEASE      refused: ROLLBACK TO, the others go on
+//!                         …
+//!                       COMMIT                          failed: everybody gets the error
+//! ```
+//!
+//! # Invariants
+//! * An answer is given after the commit that it tells of.
+//! * When the transaction is lost, every answer is that error, refusals included: a refusal may have
+//!   been due to an op that is now undone.
+//!
+//! # On a crash
+//! A batch without its commit is gone; nobody was told that it was written.
+
+use rusqlite::{Connection, Transaction, TransactionBehavior};
+
+use crate::error::WriteError;
+use crate::op::{WriteOp, WriteOutcome};
+use crate::rows::{lifecycle, vms};
+
+type Answer = Result<WriteOutcome, WriteError>;
+
+/// The one connection of this process that writes `state.db`; made by
+/// [`open_state`](crate::open_state).
+#[derive(Debug)]
+pub struct WriteConn {
+    conn: Connection,
+}
+
+impl WriteConn {
+    pub(crate) fn new(conn: Connection) -> Self {
+        Self { conn }
+    }
+
+    /// Writes these ops in order in one transaction, and answers each once they are committed.
+    ///
+    /// A refused op leaves the others alone. When the transaction cannot be begun or committed,
+    /// nothing is written and each answer is that error.
+    pub fn apply(&mut self, ops: Vec<WriteOp>) -> Vec<Answer> {
+        let count = ops.len();
+        if count == 0 {
+            return Vec::new();
+        }
+        self.apply_all(ops).unwrap_or_else(|error| vec![Err(error); count])
+    }
+
+    fn apply_all(&mut self, ops: Vec<WriteOp>) -> Result<Vec<Answer>, WriteError> {
+        let mut tx = self.conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let mut answers = Vec::with_capacity(ops.len());
+        for op in ops {
+            answers.push(apply_one(&mut tx, op)?);
+        }
+        tx.commit()?;
+        Ok(answers)
+    }
+}
+
+/// One op in its savepoint. The inner result is the op's answer; the outer error means that the
+/// transaction is lost.
+fn apply_one(tx: &mut Transaction<'_>, op: WriteOp) -> Result<Answer, WriteError> {
+    let mut savepoint = tx.savepoint()?;
+    let error = match run(&savepoint, op) {
+        Ok(outcome) => {
+            savepoint.commit()?;
+            return Ok(Ok(outcome));
+        }
+        Err(error) => error,
+    };
+    // On a full disk and the like SQLite gives the whole transaction up by itself.
+    if savepoint.is_autocommit() {
+        return Err(error);
+    }
+    savepoint.rollback()?;
+    savepoint.commit()?;
+    Ok(Err(error))
+}
+
+fn run(conn: &Connection, op: WriteOp) -> Answer {
+    match op {
+        WriteOp::InsertVm { record } => vms::insert(conn, &record),
+        WriteOp::SetPhase { vm, epoch, phase, last_error, backend, resources, cleanup, at } => {
+            vms::check_epoch(conn, vm, epoch)?;
+            let change = lifecycle::Change {
+                phase: Some(phase),
+                last_error,
+                backend,
+                resources: resources.map(lifecycle::ResourceChange::All),
+                cleanup,
+            };
+            lifecycle::append(conn, vm, change, at)
+        }
+        WriteOp::SetHypervisor { vm, epoch, hypervisor, at } => {
+            vms::check_epoch(conn, vm, epoch)?;
+            vms::set_hypervisor(conn, vm, &hypervisor)?;
+            let change = lifecycle::Change {
+                resources: Some(lifecycle::ResourceChange::Hypervisor(hypervisor)),
+                ..lifecycle::Change::default()
+            };
+            lifecycle::append(conn, vm, change, at)
+        }
+        WriteOp::RaiseEpoch { vm, owner, at } => vms::raise_epoch(conn, vm, &owner, at),
+        WriteOp::RemoveVm { vm, epoch } => {
+            vms::check_epoch(conn, vm, epoch)?;
+            vms::remove(conn, vm)
+        }
+        WriteOp::PruneHistory { before } => lifecycle::prune(conn, before),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+    use matchlock_model::id::{OwnerEpoch, VmId};
+    use matchlock_model::identity::{Namespaces, ProcessIdentity};
+    use matchlock_model::phase::Phase;
+    use matchlock_model::record::Resources;
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::error::DbFault;
+    use crate::op::NewVm;
+    use crate::open_state;
+
+    fn insert(number: u32, config_json: String) -> WriteOp {
+        WriteOp::InsertVm {
+            record: Box::new(NewVm {
+                id: VmId::new(number),
+                image: String::new(),
+                config_json,
+                owner: ProcessIdentity { pid: 1, start_ticks: 1, boot_id: String::new() },
+                namespaces: Namespaces { net: String::new(), pid: String::new() },
+                ephemeral: false,
+                backend: "fake".to_owned(),
+                resources: Resources::default(),
+                created_at: Timestamp::UNIX_EPOCH,
+            }),
+        }
+    }
+
+    fn illegal(number: u32) -> WriteOp {
+        WriteOp::SetPhase {
+            vm: VmId::new(number),
+            epoch: OwnerEpoch(1),
+            phase: Phase::Running,
+            last_error: None,
+            backend: None,
+            resources: None,
+            cleanup: Vec::new(),
+            at: Timestamp::UNIX_EPOCH,
+        }
+    }
+
+    fn vms(writer: &WriteConn) -> i64 {
+        let count = "SELECT count(*) FROM vms";
+        writer.conn.query_row(count, [], |row| row.get(0)).unwrap()
+    }
+
+    fn fault(answer: &Answer) -> DbFault {
+        match answer {
+            Err(WriteError::Database { fault, .. }) => *fault,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn when_the_commit_fails_everybody_gets_the_error_and_nothing_is_written() {
+        let home = TempDir::new().unwrap();
+        let mut writer = open_state(home.path()).unwrap();
+        writer.conn.commit_hook(Some(|| true)).unwrap();
+        let batch = || vec![insert(1, String::new()), illegal(1), insert(2, String::new())];
+        let answers = writer.apply(batch());
+        assert_eq!(answers.len(), 3);
+        for answer in &answers {
+            assert_eq!(fault(answer), DbFault::Other);
+            assert_eq!(*answer, answers[0]);
+        }
+        assert_eq!(vms(&writer), 0);
+        writer.conn.commit_hook(None::<fn() -> bool>).unwrap();
+        let answers = writer.apply(batch());
+        assert_eq!(answers[0], Ok(WriteOutcome::Version(1)));
+        assert!(matches!(answers[1], Err(WriteError::Transition(_))));
+        assert_eq!(vms(&writer), 2);
+    }
+
+    #[test]
+    fn a_full_disk_fails_only_what_does_not_fit_and_may_be_retried() {
+        let home = TempDir::new().unwrap();
+        let mut writer = open_state(home.path()).unwrap();
+        let pages = |writer: &WriteConn, most: i64| {
+            let set = format!("PRAGMA max_page_count = {most}");
+            let now: i64 = writer.conn.query_row(&set, [], |row| row.get(0)).unwrap();
+            now
+        };
+        // Less than there are pages means as many as there are.
+        let used = pages(&writer, 1);
+        pages(&writer, used + 8);
+        let big = "x".repeat(200_000);
+        let answers = writer.apply(vec![
+            insert(1, String::new()),
+            insert(2, big.clone()),
+            insert(3, String::new()),
+        ]);
+        assert_eq!(fault(&answers[1]), DbFault::Full);
+        assert!(answers[1].as_ref().unwrap_err().retryable());
+        // SQLite may keep the rest of the batch or give it up; what is told is what is so.
+        let told = answers.iter().filter(|answer| answer.is_ok()).count();
+        assert_eq!(vms(&writer), i64::try_from(told).unwrap());
+        pages(&writer, 1_000_000);
+        let again = writer.apply(vec![insert(2, big)]);
+        assert_eq!(again, [Ok(WriteOutcome::Version(1))]);
+    }
+
+    #[test]
+    fn a_database_that_is_locked_for_too_long_is_retryable() {
+        let home = TempDir::new().unwrap();
+        let mut writer = open_state(home.path()).unwrap();
+        let other = open_state(home.path()).unwrap();
+        other.conn.execute_batch("BEGIN IMMEDIATE").unwrap();
+        // The handler's own cap is tested with it; here nobody waits.
+        writer.conn.busy_handler(None).unwrap();
+        let answers = writer.apply(vec![insert(1, String::new()), insert(2, String::new())]);
+        for answer in &answers {
+            assert_eq!(fault(answer), DbFault::Busy);
+            assert!(answer.as_ref().unwrap_err().retryable());
+        }
+        other.conn.execute_batch("ROLLBACK").unwrap();
+        assert!(writer.apply(vec![insert(1, String::new())])[0].is_ok());
+    }
+}

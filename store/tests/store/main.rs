@@ -1,0 +1,15 @@
+//! The store from outside: what other crates rely on, and what operators type.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "in a test a panic is the report; clippy.toml allows it only in the test functions themselves"
+)]
+
+mod concurrency;
+mod images;
+mod open;
+mod phases;
+mod reference;
+mod schema;
+mod support;
+mod write;

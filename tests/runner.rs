@@ -1,0 +1,29 @@
+//! The quick suites, in one program. A file of theirs that is not named here fails a test.
+
+mod layering;
+
+#[path = "cli/errors.rs"]
+mod cli_errors;
+#[path = "cli/help.rs"]
+mod cli_help;
+#[path = "cli/images.rs"]
+mod cli_images;
+
+/// A test file that nobody includes would never run.
+#[test]
+fn no_test_file_is_forgotten() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let this = std::fs::read_to_string(root.join("runner.rs")).unwrap();
+    let vm = std::fs::read_to_string(root.join("vm/main.rs")).unwrap();
+    for (dir, includer) in [("cli", &this), ("vm", &vm)] {
+        for entry in std::fs::read_dir(root.join(dir)).unwrap() {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            let Some(stem) = name.strip_suffix(".rs").filter(|stem| *stem != "main") else {
+                continue;
+            };
+            let named = includer.contains(&format!("{dir}/{name}"))
+                || includer.contains(&format!("mod {stem};"));
+            assert!(named, "tests/{dir}/{name} is not included by its runner");
+        }
+    }
+}

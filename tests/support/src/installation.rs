@@ -1,0 +1,249 @@
+//! An installation of a test's own.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use rustix::fs::{FlockOperation, flock};
+use tempfile::TempDir;
+
+use crate::host::Remains;
+use crate::running::{Running, wait_until};
+
+fn variable(name: &str) -> Result<PathBuf> {
+    std::env::var_os(name)
+        .map(PathBuf::from)
+        .with_context(|| format!("{name} is not set: run the tests with `make test`"))
+}
+
+/// The program under test.
+///
+/// # Errors
+/// When the environment does not say which.
+pub fn program() -> Result<PathBuf> {
+    variable("MATCHLOCK_TEST_BIN")
+}
+
+/// The archive of the busybox image.
+///
+/// # Errors
+/// When the environment does not say where.
+pub fn busybox_archive() -> Result<PathBuf> {
+    variable("MATCHLOCK_TEST_BUSYBOX")
+}
+
+/// An installation of a test's own: its state directory, and the shared cache.
+#[derive(Debug)]
+pub struct Installation {
+    dir: TempDir,
+    cache: PathBuf,
+}
+
+impl Installation {
+    /// A new one, with the `busybox` image at hand.
+    ///
+    /// # Errors
+    /// When the environment of `make test` is missing or the image cannot be imported.
+    pub fn new() -> Result<Self> {
+        let cache = variable("MATCHLOCK_TEST_CACHE")?;
+        let installation = Self { dir: tempfile::Builder::new().prefix("mltest").tempdir()?, cache };
+        installation.ensure_busybox()?;
+        Ok(installation)
+    }
+
+    /// A new one with an empty cache of its own: no guest, no images.
+    ///
+    /// # Errors
+    /// When its directory cannot be made.
+    pub fn bare() -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("mltest").tempdir()?;
+        let cache = dir.path().join("cache");
+        Ok(Self { dir, cache })
+    }
+
+    /// A new one with a cache of its own that has the guest bundle, and no images.
+    ///
+    /// # Errors
+    /// When the environment of `make test` is missing.
+    pub fn without_images() -> Result<Self> {
+        let bare = Self::bare()?;
+        let shared = variable("MATCHLOCK_TEST_CACHE")?;
+        std::fs::create_dir_all(&bare.cache)?;
+        std::os::unix::fs::symlink(shared.join("guest"), bare.cache.join("guest"))?;
+        Ok(bare)
+    }
+
+    /// The state directory.
+    #[must_use]
+    pub fn home(&self) -> PathBuf {
+        self.dir.path().join("home")
+    }
+
+    /// The cache directory.
+    #[must_use]
+    pub fn cache(&self) -> &Path {
+        &self.cache
+    }
+
+    /// Once for all tests: whoever comes first imports, the others wait for the lock.
+    fn ensure_busybox(&self) -> Result<()> {
+        let lock = File::create(self.cache.join("test-import.lock"))?;
+        flock(&lock, FlockOperation::LockExclusive)?;
+        let listed = self.output(&["image", "ls"])?;
+        if String::from_utf8_lossy(&listed.stdout).lines().any(|l| l.starts_with("busybox ")) {
+            return Ok(());
+        }
+        let archive = File::open(busybox_archive()?)?;
+        let imported = self
+            .command(&["image", "import", "busybox"])?
+            .stdin(archive)
+            .output()?;
+        ensure!(imported.status.success(), "import failed: {}", stderr(&imported));
+        Ok(())
+    }
+
+    /// The program with these arguments and this installation's environment, and no stdin.
+    ///
+    /// # Errors
+    /// When the environment does not name the program.
+    pub fn command(&self, args: &[&str]) -> Result<Command> {
+        let mut command = Command::new(program()?);
+        command
+            .args(args)
+            .env("MATCHLOCK_HOME", self.home())
+            .env("MATCHLOCK_CACHE", &self.cache)
+            .env_remove("MATCHLOCK_KERNEL")
+            .env_remove("MATCHLOCK_INITRAMFS")
+            .env_remove("MATCHLOCK_QEMU")
+            .env_remove("MATCHLOCK_HYPERVISOR")
+            .env_remove("MATCHLOCK_LOG")
+            .stdin(Stdio::null());
+        Ok(command)
+    }
+
+    /// Runs the program to its end.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn output(&self, args: &[&str]) -> Result<Output> {
+        Ok(self.command(args)?.output()?)
+    }
+
+    /// Starts the program.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start(&self, args: &[&str]) -> Result<Running> {
+        let mut command = self.command(args)?;
+        Running::start(command.stdout(Stdio::piped()).stderr(Stdio::piped()))
+    }
+
+    /// `run` of the busybox image, quietly without network.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn run(&self, flags: &[&str], command: &[&str]) -> Result<Output> {
+        self.output(&run_args(flags, command))
+    }
+
+    /// Starts `run` of the busybox image.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_run(&self, flags: &[&str], command: &[&str]) -> Result<Running> {
+        self.start(&run_args(flags, command))
+    }
+
+    /// The VMs that `list --json` shows: id and status.
+    ///
+    /// # Errors
+    /// When the list is no list.
+    pub fn list(&self) -> Result<Vec<(String, String)>> {
+        let output = self.output(&["list", "--json"])?;
+        ensure!(output.status.success(), "list failed: {}", stderr(&output));
+        let shown: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        let text = |vm: &serde_json::Value, key: &str| vm[key].as_str().unwrap_or("?").to_owned();
+        let vms = shown.as_array().context("list --json printed no array")?;
+        Ok(vms.iter().map(|vm| (text(vm, "id"), text(vm, "status"))).collect())
+    }
+
+    /// Waits until exactly one VM has this status, and returns its id.
+    ///
+    /// # Errors
+    /// When there is none in time.
+    pub fn wait_for_status(&self, status: &str) -> Result<String> {
+        let mut found = None;
+        wait_until(Duration::from_secs(120), &format!("a VM that is {status}"), || {
+            found = self.list()?.into_iter().find(|(_, shown)| shown == status).map(|(id, _)| id);
+            Ok(found.is_some())
+        })?;
+        found.context("it was just there")
+    }
+
+    /// The phases in a VM's history, in order.
+    ///
+    /// # Errors
+    /// When sqlite3 is missing or fails.
+    pub fn phases(&self, vm: &str) -> Result<Vec<String>> {
+        let query = format!("select phase from vm_lifecycle where vm_id='{vm}' order by version");
+        let mut phases: Vec<String> = self.sql(&query)?.lines().map(str::to_owned).collect();
+        phases.dedup();
+        Ok(phases)
+    }
+
+    /// Asks the state database as the runbook does: with `sqlite3`.
+    ///
+    /// # Errors
+    /// When sqlite3 is missing or fails.
+    pub fn sql(&self, query: &str) -> Result<String> {
+        let db = self.home().join("state.db");
+        let output = Command::new("sqlite3").arg(db).arg(query).output().context("sqlite3")?;
+        if !output.status.success() {
+            bail!("sqlite3: {}", stderr(&output));
+        }
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// What this installation still has on the host.
+    ///
+    /// # Errors
+    /// When it could not be looked at.
+    pub fn remains(&self) -> Result<Remains> {
+        Remains::of(&self.home())
+    }
+
+    /// Fails if anything of a VM is left: processes, files, rows.
+    ///
+    /// # Errors
+    /// What is left.
+    pub fn assert_nothing_left(&self) -> Result<()> {
+        let remains = self.remains()?;
+        ensure!(remains.is_empty(), "left behind: {remains:#?}");
+        let rows = self.sql("select id from vms")?;
+        ensure!(rows.is_empty(), "left in the table vms: {rows}");
+        Ok(())
+    }
+}
+
+impl Drop for Installation {
+    fn drop(&mut self) {
+        // A test that failed half-way must not leave its VMs to the next.
+        if let Ok(remains) = self.remains() {
+            remains.kill_processes();
+        }
+    }
+}
+
+fn run_args<'a>(flags: &[&'a str], command: &[&'a str]) -> Vec<&'a str> {
+    let mut args = vec!["run", "--no-network", "--image", "busybox"];
+    args.extend(flags);
+    args.push("--");
+    args.extend(command);
+    args
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}

@@ -1,0 +1,14 @@
+//! For tests of the real program: an installation of its own per test, and a look at the host
+//! afterwards.
+//!
+//! Every test gets its own `MATCHLOCK_HOME`; the cache with the guest bundle and the `busybox`
+//! image is shared and only read. What belongs to a test's installation is found by its
+//! installation id and its directory, so that tests run side by side.
+
+mod host;
+mod installation;
+mod running;
+
+pub use host::Remains;
+pub use installation::{Installation, busybox_archive, program};
+pub use running::{Running, wait_until};
