@@ -21,8 +21,8 @@ help: ## Show this list
 run: build guest image ## Set everything up and run a first command in a microVM
 	@scripts/run.sh $(BINARY) $(BUSYBOX)
 
-test: lint build guest image ## Set everything up, check format and lints, run every test
-	@scripts/test.sh $(BINARY) $(BUSYBOX)
+test: lint guest image ## Set everything up, check format and lints, run every test
+	@scripts/test.sh $(BUSYBOX)
 
 setup: ## Install what is missing (Debian packages, Rust targets)
 	@scripts/setup.sh

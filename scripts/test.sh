@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
-# test.sh MATCHLOCK BUSYBOX.tar: run every test, those with real microVMs as well.
+# test.sh BUSYBOX.tar: run every test, those with real microVMs as well. They run the program of
+# the dev profile, which checks its own assertions.
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-[ $# = 2 ] || die "usage: scripts/test.sh MATCHLOCK BUSYBOX.tar"
-export MATCHLOCK_TEST_BIN=$1
-export MATCHLOCK_TEST_BUSYBOX=$2
+[ $# = 1 ] || die "usage: scripts/test.sh BUSYBOX.tar"
+export MATCHLOCK_TEST_BIN=$target/debug/matchlock
+export MATCHLOCK_TEST_BUSYBOX=$1
 export MATCHLOCK_TEST_CACHE=$target/test-cache
 "$root/scripts/install-bundle.sh" "$MATCHLOCK_TEST_CACHE"
 
-say "running the tests"
+say "building the tests"
 cd "$root"
+cargo build --locked
+cargo test --workspace --locked --no-run
+
+say "running the tests"
 exec cargo test --workspace --locked </dev/null

@@ -38,7 +38,7 @@ fn what_a_command_sees() {
     let script = r#"
         echo "host $(hostname)"; echo "who $WHO"; echo "file $FROM_FILE"; echo "home $HOME"
         echo "ids $(id -u):$(id -g)"; echo "dir $(pwd)"; echo "arg $1|$2"
-        grep -c '^10.9.8.7 *db$' /etc/hosts; head -1 /etc/hosts
+        grep -c '^10.9.8.7[[:space:]]*db$' /etc/hosts; head -1 /etc/hosts
         for d in /proc/self /sys/class /dev/null /dev/pts /dev/shm /tmp /run /sys/fs/cgroup/cgroup.procs; do
             [ -e $d ] || echo "missing $d"
         done
@@ -49,13 +49,25 @@ fn what_a_command_sees() {
     let env_file = installation.home().with_file_name("env");
     std::fs::write(&env_file, "# comment\n\nFROM_FILE=yes\nWHO=file\n").unwrap();
     let flags = [
-        "--hostname", "box.example", "-e", "WHO=world", "--env-file", env_file.to_str().unwrap(),
-        "-u", "user", "-w", "/made/up", "--add-host", "db:10.9.8.7", "--entrypoint", "/bin/sh",
+        "--hostname",
+        "box.example",
+        "-e",
+        "WHO=world",
+        "--env-file",
+        env_file.to_str().unwrap(),
+        "-u",
+        "user",
+        "-w",
+        "/made/up",
+        "--add-host",
+        "db:10.9.8.7",
+        "--entrypoint",
+        "/bin/sh",
     ];
     let output = installation.run(&flags, &["-c", script, "name", "a b", ""]).unwrap();
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     let expected = "host box.example\nwho world\nfile yes\nhome /home/user\nids 1000:1000\n\
-         dir /made/up\narg a b|\n1\n127.0.0.1 localhost box.example\n\
+         dir /made/up\narg a b|\n1\n127.0.0.1 localhost localhost.localdomain box.example\n\
          lo\n1777\nproc\nwritable\nno stdin\n";
     let shown = stdout(&output).replace('\t', " ");
     assert_eq!(shown, expected);
@@ -123,9 +135,8 @@ fn a_hundred_megabytes_come_back_as_they_went() {
 #[test]
 fn nobody_reading_ends_the_run() {
     let installation = Installation::new().unwrap();
-    let mut command = installation
-        .command(&["run", "--no-network", "--image", "busybox", "--", "yes"])
-        .unwrap();
+    let mut command =
+        installation.command(&["run", "--no-network", "--image", "busybox", "--", "yes"]).unwrap();
     let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
     let mut first = [0; 4];
     let mut output = child.stdout.take().unwrap();
@@ -147,7 +158,12 @@ fn ten_runs_at_once() {
         .collect();
     for (number, run) in runs.into_iter().enumerate() {
         let output = run.wait(PATIENCE * 2).unwrap();
-        assert_eq!(output.status.code(), Some(i32::try_from(number).unwrap()), "{}", stderr(&output));
+        assert_eq!(
+            output.status.code(),
+            Some(i32::try_from(number).unwrap()),
+            "{}",
+            stderr(&output)
+        );
         assert_eq!(stdout(&output), format!("{number}\n"));
     }
     installation.assert_nothing_left().unwrap();

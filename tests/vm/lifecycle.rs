@@ -54,7 +54,9 @@ fn a_kept_vm_takes_further_commands_until_it_is_killed() {
     // It holds nothing but its logs, until it is removed.
     assert_eq!(installation.list().unwrap(), [(vm.clone(), "stopped".to_owned())]);
     assert_eq!(installation.phases(&vm).unwrap().last().unwrap(), "cleaned");
-    let cleanup = format!("select cleanup_json from vm_lifecycle where vm_id='{vm}' order by version desc limit 1");
+    let cleanup = format!(
+        "select cleanup_json from vm_lifecycle where vm_id='{vm}' order by version desc limit 1"
+    );
     let cleanup = installation.sql(&cleanup).unwrap();
     for step in ["guest_sync", "machine_close", "sockets_remove", "rootfs_remove"] {
         assert!(cleanup.contains(&format!("\"{step}\":{{\"status\":\"ok\"")), "{cleanup}");
@@ -109,7 +111,14 @@ fn a_guest_that_panics_is_one_clear_line() {
     let installation = Installation::new().unwrap();
     // The agent runs in another pid namespace; only the kernel itself can be made to panic.
     let output = installation
-        .run(&[], &["sh", "-c", "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger; sleep 100"])
+        .run(
+            &[],
+            &[
+                "sh",
+                "-c",
+                "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger; sleep 100",
+            ],
+        )
         .unwrap();
     let said = stderr(&output);
     assert_eq!(output.status.code(), Some(125), "{said}");

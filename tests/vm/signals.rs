@@ -51,7 +51,11 @@ fn signals_at_any_moment_leave_nothing() {
         // A signal that comes before its handler is there ends the process as signals do.
         let by_default = rustix_signal(&output) == Some(15) && delay_ms == 0;
         let code = output.status.code();
-        assert!(by_default || code == Some(143), "after {delay_ms} ms: {code:?} {}", stderr(&output));
+        assert!(
+            by_default || code == Some(143),
+            "after {delay_ms} ms: {code:?} {}",
+            stderr(&output)
+        );
         if installation.home().join("state.db").try_exists().unwrap() {
             installation.assert_nothing_left().unwrap();
         }
@@ -87,7 +91,9 @@ fn a_second_signal_does_not_wait_for_the_grace() {
     run.signal(Signal::TERM).unwrap();
     run.signal(Signal::INT).unwrap();
     let output = run.wait(PATIENCE).unwrap();
-    assert_eq!(output.status.code(), Some(143), "{}", stderr(&output));
+    // Two signals at once arrive in either order; the first to arrive names the exit code.
+    let code = output.status.code();
+    assert!(matches!(code, Some(130 | 143)), "{code:?} {}", stderr(&output));
     installation.assert_nothing_left().unwrap();
 }
 

@@ -231,9 +231,9 @@ impl Actor for Fleet {
                     state.close_scope(&myself, id, Failure::new(FailureKind::Internal, text));
                 }
             }
-            SupervisionEvent::ActorTerminated(cell, _, _) => {
+            SupervisionEvent::ActorTerminated(cell, _, reason) => {
                 if let Some(id) = state.registry.by_actor(cell.get_id()) {
-                    state.registry.lock().remove(&id);
+                    state.actor_ended(&myself, id, reason);
                 }
             }
             SupervisionEvent::ActorStarted(_) | SupervisionEvent::ProcessGroupChanged(_) => {}
@@ -351,6 +351,23 @@ impl FleetState {
                 Err(Failure::new(FailureKind::Guest, text))
             }
         }
+    }
+
+    /// An actor that ended without a fault has settled its VM, unless it was killed.
+    fn actor_ended(&self, myself: &ActorRef<FleetMsg>, id: VmId, reason: Option<String>) {
+        let settled = self
+            .registry
+            .lock()
+            .get(&id)
+            .is_some_and(|entry| entry.context.watch().borrow().settled);
+        if settled {
+            self.registry.lock().remove(&id);
+            return;
+        }
+        let reason = reason.unwrap_or_else(|| "no reason".to_owned());
+        tracing::error!(vm_id = %id, %reason, "a VM's actor was ended");
+        let text = format!("the VM's actor was ended: {reason}");
+        self.close_scope(myself, id, Failure::new(FailureKind::Internal, text));
     }
 
     /// Ends what a failed life left running, then reads where the VM stands.

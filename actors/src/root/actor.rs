@@ -150,7 +150,10 @@ impl Actor for Root {
     ) -> Result<(), ActorProcessingErr> {
         let (cell, why): (ActorCell, String) = match event {
             SupervisionEvent::ActorFailed(cell, error) => (cell, error.to_string()),
-            SupervisionEvent::ActorTerminated(cell, _, reason) => {
+            SupervisionEvent::ActorTerminated(cell, last_state, reason) => {
+                // The writer's last state holds its queue open; its next life joins the thread
+                // that waits for that queue to close.
+                drop(last_state);
                 (cell, reason.unwrap_or_else(|| "stopped".into()))
             }
             SupervisionEvent::ActorStarted(_) | SupervisionEvent::ProcessGroupChanged(_) => {

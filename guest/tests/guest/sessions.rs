@@ -210,6 +210,7 @@ where
         let noise = id.wrapping_add(100 + other * 10);
         host.attach(JobId([noise; 16]), 0).await.release().await;
     }
+    host.vanish().await;
 }
 
 #[test]

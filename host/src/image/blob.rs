@@ -59,18 +59,22 @@ impl BlobLease {
     /// [`ImageError::NoBlob`] when there is no such file, or it is empty or being removed;
     /// [`ImageError::File`] when that could not be found out.
     pub fn take(path: &Path) -> Result<Self, ImageError> {
+        match open(path, FILE, Mode::empty()) {
+            Ok(file) => Self::hold(file, path),
+            Err(Errno::NOENT | Errno::LOOP) => Err(ImageError::NoBlob { path: path.to_owned() }),
+            Err(error) => Err(failed("open", path, error)),
+        }
+    }
+
+    /// Locks what was opened under this path, unless it was removed since or is no blob.
+    fn hold(file: OwnedFd, path: &Path) -> Result<Self, ImageError> {
         let gone = || ImageError::NoBlob { path: path.to_owned() };
-        let fail = |error: Errno| failed("open", path, error);
-        let lock = match open(path, FILE, Mode::empty()) {
-            Err(Errno::NOENT | Errno::LOOP) => return Err(gone()),
-            opened => opened.map_err(fail)?,
-        };
-        match flock(&lock, FlockOperation::NonBlockingLockShared) {
+        match flock(&file, FlockOperation::NonBlockingLockShared) {
             Err(Errno::WOULDBLOCK) => return Err(gone()),
             locked => locked.map_err(|error| failed("lock", path, error))?,
         }
-        let lock = Locked(lock);
-        let stat = fstat(&lock.0).map_err(fail)?;
+        let lock = Locked(file);
+        let stat = fstat(&lock.0).map_err(|error| failed("look at", path, error))?;
         let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
         if !regular || stat.st_size == 0 || !is_named(rustix::fs::CWD, path, &lock.0, path)? {
             return Err(gone());
@@ -160,4 +164,28 @@ fn unlink_verified(
     }
     // An import may have put a new file there since; only ours must be gone.
     if is_named(parent, name, file, path)? { Err(fail(Errno::BUSY)) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_was_removed_after_it_was_opened_is_not_leased() {
+        let cache = tempfile::tempdir().unwrap();
+        let dirs = ImageDirs::new(cache.path());
+        let path = dirs.blobs().join("sha256_1.erofs");
+        std::fs::create_dir_all(dirs.blobs()).unwrap();
+        std::fs::write(&path, "content").unwrap();
+        let early = open(&path, FILE, Mode::empty()).unwrap();
+        remove_blob(&dirs, &path).unwrap();
+        assert!(matches!(BlobLease::hold(early, &path), Err(ImageError::NoBlob { .. })));
+        // The same name may lead to another file by then.
+        std::fs::write(&path, "first").unwrap();
+        let early = open(&path, FILE, Mode::empty()).unwrap();
+        remove_blob(&dirs, &path).unwrap();
+        std::fs::write(&path, "second").unwrap();
+        assert!(matches!(BlobLease::hold(early, &path), Err(ImageError::NoBlob { .. })));
+        BlobLease::take(&path).unwrap();
+    }
 }

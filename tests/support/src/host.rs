@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 
 /// What an installation has on the host besides its database.
@@ -53,9 +54,11 @@ impl Remains {
     /// Ends the processes, by their ids.
     pub fn kill_processes(&self) {
         for (pid, _) in &self.processes {
-            if let Some(pid) = Pid::from_raw(*pid) {
-                // Already gone is fine; anything else shows in the next look.
-                drop(kill_process(pid, Signal::KILL));
+            let Some(pid) = Pid::from_raw(*pid) else { continue };
+            if let Err(errno) = kill_process(pid, Signal::KILL)
+                && errno != Errno::SRCH
+            {
+                eprintln!("could not end process {pid:?}: {errno}");
             }
         }
     }
@@ -72,8 +75,8 @@ fn processes(home: &Path, install: Option<&str>) -> Result<Vec<(i32, String)>> {
         let cmdline = String::from_utf8_lossy(&cmdline).replace('\0', " ");
         let mark = install.map(|install| format!("matchlock:{install}:"));
         let marked = mark.is_some_and(|mark| cmdline.contains(&mark));
-        let inside = fs::read_link(format!("/proc/{pid}/cwd"))
-            .is_ok_and(|cwd| cwd.starts_with(home));
+        let inside =
+            fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd.starts_with(home));
         if marked || inside {
             found.push((pid, cmdline));
         }

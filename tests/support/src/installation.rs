@@ -48,7 +48,8 @@ impl Installation {
     /// When the environment of `make test` is missing or the image cannot be imported.
     pub fn new() -> Result<Self> {
         let cache = variable("MATCHLOCK_TEST_CACHE")?;
-        let installation = Self { dir: tempfile::Builder::new().prefix("mltest").tempdir()?, cache };
+        let installation =
+            Self { dir: tempfile::Builder::new().prefix("mltest").tempdir()?, cache };
         installation.ensure_busybox()?;
         Ok(installation)
     }
@@ -96,10 +97,7 @@ impl Installation {
             return Ok(());
         }
         let archive = File::open(busybox_archive()?)?;
-        let imported = self
-            .command(&["image", "import", "busybox"])?
-            .stdin(archive)
-            .output()?;
+        let imported = self.command(&["image", "import", "busybox"])?.stdin(archive).output()?;
         ensure!(imported.status.success(), "import failed: {}", stderr(&imported));
         Ok(())
     }

@@ -1,0 +1,155 @@
+//! Effects that fail, hang or come late.
+
+use std::time::Duration;
+
+use matchlock_host::guest_link::{FakeReadiness, LinkError};
+use matchlock_host::hypervisor::{ExitReason, LaunchFault};
+use matchlock_host::rootfs::{RootfsFault, RootfsOp};
+use matchlock_model::phase::Phase;
+use matchlock_model::reconcile::Goal;
+use matchlock_model::vm::StopMode;
+
+use super::world::{World, lost, reaches, settled};
+use matchlock_actors::reconciler::{Outcome, Target};
+
+#[tokio::test]
+async fn a_disk_that_cannot_be_made() {
+    let world = World::new().await;
+    world.rootfs.set_fault(RootfsOp::CreateDisk, Some(RootfsFault::Fails));
+    let mut vm = world.create(true).await.unwrap();
+    let view = settled(&mut vm).await;
+    assert!(view.cause.is_some());
+    let phases = world.phases(vm.id).await;
+    assert_eq!(phases, [Phase::Creating, Phase::CreateFailed, Phase::Cleaning, Phase::Cleaned]);
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_hypervisor_that_cannot_be_launched() {
+    for fault in [LaunchFault::Fails, LaunchFault::DiesAtOnce] {
+        let world = World::new().await;
+        world.hypervisor.set_launch_fault(Some(fault));
+        let mut vm = world.create(false).await.unwrap();
+        let view = settled(&mut vm).await;
+        let cause = view.cause.unwrap();
+        assert_eq!(view.phase, Phase::Cleaned);
+        assert!(world.phases(vm.id).await.contains(&Phase::StartFailed));
+        let head = world.deps.reader.lifecycle_head(vm.id).await.unwrap().unwrap();
+        assert_eq!(head.last_error, cause.message, "the cause stays in the row");
+        world.shutdown().await;
+    }
+}
+
+#[tokio::test]
+async fn a_stop_beats_whatever_hangs() {
+    for hang in ["disk", "launch", "agent"] {
+        let world = World::new().await;
+        match hang {
+            "disk" => world.rootfs.set_fault(RootfsOp::CreateDisk, Some(RootfsFault::Never)),
+            "launch" => world.hypervisor.set_launch_fault(Some(LaunchFault::Never)),
+            _ => world.connector.set_readiness(FakeReadiness::Never),
+        }
+        let mut vm = world.create(true).await.unwrap();
+        let stuck_in = if hang == "disk" { Phase::Creating } else { Phase::Starting };
+        reaches(&mut vm, |view| view.phase == stuck_in).await;
+        world.stop(vm.id, StopMode::Graceful(Duration::from_secs(3600))).await.unwrap();
+        let view = settled(&mut vm).await;
+        assert_eq!((view.phase, view.cause), (Phase::Cleaned, None), "{hang}");
+        world.assert_nothing_left().await;
+        world.shutdown().await;
+    }
+}
+
+#[tokio::test]
+async fn an_agent_that_fails_is_told_with_the_console() {
+    let world = World::new().await;
+    world.connector.set_readiness(FakeReadiness::Fails(LinkError::Version { guest: 9, host: 1 }));
+    let mut vm = world.create(true).await.unwrap();
+    let cause = settled(&mut vm).await.cause.unwrap();
+    assert!(cause.message.contains("version 9") && cause.message.contains("console"), "{cause}");
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_machine_that_ends_by_itself_is_told_with_its_reason() {
+    let world = World::new().await;
+    let mut vm = world.running(true).await;
+    let reason = ExitReason::GuestPanic("Kernel panic - not syncing: x".into());
+    world.hypervisor.machine(vm.id).unwrap().end(reason);
+    let view = settled(&mut vm).await;
+    assert!(view.cause.unwrap().message.contains("Kernel panic"));
+    let stopping = world.deps.reader.history(vm.id).await.unwrap();
+    let stopping = stopping.iter().find(|record| record.phase == Phase::Stopping).unwrap();
+    assert!(stopping.last_error.contains("Kernel panic"));
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_lost_link_ends_the_vm() {
+    let world = World::new().await;
+    let mut vm = world.running(true).await;
+    world.connector.lose(&lost());
+    let view = settled(&mut vm).await;
+    assert!(view.cause.unwrap().message.contains("a test cut it"));
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_hypervisor_that_does_not_die_keeps_everything() {
+    let world = World::new().await;
+    let mut vm = world.running(true).await;
+    world.hypervisor.machine(vm.id).unwrap().set_immortal(true);
+    world.stop(vm.id, StopMode::Force).await.unwrap();
+    let view = settled(&mut vm).await;
+    assert_eq!(view.phase, Phase::StopFailed);
+    assert!(view.cause.is_some());
+    assert!(world.rootfs.existing().contains(&world.paths(vm.id).rootfs()), "it may be in use");
+    assert!(world.deps.reader.vm(vm.id).await.unwrap().is_some(), "the record is kept");
+    world.lock_is_free(vm.id).await;
+
+    // Later it can be ended, and the reconciler finishes.
+    world.hypervisor.machine(vm.id).unwrap().set_immortal(false);
+    let reports = world.reconcile(Target::All, Goal::Remove).await;
+    assert!(matches!(reports[0].outcome, Outcome::Cleaned { .. }), "{reports:?}");
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_disk_that_cannot_be_removed_keeps_the_record_until_it_can() {
+    for fault in [RootfsFault::Fails, RootfsFault::FailsAfterwards] {
+        let world = World::new().await;
+        let mut vm = world.running(true).await;
+        world.rootfs.set_fault(RootfsOp::RemoveDisk, Some(fault));
+        world.stop(vm.id, StopMode::Force).await.unwrap();
+        let view = settled(&mut vm).await;
+        assert_eq!(view.phase, Phase::CleanupFailed);
+        world.lock_is_free(vm.id).await;
+        let head = world.deps.reader.lifecycle_head(vm.id).await.unwrap().unwrap();
+        assert_eq!(head.phase, Phase::CleanupFailed);
+        assert!(!head.last_error.is_empty());
+
+        world.rootfs.set_fault(RootfsOp::RemoveDisk, None);
+        let reports = world.reconcile(Target::One(vm.id), Goal::Remove).await;
+        assert!(matches!(reports[0].outcome, Outcome::Cleaned { .. }), "{reports:?}");
+        world.assert_nothing_left().await;
+        world.shutdown().await;
+    }
+}
+
+#[tokio::test]
+async fn a_second_stop_does_not_wait_for_a_guest_that_does_not_answer() {
+    let world = World::new().await;
+    world.connector.on_shutdown(|_| {});
+    let mut vm = world.running(true).await;
+    world.stop(vm.id, StopMode::Graceful(Duration::from_secs(3600))).await.unwrap();
+    reaches(&mut vm, |view| view.phase == Phase::Stopping).await;
+    world.stop(vm.id, StopMode::Force).await.unwrap();
+    assert_eq!(settled(&mut vm).await.phase, Phase::Cleaned);
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}

@@ -1,0 +1,8 @@
+//! The actor tree on fakes of the host and a real store: what is promised holds when effects fail,
+//! hang or come late, and when actors are killed.
+
+mod faults;
+mod life;
+mod reconciling;
+mod supervision;
+mod world;
