@@ -9,7 +9,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
@@ -36,16 +35,23 @@ pub fn below(dir: BorrowedFd<'_>, name: &Path) -> PathBuf {
 /// # Errors
 /// When the directory cannot be opened or the socket cannot be made.
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
-    let dir = open_dir(path)?;
+    let listener = listen_in(open_dir(path)?.as_fd(), path)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// Makes a socket of this path's name in an open directory and listens on it, blocking.
+///
+/// # Errors
+/// When the socket cannot be made.
+pub fn listen_in(dir: BorrowedFd<'_>, path: &Path) -> io::Result<UnixListener> {
     let name = path.file_name().unwrap_or_default();
-    match rustix::fs::unlinkat(&dir, name, AtFlags::empty()) {
+    match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => {}
         Err(errno) => return Err(errno.into()),
     }
-    let address = below(dir.as_fd(), path);
-    let listener = UnixListener::bind(&address)?;
-    std::fs::set_permissions(&address, std::fs::Permissions::from_mode(0o600))?;
-    listener.set_nonblocking(true)?;
+    let listener = UnixListener::bind(below(dir, path))?;
+    rustix::fs::chmodat(dir, name, Mode::RUSR | Mode::WUSR, AtFlags::empty())?;
     Ok(listener)
 }
 
@@ -60,6 +66,8 @@ pub async fn connect(path: &Path) -> io::Result<UnixStream> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     #[tokio::test]

@@ -185,7 +185,7 @@ fn check(args: RunArgs) -> Result<VmSpec, CliError> {
         remove: args.rm,
         host_cpus: u32::try_from(host_cpus).unwrap_or(u32::MAX),
     })
-    .map_err(|e| CliError::input(e))
+    .map_err(CliError::input)
 }
 
 /// The variables of the files, in order, then those of the command line.

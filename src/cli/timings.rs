@@ -21,10 +21,6 @@ pub(super) struct Stopwatch {
 }
 
 impl Stopwatch {
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "wall time of the whole command, also before there is a runtime"
-    )]
     pub(super) fn now() -> Instant {
         Instant::now()
     }

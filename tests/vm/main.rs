@@ -2,6 +2,8 @@
 //!
 //! Each test has an installation of its own and looks at the end at what is left on the host.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod commands;
 mod errors;
 mod images;

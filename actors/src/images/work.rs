@@ -5,7 +5,7 @@ use std::path::Path;
 use matchlock_host::image::{self, ImageError, ImportedImage};
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::image::{ImageRecord, ImageScope};
-use matchlock_store::open_images;
+use matchlock_store::{ImageConn, open_images};
 use ractor::RpcReplyPort;
 use tokio_util::sync::CancellationToken;
 
@@ -66,13 +66,11 @@ pub(super) fn import(
     let replaced =
         metadata.put_image(&record, &imported.rootfs_digest, now).map_err(|e| store_failure(&e))?;
     if let Some(replaced) = replaced
-        && !replaced.blob_in_use
         && replaced.record.rootfs_path != record.rootfs_path
     {
-        // In use by a VM: it goes with the next removal that finds it unused.
-        if let Err(error) = image::remove_blob(&args.dirs, Path::new(&replaced.record.rootfs_path))
-        {
-            tracing::warn!(%error, "the blob of the replaced image stays");
+        // In use by a VM, it stays until an image that uses it is removed.
+        if let Err(failure) = remove_unwanted(args, &metadata, &replaced.record, None) {
+            tracing::warn!(%failure, "the blob of the replaced image stays");
         }
     }
     Ok(imported)
@@ -85,21 +83,37 @@ pub(super) fn remove(args: &ImagesArgs, tag: &str) -> Result<RemovedImage, Failu
     }
     let mut metadata = open_images(&args.dirs.images).map_err(|e| store_failure(&e))?;
     let record = metadata.find(tag).map_err(|e| store_failure(&e))?.ok_or_else(not_found)?;
-    let blob = Path::new(&record.rootfs_path);
-    let shared = metadata
-        .list()
-        .map_err(|e| store_failure(&e))?
-        .iter()
-        .filter(|other| other.rootfs_path == record.rootfs_path)
-        .count()
-        > 1;
     // The blob first: if a VM uses it, the image stays whole.
-    if !shared {
-        image::remove_blob(&args.dirs, blob).map_err(|e| image_failure(&e))?;
-    }
+    let blob_removed = remove_unwanted(args, &metadata, &record, Some(tag))?;
     metadata
         .remove_image(Some(record.scope), tag, (args.now)())
         .map_err(|e| store_failure(&e))?
         .ok_or_else(not_found)?;
-    Ok(RemovedImage { record, blob_removed: !shared })
+    Ok(RemovedImage { record, blob_removed })
+}
+
+/// Removes an image's blob, unless an image of another tag uses it; whether it is gone.
+fn remove_unwanted(
+    args: &ImagesArgs,
+    metadata: &ImageConn,
+    image: &ImageRecord,
+    but_tag: Option<&str>,
+) -> Result<bool, Failure> {
+    let mut unreadable = None;
+    let mut is_wanted = || match metadata.list() {
+        Ok(images) => images.iter().any(|other| {
+            let same = other.scope == image.scope && but_tag == Some(other.tag.as_str());
+            other.rootfs_path == image.rootfs_path && !same
+        }),
+        Err(error) => {
+            unreadable = Some(store_failure(&error));
+            true
+        }
+    };
+    let removed = image::remove_blob(&args.dirs, Path::new(&image.rootfs_path), &mut is_wanted);
+    match (removed, unreadable) {
+        (_, Some(failure)) => Err(failure),
+        (Err(error), None) => Err(image_failure(&error)),
+        (Ok(removed), None) => Ok(removed),
+    }
 }

@@ -1,6 +1,8 @@
 //! The actor tree on fakes of the host and a real store: what is promised holds when effects fail,
 //! hang or come late, and when actors are killed.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod faults;
 mod life;
 mod reconciling;

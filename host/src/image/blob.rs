@@ -101,21 +101,33 @@ impl BlobLease {
     }
 }
 
-/// Removes a blob. One that is gone already is fine.
+/// Removes a blob, unless it is still wanted; whether it is gone. One that is gone already is fine.
+///
+/// `is_wanted` is asked while nobody can take a lease: an import keeps its lease until its row is
+/// written, so an image that has just begun to use the blob is seen.
 ///
 /// # Errors
 /// [`ImageError::InUse`] when somebody holds a [`BlobLease`] on it; [`ImageError::NotABlob`] when
 /// the path is not directly below `images/blobs/` or is no regular file.
-pub fn remove_blob(dirs: &ImageDirs, path: &Path) -> Result<(), ImageError> {
-    remove(dirs, path, false)
+pub fn remove_blob(
+    dirs: &ImageDirs,
+    path: &Path,
+    is_wanted: &mut dyn FnMut() -> bool,
+) -> Result<bool, ImageError> {
+    remove(dirs, path, &mut |_| is_wanted())
 }
 
 /// Removes what has a blob's name and is empty: all that a crash of the machine may leave of one.
 pub(super) fn remove_empty(dirs: &ImageDirs, path: &Path) -> Result<(), ImageError> {
-    remove(dirs, path, true)
+    remove(dirs, path, &mut |size| size > 0).map(drop)
 }
 
-fn remove(dirs: &ImageDirs, path: &Path, only_empty: bool) -> Result<(), ImageError> {
+/// `keep` is given the file's size and asked under the exclusive lock.
+fn remove(
+    dirs: &ImageDirs,
+    path: &Path,
+    keep: &mut dyn FnMut(i64) -> bool,
+) -> Result<bool, ImageError> {
     let blobs = dirs.blobs();
     let refused = || ImageError::NotABlob { path: path.to_owned(), blobs: blobs.clone() };
     let Ok(relative) = path.strip_prefix(&blobs) else {
@@ -127,11 +139,11 @@ fn remove(dirs: &ImageDirs, path: &Path, only_empty: bool) -> Result<(), ImageEr
     };
     let fail = |error: Errno| failed("remove", path, error);
     let parent = match open(&blobs, DIRECTORY, Mode::empty()) {
-        Err(Errno::NOENT) => return Ok(()),
+        Err(Errno::NOENT) => return Ok(true),
         opened => opened.map_err(fail)?,
     };
     let file = match openat(&parent, name, FILE, Mode::empty()) {
-        Err(Errno::NOENT) => return Ok(()),
+        Err(Errno::NOENT) => return Ok(true),
         Err(Errno::LOOP) => return Err(refused()),
         opened => opened.map_err(fail)?,
     };
@@ -144,11 +156,13 @@ fn remove(dirs: &ImageDirs, path: &Path, only_empty: bool) -> Result<(), ImageEr
         locked => locked.map_err(fail)?,
     }
     let file = Locked(file);
-    let kept = only_empty && stat.st_size > 0;
-    if kept || !is_named(parent.as_fd(), name, &file.0, path)? {
-        return Ok(());
+    if keep(stat.st_size) {
+        return Ok(false);
     }
-    unlink_verified(parent.as_fd(), name, &file.0, path)
+    if is_named(parent.as_fd(), name, &file.0, path)? {
+        unlink_verified(parent.as_fd(), name, &file.0, path)?;
+    }
+    Ok(true)
 }
 
 fn unlink_verified(
@@ -171,6 +185,24 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_blob_that_is_wanted_again_stays() {
+        let cache = tempfile::tempdir().unwrap();
+        let dirs = ImageDirs::new(cache.path());
+        let path = dirs.blobs().join("sha256_1.erofs");
+        std::fs::create_dir_all(dirs.blobs()).unwrap();
+        std::fs::write(&path, "content").unwrap();
+        let mut asked_under_the_lock = false;
+        let mut is_wanted = || {
+            asked_under_the_lock = BlobLease::take(&path).is_err();
+            true
+        };
+        assert!(!remove_blob(&dirs, &path, &mut is_wanted).unwrap());
+        assert!(asked_under_the_lock && path.try_exists().unwrap());
+        assert!(remove_blob(&dirs, &path, &mut || false).unwrap());
+        assert!(!path.try_exists().unwrap());
+    }
+
+    #[test]
     fn a_file_that_was_removed_after_it_was_opened_is_not_leased() {
         let cache = tempfile::tempdir().unwrap();
         let dirs = ImageDirs::new(cache.path());
@@ -178,12 +210,12 @@ mod tests {
         std::fs::create_dir_all(dirs.blobs()).unwrap();
         std::fs::write(&path, "content").unwrap();
         let early = open(&path, FILE, Mode::empty()).unwrap();
-        remove_blob(&dirs, &path).unwrap();
+        remove_blob(&dirs, &path, &mut || false).unwrap();
         assert!(matches!(BlobLease::hold(early, &path), Err(ImageError::NoBlob { .. })));
         // The same name may lead to another file by then.
         std::fs::write(&path, "first").unwrap();
         let early = open(&path, FILE, Mode::empty()).unwrap();
-        remove_blob(&dirs, &path).unwrap();
+        remove_blob(&dirs, &path, &mut || false).unwrap();
         std::fs::write(&path, "second").unwrap();
         assert!(matches!(BlobLease::hold(early, &path), Err(ImageError::NoBlob { .. })));
         BlobLease::take(&path).unwrap();

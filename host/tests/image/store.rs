@@ -30,14 +30,14 @@ fn a_blob_with_a_lease_is_not_removed() {
     let path = blob(&dirs, "sha256_1.erofs");
     let (one, two) = (BlobLease::take(&path).unwrap(), BlobLease::take(&path).unwrap());
     assert!(one.size() > 0 && one.path() == path);
-    assert!(matches!(remove_blob(&dirs, &path), Err(ImageError::InUse { .. })));
+    assert!(matches!(remove_blob(&dirs, &path, &mut || false), Err(ImageError::InUse { .. })));
     drop(one);
-    assert!(matches!(remove_blob(&dirs, &path), Err(ImageError::InUse { .. })));
+    assert!(matches!(remove_blob(&dirs, &path, &mut || false), Err(ImageError::InUse { .. })));
     assert!(path.try_exists().unwrap());
     drop(two);
-    remove_blob(&dirs, &path).unwrap();
+    remove_blob(&dirs, &path, &mut || false).unwrap();
     assert!(!path.try_exists().unwrap());
-    remove_blob(&dirs, &path).unwrap();
+    remove_blob(&dirs, &path, &mut || false).unwrap();
     assert!(matches!(BlobLease::take(&path), Err(ImageError::NoBlob { .. })));
 }
 
@@ -76,13 +76,13 @@ fn only_files_directly_below_blobs_are_removed() {
         "fine".into(),
         "/etc/hostname".into(),
     ] {
-        let error = remove_blob(&dirs, &bad).unwrap_err();
+        let error = remove_blob(&dirs, &bad, &mut || false).unwrap_err();
         assert!(matches!(error, ImageError::NotABlob { .. }), "{bad:?}: {error}");
         assert!(matches!(BlobLease::take(&blobs.join("link")), Err(ImageError::NoBlob { .. })));
     }
     assert!(inside.try_exists().unwrap() && target.try_exists().unwrap());
     let nowhere = ImageDirs::new(&place.path().join("nowhere"));
-    remove_blob(&nowhere, &nowhere.blobs().join("x")).unwrap();
+    remove_blob(&nowhere, &nowhere.blobs().join("x"), &mut || false).unwrap();
 }
 
 #[test]
@@ -98,12 +98,12 @@ fn taking_and_removing_race_without_harm() {
                 BlobLease::take(&path)
             });
             barrier.wait();
-            let removed = remove_blob(&dirs, &path);
+            let removed = remove_blob(&dirs, &path, &mut || false);
             (taker.join().unwrap(), removed)
         });
         match (&lease, &removed) {
             (Ok(_), Err(ImageError::InUse { .. })) => assert!(path.try_exists().unwrap()),
-            (Err(ImageError::NoBlob { .. }), Ok(())) => assert!(!path.try_exists().unwrap()),
+            (Err(ImageError::NoBlob { .. }), Ok(true)) => assert!(!path.try_exists().unwrap()),
             other => panic!("{other:?}"),
         }
     }
@@ -169,12 +169,12 @@ fn imports_and_sweeps_run_side_by_side() {
                         let (image, lease) =
                             import(&mut archive.as_slice(), dirs, limits, &|_| {}, &|| false)
                                 .unwrap();
-                        let removed = remove_blob(dirs, &image.rootfs_path);
+                        let removed = remove_blob(dirs, &image.rootfs_path, &mut || false);
                         assert!(matches!(removed, Err(ImageError::InUse { .. })), "{removed:?}");
                         drop(lease);
-                        match remove_blob(dirs, &image.rootfs_path) {
-                            Ok(()) | Err(ImageError::InUse { .. }) => {}
-                            Err(error) => panic!("{error}"),
+                        match remove_blob(dirs, &image.rootfs_path, &mut || false) {
+                            Ok(true) | Err(ImageError::InUse { .. }) => {}
+                            other => panic!("{other:?}"),
                         }
                     }
                 })

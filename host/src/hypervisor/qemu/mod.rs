@@ -22,7 +22,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net as unix;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -31,8 +31,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use matchlock_model::identity::ProcessIdentity;
-use rustix::fs::{AtFlags, Mode, OFlags};
-use rustix::io::Errno;
+use rustix::fs::{Mode, OFlags};
 use serde::Serialize;
 use tokio::net::UnixStream;
 use tokio::sync::{OnceCell, watch};
@@ -42,6 +41,7 @@ use tokio::time::timeout;
 use super::{ExitReason, Hypervisor, HypervisorError, Machine, MachineExit, MachineSpec};
 use crate::facts;
 use crate::process::{Child, ChildSpec, Spawner};
+use crate::socket;
 
 mod command;
 mod exit;
@@ -218,7 +218,7 @@ fn prepare(
     let link = listen(&dir, &paths.link_socket())?;
     let qmp_listener = listen(&dir, &paths.qmp_socket())?;
     // Queued until QEMU serves it; refused by the kernel if QEMU never does.
-    let qmp = unix::UnixStream::connect(below(&dir, &paths.qmp_socket()))
+    let qmp = unix::UnixStream::connect(socket::below(dir.as_fd(), &paths.qmp_socket()))
         .and_then(|stream| stream.set_nonblocking(true).map(|()| stream))
         .map_err(failed("connect to qmp.sock"))?;
 
@@ -253,25 +253,9 @@ fn readable(what: &'static str, path: &Path) -> Result<u64, HypervisorError> {
         .map_err(|source| HypervisorError::File { what, path: path.to_owned(), source })
 }
 
-/// The path of a name in a directory that is open, short enough for a socket's address.
-fn below(dir: &OwnedFd, path: &Path) -> PathBuf {
-    let name = path.file_name().unwrap_or_default();
-    Path::new(&format!("/proc/self/fd/{}", dir.as_raw_fd())).join(name)
-}
-
-/// Makes a socket in the VM's directory and listens on it. A leftover is replaced: the directory
-/// is ours, and only its owner launches.
+/// Makes a socket in the VM's directory and listens on it.
 fn listen(dir: &OwnedFd, path: &Path) -> Result<unix::UnixListener, HypervisorError> {
-    let name = path.file_name().unwrap_or_default();
-    let failed = || failed(format!("listen on {}", path.display()));
-    match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
-        Ok(()) | Err(Errno::NOENT) => {}
-        Err(errno) => return Err(failed()(errno.into())),
-    }
-    let listener = unix::UnixListener::bind(below(dir, path)).map_err(failed())?;
-    rustix::fs::chmodat(dir, name, Mode::RUSR | Mode::WUSR, AtFlags::empty())
-        .map_err(|errno| failed()(errno.into()))?;
-    Ok(listener)
+    socket::listen_in(dir.as_fd(), path).map_err(failed(format!("listen on {}", path.display())))
 }
 
 /// Opens the log of what QEMU prints.
@@ -399,7 +383,7 @@ impl Machine for QemuMachine {
     }
 
     async fn open_link(&self) -> Result<UnixStream, HypervisorError> {
-        UnixStream::connect(below(&self.dir, Path::new("link.sock")))
+        UnixStream::connect(socket::below(self.dir.as_fd(), Path::new("link.sock")))
             .await
             .map_err(failed("connect to the machine's link.sock"))
     }
