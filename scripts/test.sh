@@ -12,7 +12,8 @@ export MATCHLOCK_TEST_CACHE=$target/test-cache
 
 say "building the tests"
 cd "$root"
-cargo build --locked
+# One selection of packages for everything: another one would unify features anew and build all
+# dependencies twice. The program itself is built with its tests.
 cargo test --workspace --locked --no-run
 
 say "running the tests"

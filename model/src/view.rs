@@ -19,6 +19,8 @@ pub struct VmView {
     pub cause: Option<Failure>,
     /// Whether the actor has done all it will do for it.
     pub settled: bool,
+    /// Whether everything that should be gone once it is settled is gone.
+    pub cleaned_up: bool,
     /// How long its steps took.
     pub timings: Timings,
 }

@@ -51,7 +51,14 @@ async fn reconcile(
         return Ok(reports);
     }
     for report in reports.iter_mut().filter(|report| report.outcome == Outcome::Running) {
-        take_down(config, report.vm, true).await?;
+        if let Err(error) = take_down(config, report.vm, true).await {
+            report.outcome = Outcome::Failed {
+                removed: Vec::new(),
+                step: "stop".into(),
+                error: error.to_string(),
+            };
+            continue;
+        }
         if let Some(again) = node.client().reconcile(Some(report.vm), Goal::Clean).await?.pop() {
             *report = again;
         }

@@ -28,8 +28,11 @@ pub(super) struct KillArgs {
     id: Option<VmId>,
 }
 
-/// How long an owner may take: a grace of its guest, a power-off, a clean-up.
+/// How long an owner may take beyond the grace that its guest has: a power-off, a clean-up.
 const OWNER_LIMIT: Duration = Duration::from_secs(120);
+
+/// How long an owner may take that asks nobody.
+const FORCE_LIMIT: Duration = Duration::from_secs(20);
 
 /// How long an owner may take to let go of its VM after its last word.
 const RELEASE_LIMIT: Duration = Duration::from_secs(10);
@@ -70,9 +73,10 @@ const fn is_owned(status: Status) -> bool {
     matches!(status, Status::Starting | Status::Running | Status::Stopping)
 }
 
-/// Asks the owner, and sees that it has let go.
+/// Asks the owner, and sees that it has let go and that nothing was left.
 pub(super) async fn take_down(config: &NodeConfig, id: VmId, force: bool) -> Result<(), CliError> {
-    owner::kill(&config.vms_dir(), id, force, OWNER_LIMIT).await?;
+    let limit = if force { FORCE_LIMIT } else { OWNER_LIMIT };
+    owner::kill(&config.vms_dir(), id, force, limit).await?;
     let locks = wiring::owner_locks(config)?;
     let deadline = Instant::now() + RELEASE_LIMIT;
     while locks.is_held(id).map_err(|e| CliError::failure(&e))? {
@@ -82,5 +86,13 @@ pub(super) async fn take_down(config: &NodeConfig, id: VmId, force: bool) -> Res
         }
         sleep(RELEASE_POLL).await;
     }
-    Ok(())
+    // The owner's last word may be missing because it was killed itself.
+    let shown = statuses(config).await?;
+    match shown.iter().find(|vm| vm.id == id) {
+        Some(vm) if vm.status != Status::Stopped => Err(CliError::message(format_args!(
+            "VM {id} was not cleaned up (status: {}): its owner ended before; run `matchlock gc {id}`",
+            vm.status.name()
+        ))),
+        _ => Ok(()),
+    }
 }

@@ -3,9 +3,12 @@
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use matchlock_host::process::forbid_core_dumps;
+use tokio::signal::unix::SignalKind;
 use tracing_subscriber::EnvFilter;
 
 use crate::node::config::NodeConfig;
+use crate::node::stderr::LogWriter;
 
 mod error;
 mod exec;
@@ -21,6 +24,8 @@ mod timings;
 mod version;
 
 pub use error::CliError;
+
+const SIGXFSZ: i32 = 25;
 
 /// The environment variable that says what is logged.
 const LOG_VARIABLE: &str = "MATCHLOCK_LOG";
@@ -131,7 +136,8 @@ fn start_logging() {
     let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(|| LogWriter)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false)
         .compact()
         .init();
@@ -145,12 +151,17 @@ fn dispatch(verb: Verb) -> Result<u8, CliError> {
     };
     let config =
         NodeConfig::from_env(&|name| std::env::var_os(name)).map_err(|e| CliError::failure(&e))?;
+    // They would hold values that are never stored (`-e NAME`).
+    forbid_core_dumps().map_err(|e| CliError::failure(&e))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .map_err(|e| CliError::failure(&e))?;
     let code = runtime.block_on(async {
+        // A limit on file sizes is then an error of the write, not the end of this process.
+        let too_large = SignalKind::from_raw(SIGXFSZ);
+        let _kept = tokio::signal::unix::signal(too_large).map_err(|e| CliError::failure(&e))?;
         match verb {
             Verb::Run(args) => run::run(*args, config).await,
             Verb::Exec(args) => exec::exec(args, config).await,

@@ -1,10 +1,15 @@
 //! Printing: tables for people, JSON for scripts, errors in one line.
 
 use std::io::{self, Write as _};
+use std::time::Duration;
 
 use serde::Serialize;
 
 use super::error::CliError;
+use crate::node::stderr;
+
+/// How long our own words wait for a reader of stderr that is busy.
+const STDERR_WAIT: Duration = Duration::from_secs(2);
 
 /// Prints an error on stderr, in one line.
 pub(super) fn error(error: &CliError) {
@@ -15,8 +20,7 @@ pub(super) fn error(error: &CliError) {
 
 /// Prints a line about ourselves on stderr.
 pub(super) fn note(line: &str) {
-    // There is nowhere left to say that stderr is closed.
-    drop(writeln!(io::stderr(), "matchlock: {line}"));
+    stderr::write(&format!("matchlock: {line}\n"), STDERR_WAIT);
 }
 
 /// Prints lines on stdout.

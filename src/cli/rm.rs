@@ -42,7 +42,8 @@ pub(super) async fn rm(args: RmArgs, config: NodeConfig) -> Result<u8, CliError>
         Outcome::Cleaned { .. } | Outcome::Unknown => render::lines([format!("Removed {id}")])?,
         Outcome::Running => {
             return Err(CliError::message(format_args!(
-                "VM {id} is running; stop it with `matchlock kill {id}`, or use --force"
+                "VM {id} is running, or another matchlock works on it; stop it with `matchlock kill \
+                 {id}`, or use --force"
             )));
         }
         Outcome::Failed { step, error, .. } => {

@@ -25,10 +25,10 @@ use super::later::LaterRunFlags;
 use super::render;
 use super::timings::Stopwatch;
 use crate::node::boot::Node;
-use crate::node::client::{running, settled};
+use crate::node::client::{not_cleaned_up, running, settled};
 use crate::node::config::NodeConfig;
 use crate::node::relay::{Ending, RelayLimits, relay};
-use crate::node::signals::Interrupts;
+use crate::node::signals::{Interrupt, Interrupts};
 
 /// The arguments of `run`.
 #[derive(Debug, Args)]
@@ -263,22 +263,19 @@ async fn in_vm(
     let spawned = up.timings.disk.unwrap_or_default() + up.timings.spawn.unwrap_or_default();
     watch.spawned = Some(before + spawned);
     let code = match &command {
-        Some(command) => own(node, &vm, spec, command, interrupts, watch).await,
-        None => Ok(0),
+        Some(command) => Some(own(node, &vm, spec, command, interrupts, watch).await),
+        None => None,
     };
     if spec.ephemeral {
         let view = stop_interruptibly(node, &vm, StopMode::Force, interrupts).await;
-        return Ok((code?, view?));
+        return Ok((code.unwrap_or(Ok(0))?, view?));
     }
     keep(node, &vm, spec, code, interrupts).await
 }
 
 /// What a settled VM still holds, for the end of an error line.
 fn still_held(view: &VmView) -> String {
-    if view.phase == matchlock_model::phase::Phase::Cleaned {
-        return String::new();
-    }
-    format!("; VM {} was left in phase {}: run `matchlock gc {}`", view.id, view.phase, view.id)
+    not_cleaned_up(view).map(|text| format!("; {text}")).unwrap_or_default()
 }
 
 /// Runs the VM's own command to its end.
@@ -353,20 +350,20 @@ fn announce(vm: &VmHandle) {
     render::note(&format!("  stop:    matchlock kill {}", vm.id));
 }
 
-/// Keeps a VM (`--rm=false`) until a signal or until somebody else ends it.
+/// Keeps a VM (`--rm=false`) until a signal or until somebody else ends it. The exit code is the
+/// command's; without a command it says how the VM ended.
 async fn keep(
     node: &Node,
     vm: &VmHandle,
     spec: &VmSpec,
-    code: Result<u8, CliError>,
+    own: Option<Result<u8, CliError>>,
     interrupts: &mut Interrupts,
 ) -> Result<(u8, VmView), CliError> {
-    let interrupted = interrupts.first();
-    if interrupted.is_none() {
-        if let Err(error) = &code {
-            render::error(error);
-        } else {
-            announce(vm);
+    let mut by_signal = interrupts.first();
+    if by_signal.is_none() {
+        match &own {
+            Some(Err(error)) => render::error(error),
+            Some(Ok(_)) | None => announce(vm),
         }
         tokio::select! {
             view = settled(vm.clone()) => {
@@ -375,17 +372,25 @@ async fn keep(
                     Some(cause) => Err(CliError::message(format_args!(
                         "the VM ended: {cause}{}", still_held(&view)
                     ))),
-                    None => Ok((0, view)),
+                    None => Ok((kept_code(own, None), view)),
                 };
             }
-            _ = interrupts.next() => {}
+            which = interrupts.next() => by_signal = Some(which),
         }
     }
     let mode = StopMode::Graceful(spec.grace);
     let view = stop_interruptibly(node, vm, mode, interrupts).await?;
-    // Interrupted in its command, the command's end counts; afterwards, the stop is what was asked.
-    let code = if interrupted.is_some() { code? } else { 0 };
-    Ok((code, view))
+    Ok((kept_code(own, by_signal), view))
+}
+
+/// An error of the command was printed when it came.
+fn kept_code(own: Option<Result<u8, CliError>>, by_signal: Option<Interrupt>) -> u8 {
+    match (own, by_signal) {
+        (Some(Ok(code)), _) => code,
+        (Some(Err(error)), _) => error.exit_code(true),
+        (None, Some(which)) => which.exit_code(),
+        (None, None) => 0,
+    }
 }
 
 /// Takes a VM down; a further signal makes a graceful stop a forced one.
@@ -405,9 +410,9 @@ async fn stop_interruptibly(
         // It had ended by itself before it could be asked.
         Err(failure) if failure.kind == FailureKind::NotFound => {
             let view = settled(vm.clone()).await?;
-            match still_held(&view) {
-                left if left.is_empty() => Ok(view),
-                left => Err(CliError::message(format_args!("the VM ended{left}"))),
+            match not_cleaned_up(&view) {
+                None => Ok(view),
+                Some(text) => Err(CliError::message(text)),
             }
         }
         Err(failure) => Err(failure.into()),

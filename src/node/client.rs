@@ -62,15 +62,10 @@ impl NodeClient {
             .call(|reply| FleetMsg::StopVm { id, mode, reply }, CALL_LIMIT)
             .await??;
         let view = settled(handle).await?;
-        if view.phase == Phase::Cleaned {
-            return Ok(view);
+        match not_cleaned_up(&view) {
+            None => Ok(view),
+            Some(text) => Err(Failure::new(FailureKind::Host, text)),
         }
-        let why = view.cause.map(|cause| format!(": {cause}")).unwrap_or_default();
-        let text = format!(
-            "VM {id} was not cleaned up (phase {}){why}; run `matchlock gc {id}`",
-            view.phase
-        );
-        Err(Failure::new(FailureKind::Host, text))
     }
 
     /// Runs a further command in a VM.
@@ -169,6 +164,24 @@ impl NodeClient {
     pub async fn remove_image(&self, tag: String) -> Result<RemovedImage, Failure> {
         self.services.images.call(|reply| ImagesMsg::Remove { tag, reply }, CALL_LIMIT).await?
     }
+}
+
+/// What a settled VM still holds and what to do about it; `None` if it is cleaned up.
+#[must_use]
+pub fn not_cleaned_up(view: &VmView) -> Option<String> {
+    if view.cleaned_up {
+        return None;
+    }
+    let id = view.id;
+    let why = view.cause.as_ref().map(|cause| format!(": {cause}")).unwrap_or_default();
+    Some(match view.phase {
+        Phase::Cleaned => {
+            format!("VM {id} was cleaned, but not removed{why}; run `matchlock rm {id}`")
+        }
+        phase => {
+            format!("VM {id} was not cleaned up (phase {phase}){why}; run `matchlock gc {id}`")
+        }
+    })
 }
 
 /// Waits until a VM is settled.

@@ -21,4 +21,5 @@ pub mod protocol;
 pub mod relay;
 pub mod serve;
 pub mod signals;
+pub mod stderr;
 pub(crate) mod wiring;

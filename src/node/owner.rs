@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_util::codec::Framed;
 
-use super::protocol::{Ended, Frame, FrameCodec, Request};
+use super::protocol::{Ended, Frame, FrameCodec, Request, STDIN_FRAMES};
 
 type Connection = Framed<UnixStream, FrameCodec>;
 
@@ -84,23 +84,36 @@ async fn carry(
     event: mpsc::Sender<Result<ExecEvent, LinkError>>,
 ) {
     let (mut to_owner, mut from_owner) = connection.split();
+    let (taken, mut newly_taken) = mpsc::channel(STDIN_FRAMES + 1);
     let feed = async move {
+        let mut may_send = STDIN_FRAMES;
         loop {
             let frame = tokio::select! {
                 biased;
                 Some(number) = signals.recv() => Frame::Signal(number),
-                Some(input) = stdin.recv() => match input {
+                Some(()) = newly_taken.recv() => {
+                    may_send += 1;
+                    continue;
+                }
+                Some(input) = stdin.recv(), if may_send > 0 => match input {
                     StdinInput::Data(data) => Frame::Stdin(data),
                     StdinInput::Eof => Frame::StdinEof,
                 },
                 else => std::future::pending().await,
             };
+            if matches!(frame, Frame::Stdin(_) | Frame::StdinEof) {
+                may_send -= 1;
+            }
             to_owner.send(frame).await?;
         }
     };
     let gone = event.clone();
     let follow = async move {
         while let Some(frame) = from_owner.next().await.transpose()? {
+            if frame == Frame::StdinTaken {
+                taken.try_send(()).map_err(|_| unasked())?;
+                continue;
+            }
             let (next, last) = to_event(frame);
             if event.send(next).await.is_err() || last {
                 return Ok(true);
@@ -120,6 +133,10 @@ async fn carry(
         Err(error) => error.to_string(),
     };
     drop(gone.send(Err(LinkError::Lost { cause })).await);
+}
+
+fn unasked() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "more stdin was taken than sent")
 }
 
 /// What a frame of the owner means, and whether it is the last.

@@ -6,6 +6,8 @@
 //!     │ ───────────────────────────────────────►│
 //!     │ Stdin* StdinEof? Signal*                │
 //!     │ ───────────────────────────────────────►│
+//!     │                             StdinTaken* │  one for each Stdin
+//!     │ ◄───────────────────────────────────────│
 //!     │               Started Stdout* Stderr* Ended
 //!     │ ◄───────────────────────────────────────│
 //!     │ Request(kill)                           │
@@ -13,6 +15,9 @@
 //!     │                                 Killed  │  once the VM holds nothing any more
 //!     │ ◄───────────────────────────────────────│
 //! ```
+//!
+//! A client has at most [`STDIN_FRAMES`] frames of stdin on their way: so the owner never waits
+//! for a command that does not read, and always sees a signal, or the client's end.
 //!
 //! Each frame is a 4-byte big-endian length, one byte that says what it is, and its payload:
 //! bytes for streams, JSON for everything else. One request per connection; a client that goes
@@ -28,6 +33,9 @@ use tokio_util::codec::{Decoder, Encoder, LengthDelimitedCodec};
 
 /// The longest frame: a command line with its environment, in JSON.
 const MAX_FRAME_BYTES: usize = 16 * 1024 * 1024;
+
+/// How many frames of stdin a client may send that were not taken yet.
+pub const STDIN_FRAMES: usize = 4;
 
 /// What a client asks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,6 +73,8 @@ pub enum Frame {
     StdinEof,
     /// A signal for the command.
     Signal(i32),
+    /// One frame of stdin was taken; another may be sent.
+    StdinTaken,
     /// The command runs.
     Started,
     /// It printed on stdout.
@@ -112,6 +122,7 @@ impl Decoder for FrameCodec {
             7 => Frame::Stderr(frame),
             8 => Frame::Ended(serde_json::from_slice(&frame)?),
             9 => Frame::Killed(serde_json::from_slice(&frame)?),
+            10 => Frame::StdinTaken,
             other => return Err(invalid(format!("unknown frame {other} on the owner's socket"))),
         }))
     }
@@ -131,6 +142,7 @@ impl Encoder<Frame> for FrameCodec {
             Frame::Stderr(data) => (7, data),
             Frame::Ended(ended) => (8, serde_json::to_vec(&ended)?.into()),
             Frame::Killed(result) => (9, serde_json::to_vec(&result)?.into()),
+            Frame::StdinTaken => (10, Bytes::new()),
         };
         let mut framed = BytesMut::with_capacity(1 + payload.len());
         framed.put_u8(kind);
@@ -158,6 +170,7 @@ mod tests {
             Frame::Stdin(Bytes::from_static(b"\0\xff")),
             Frame::StdinEof,
             Frame::Signal(15),
+            Frame::StdinTaken,
             Frame::Started,
             Frame::Stdout(Bytes::from_static(b"x")),
             Frame::Stderr(Bytes::new()),

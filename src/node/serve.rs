@@ -5,13 +5,14 @@
 //! 2. A client that goes away takes its command with it; it harms nothing else.
 //! 3. At most [`MAX_CLIENTS`] clients per VM at once.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::{SinkExt, StreamExt};
 use matchlock_actors::deps::{OwnerServer, ServeGuard};
-use matchlock_host::guest_link::{ExecEvent, ExecSession, StdinInput};
+use matchlock_host::guest_link::{ExecEvent, ExecSession, LinkError, StdinInput};
 use matchlock_host::rootfs::VmPaths;
 use matchlock_host::socket;
 use matchlock_model::exec::{ExecSpec, OutputStream};
@@ -19,15 +20,19 @@ use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::id::VmId;
 use matchlock_model::vm::StopMode;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::timeout;
 use tokio_util::codec::Framed;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::client::NodeClient;
-use super::protocol::{Ended, Frame, FrameCodec, Request};
+use super::protocol::{Ended, Frame, FrameCodec, Request, STDIN_FRAMES};
 
 /// How many clients a VM serves at once.
 pub const MAX_CLIENTS: usize = 64;
+
+/// How long a client may take to say what it wants; its place is another's then.
+const REQUEST_LIMIT: Duration = Duration::from_secs(5);
 
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
@@ -54,7 +59,7 @@ struct Guard(#[expect(dead_code, reason = "held for its drop")] DropGuard);
 impl OwnerServer for OwnerSockets {
     async fn serve(&self, vm: VmId, paths: &VmPaths) -> Result<ServeGuard, Failure> {
         let path = paths.owner_socket();
-        let failed = |e: std::io::Error| {
+        let failed = |e: io::Error| {
             Failure::from_error(FailureKind::Host, &e)
                 .context(format_args!("could not listen on {}", path.display()))
         };
@@ -103,18 +108,16 @@ fn is_allowed(stream: &UnixStream) -> bool {
     stream.peer_cred().is_ok_and(|peer| peer.uid() == own || peer.uid() == 0)
 }
 
-async fn answer(vm: VmId, stream: UnixStream, client: &NodeClient) -> std::io::Result<()> {
+async fn answer(vm: VmId, stream: UnixStream, client: &NodeClient) -> io::Result<()> {
     let mut connection = Framed::new(stream, FrameCodec::default());
-    match connection.next().await.transpose()? {
+    let first = timeout(REQUEST_LIMIT, connection.next()).await?;
+    match first.transpose()? {
         Some(Frame::Request(Request::Exec(spec))) => exec(vm, connection, client, spec).await,
         Some(Frame::Request(Request::Kill { force })) => {
             let result = kill(vm, client, force).await;
             connection.send(Frame::Killed(result)).await
         }
-        Some(other) => {
-            let text = format!("expected a request, got {other:?}");
-            Err(std::io::Error::new(std::io::ErrorKind::InvalidData, text))
-        }
+        Some(other) => Err(unexpected(other)),
         None => Ok(()),
     }
 }
@@ -129,7 +132,7 @@ async fn exec(
     mut connection: Connection,
     client: &NodeClient,
     spec: ExecSpec,
-) -> std::io::Result<()> {
+) -> io::Result<()> {
     let session = match client.exec(vm, spec).await {
         Ok(session) => session,
         Err(failure) => return connection.send(Frame::Ended(Ended::Failed(failure))).await,
@@ -137,43 +140,75 @@ async fn exec(
     carry(connection, session).await
 }
 
+fn unexpected(what: impl std::fmt::Debug) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("unexpected frame {what:?}"))
+}
+
 /// Carries the streams until the command ends or the client goes away.
-async fn carry(connection: Connection, session: ExecSession) -> std::io::Result<()> {
+async fn carry(connection: Connection, session: ExecSession) -> io::Result<()> {
     let (mut to_client, mut from_client) = connection.split();
     let ExecSession { stdin, signals, mut events } = session;
-    let feed = async move {
+    let (waiting, mut to_take) = mpsc::channel(STDIN_FRAMES + 1);
+    let (taken, mut newly_taken) = mpsc::channel(STDIN_FRAMES + 1);
+    // Reads on, whether the command does or not: a signal and the client's end must be seen.
+    let listen = async move {
         while let Some(frame) = from_client.next().await.transpose()? {
-            match frame {
-                Frame::Stdin(data) => drop(stdin.send(StdinInput::Data(data)).await),
-                Frame::StdinEof => drop(stdin.send(StdinInput::Eof).await),
-                Frame::Signal(number) => drop(signals.send(number).await),
-                other => {
-                    let text = format!("unexpected frame {other:?}");
-                    return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, text));
+            let input = match frame {
+                Frame::Stdin(data) => StdinInput::Data(data),
+                Frame::StdinEof => StdinInput::Eof,
+                Frame::Signal(number) => {
+                    if let Err(error) = signals.try_send(number) {
+                        tracing::debug!(%error, "a signal for a command that takes none");
+                    }
+                    continue;
                 }
-            }
+                other => return Err(unexpected(other)),
+            };
+            // More than it may send is the client's fault.
+            waiting.try_send(input).map_err(|e| unexpected(e.to_string()))?;
         }
         Ok(())
     };
+    let feed = async move {
+        while let Some(input) = to_take.recv().await {
+            // A command that has closed its stdin takes everything.
+            let closed = stdin.send(input).await.is_err();
+            if taken.send(()).await.is_err() {
+                break;
+            }
+            if closed {
+                tracing::trace!("stdin of a command that reads no more");
+            }
+        }
+        std::future::pending::<io::Result<()>>().await
+    };
     let print = async move {
-        while let Some(event) = events.recv().await {
-            let frame = match event {
-                Ok(ExecEvent::Started) => Frame::Started,
-                Ok(ExecEvent::Output(OutputStream::Stdout, data)) => Frame::Stdout(data),
-                Ok(ExecEvent::Output(OutputStream::Stderr, data)) => Frame::Stderr(data),
-                Ok(ExecEvent::Refused(refusal)) => Frame::Ended(Ended::Refused(refusal)),
-                Ok(ExecEvent::Exited(status)) => Frame::Ended(Ended::Exited(status)),
-                Err(lost) => {
-                    Frame::Ended(Ended::Failed(Failure::from_error(FailureKind::Guest, &lost)))
-                }
+        loop {
+            let frame = tokio::select! {
+                Some(()) = newly_taken.recv() => Frame::StdinTaken,
+                event = events.recv() => match event {
+                    Some(event) => to_frame(event),
+                    None => return Ok(()),
+                },
             };
             to_client.send(frame).await?;
         }
-        Ok(())
     };
-    // Whichever ends first ends both; dropping the events releases the command.
+    // Whichever ends first ends all; dropping the events releases the command.
     tokio::select! {
+        result = listen => result,
         result = feed => result,
         result = print => result,
+    }
+}
+
+fn to_frame(event: Result<ExecEvent, LinkError>) -> Frame {
+    match event {
+        Ok(ExecEvent::Started) => Frame::Started,
+        Ok(ExecEvent::Output(OutputStream::Stdout, data)) => Frame::Stdout(data),
+        Ok(ExecEvent::Output(OutputStream::Stderr, data)) => Frame::Stderr(data),
+        Ok(ExecEvent::Refused(refusal)) => Frame::Ended(Ended::Refused(refusal)),
+        Ok(ExecEvent::Exited(status)) => Frame::Ended(Ended::Exited(status)),
+        Err(lost) => Frame::Ended(Ended::Failed(Failure::from_error(FailureKind::Guest, &lost))),
     }
 }

@@ -2,11 +2,13 @@
 //! third leaves at once.
 
 use std::io;
-use std::io::Write as _;
+use std::time::Duration;
 
 use matchlock_model::exit;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
+
+use super::stderr;
 
 /// A signal that asks us to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,7 +102,6 @@ async fn next(hangup: &mut Signal, interrupt: &mut Signal, terminate: &mut Signa
 #[expect(clippy::exit, reason = "the user asked for the third time; `matchlock gc` finishes")]
 fn leave_at_once(which: Interrupt) -> ! {
     let text = "matchlock: leaving at once; run `matchlock gc` to finish the clean-up\n";
-    // Nothing is left to do with an error here.
-    drop(io::stderr().write_all(text.as_bytes()));
+    stderr::write(text, Duration::ZERO);
     std::process::exit(i32::from(which.exit_code()));
 }

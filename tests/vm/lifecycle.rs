@@ -93,6 +93,92 @@ fn a_client_that_goes_away_takes_its_command_with_it() {
     installation.assert_nothing_left().unwrap();
 }
 
+/// Also while the command does not read what it is sent.
+#[test]
+fn a_client_with_a_full_stdin_is_heard() {
+    let installation = Installation::new().unwrap();
+    let owner = installation.start_run(&["--rm=false"], &["sh", "-c", "exit 3"]).unwrap();
+    let vm = installation.wait_for_status("running").unwrap();
+    let flood = || {
+        let mut command = installation.command(&["exec", "-i", &vm, "--", "sleep", "777"]).unwrap();
+        let zero = std::fs::File::open("/dev/zero").unwrap();
+        command.stdin(zero).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Running::start(&mut command).unwrap()
+    };
+    let sleeping = |number: usize| {
+        let script = "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '; cat /sys/fs/cgroup/jobs/pids.current /sys/fs/cgroup/jobs/cgroup.procs 2>/dev/null | wc -l";
+        let output = installation.output(&["exec", &vm, "--", "sh", "-c", script]).unwrap();
+        assert_eq!(output.status.code(), Some(0), "{number} {}", stderr(&output));
+    };
+    let client = flood();
+    sleeping(1);
+    client.signal(Signal::TERM).unwrap();
+    let output = client.wait(PATIENCE).unwrap();
+    assert_eq!(output.status.code(), Some(143), "{}", stderr(&output));
+    // A client that dies frees its place: more of them than there are places.
+    for _ in 0..3 {
+        let client = flood();
+        sleeping(2);
+        client.signal(Signal::KILL).unwrap();
+        drop(client);
+    }
+    sleeping(3);
+    owner.signal(Signal::TERM).unwrap();
+    // The exit code is the command's own.
+    assert_eq!(owner.wait(PATIENCE).unwrap().status.code(), Some(3));
+    assert_eq!(installation.output(&["rm", &vm]).unwrap().status.code(), Some(0));
+    installation.assert_nothing_left().unwrap();
+}
+
+/// The disk that fills the host is the one that a stop must remove.
+#[test]
+fn a_full_host_disk_is_an_error_of_the_command_and_is_given_back() {
+    let installation = Installation::new().unwrap();
+    let small = installation.home().with_file_name("small");
+    std::fs::create_dir(&small).unwrap();
+    let mounted = std::process::Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=40m", "tmpfs"])
+        .arg(&small)
+        .status()
+        .unwrap();
+    assert!(mounted.success());
+    let script = "dd if=/dev/zero of=/big bs=1M count=100 2>/dev/null && sync && echo fits";
+    let home = small.join("home");
+    let mut command = installation
+        .command(&["run", "--no-network", "--image", "busybox", "--", "sh", "-c", script])
+        .unwrap();
+    command.env("MATCHLOCK_HOME", &home).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let output = Running::start(&mut command).unwrap().wait(PATIENCE).unwrap();
+    let left = std::fs::read_dir(home.join("vms")).unwrap().count();
+    let unmounted = std::process::Command::new("umount").arg(&small).status().unwrap();
+    assert!(unmounted.success());
+    assert!(!stdout(&output).contains("fits"), "{}", stderr(&output));
+    assert_ne!(output.status.code(), Some(0));
+    assert_eq!(left, 0, "{}", stderr(&output));
+}
+
+#[test]
+fn a_kill_whose_owner_dies_does_not_say_killed() {
+    let installation = Installation::new().unwrap();
+    let script = "trap '' TERM; while :; do sleep 1; done";
+    let owner =
+        installation.start_run(&["--rm=false", "--graceful-shutdown", "1h"], &["sh", "-c", script]);
+    let owner = owner.unwrap();
+    let vm = installation.wait_for_status("running").unwrap();
+    let kill = installation.start(&["kill", &vm]).unwrap();
+    wait_until(PATIENCE, "the stop", || {
+        Ok(installation.list()?.iter().any(|(_, status)| status == "stopping"))
+    })
+    .unwrap();
+    owner.signal(Signal::KILL).unwrap();
+    drop(owner);
+    let output = kill.wait(PATIENCE).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", stdout(&output));
+    assert!(stderr(&output).contains("matchlock gc"), "{}", stderr(&output));
+    assert_eq!(installation.output(&["rm", &vm]).unwrap().status.code(), Some(0));
+    installation.assert_nothing_left().unwrap();
+}
+
 #[test]
 fn a_hypervisor_that_dies_under_a_command_is_one_clear_line() {
     let installation = Installation::new().unwrap();

@@ -105,3 +105,51 @@ fn a_command_that_takes_too_long_ends_with_124() {
     assert_eq!(stderr(&output), "matchlock: the command took longer than --timeout 1\n");
     installation.assert_nothing_left().unwrap();
 }
+
+/// Nobody reads our stderr, and the command fills it.
+#[test]
+fn a_blocked_stderr_blocks_neither_the_timeout_nor_the_clean_up() {
+    use std::process::Stdio;
+    let installation = Installation::new().unwrap();
+    let mut command = installation
+        .command(&[
+            "run",
+            "--no-network",
+            "--timeout",
+            "2",
+            "--graceful-shutdown",
+            "1s",
+            "--image",
+            "busybox",
+            "--",
+            "sh",
+            "-c",
+            "yes >&2",
+        ])
+        .unwrap();
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let unread = child.stderr.take().unwrap();
+    let mut status = None;
+    wait_until(PATIENCE, "the end of the run", || {
+        status = child.try_wait()?;
+        Ok(status.is_some())
+    })
+    .unwrap();
+    assert_eq!(status.unwrap().code(), Some(124));
+    drop(unread);
+    installation.assert_nothing_left().unwrap();
+}
+
+#[test]
+fn a_limit_on_file_sizes_is_one_clear_line() {
+    let installation = Installation::new().unwrap();
+    let program = matchlock_test_support::program().unwrap();
+    let script = "ulimit -f 2000; exec \"$0\" run --no-network --image busybox -- true";
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", script]).arg(program);
+    command.env("MATCHLOCK_HOME", installation.home()).env("MATCHLOCK_CACHE", installation.cache());
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(125), "{}", stderr(&output));
+    assert_eq!(stderr(&output).lines().count(), 1, "{}", stderr(&output));
+    installation.assert_nothing_left().unwrap();
+}

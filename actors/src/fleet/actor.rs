@@ -146,6 +146,8 @@ pub struct FleetState {
     /// VMs whose lock and row are on their way.
     registering: usize,
     closing: bool,
+    /// Who waits for all VMs to be taken down.
+    stopping: Vec<(StopMode, RpcReplyPort<Vec<VmHandle>>)>,
 }
 
 /// How many ids are tried before the id space is called full.
@@ -170,6 +172,7 @@ impl Actor for Fleet {
             reconciler: args.reconciler,
             registering: 0,
             closing: false,
+            stopping: Vec::new(),
         };
         // After a restart: the actors of the earlier life are dead, their VMs are not.
         for id in state.registry.ids() {
@@ -194,19 +197,13 @@ impl Actor for Fleet {
                     Err(failure) => Err(failure),
                 };
                 answer(reply, handle);
+                state.stop_all();
             }
             FleetMsg::StopVm { id, mode, reply } => answer(reply, state.stop(id, mode)),
             FleetMsg::StopAll { mode, reply } => {
                 state.closing = true;
-                let handles = state.registry.handles();
-                for handle in &handles {
-                    if let Err(failure) = state.stop(handle.id, mode) {
-                        tracing::debug!(vm_id = %handle.id, %failure, "ended before its stop");
-                    }
-                }
-                if reply.send(handles).is_err() {
-                    tracing::debug!("nobody waits for the stop of all VMs");
-                }
+                state.stopping.push((mode, reply));
+                state.stop_all();
             }
             FleetMsg::OpenLink { id, reply } => answer(reply, state.link(id)),
             FleetMsg::ScopeClosed { id, outcome } => {
@@ -306,10 +303,26 @@ impl FleetState {
         let args =
             VmArgs { context, scope, generation: Generation::default(), start: StartAs::New };
         self.spawn_actor(myself, id, args).await?;
-        if self.closing {
-            self.stop(id, StopMode::Force)?;
-        }
         Ok(handle)
+    }
+
+    /// Takes everything down for those who asked, once no VM is on its way any more: a VM whose
+    /// row was just inserted must be among them.
+    fn stop_all(&mut self) {
+        if self.registering > 0 {
+            return;
+        }
+        for (mode, reply) in std::mem::take(&mut self.stopping) {
+            let handles = self.registry.handles();
+            for handle in &handles {
+                if let Err(failure) = self.stop(handle.id, mode) {
+                    tracing::debug!(vm_id = %handle.id, %failure, "ended before its stop");
+                }
+            }
+            if reply.send(handles).is_err() {
+                tracing::debug!("nobody waits for the stop of all VMs");
+            }
+        }
     }
 
     async fn spawn_actor(
@@ -361,7 +374,7 @@ impl FleetState {
             .get(&id)
             .is_some_and(|entry| entry.context.watch().borrow().settled);
         if settled {
-            self.registry.lock().remove(&id);
+            self.retire(id);
             return;
         }
         let reason = reason.unwrap_or_else(|| "no reason".to_owned());
@@ -452,14 +465,28 @@ impl FleetState {
         });
     }
 
+    /// Forgets a VM. Its lock is released once none of its effects runs any more: until then
+    /// nobody else may touch what they could.
+    fn retire(&self, id: VmId) {
+        let Some(entry) = self.registry.lock().remove(&id) else { return };
+        tokio::spawn(async move {
+            entry.scope.ended().await;
+            drop(entry);
+        });
+    }
+
     /// Publishes the end of a VM that has no actor any more, and forgets it.
     fn give_up(&self, id: VmId, cause: Failure) {
-        let Some(entry) = self.registry.lock().remove(&id) else { return };
+        let Some(context) = self.registry.lock().get(&id).map(|entry| Arc::clone(&entry.context))
+        else {
+            return;
+        };
         tracing::error!(vm_id = %id, %cause, "a VM was given up");
-        entry.context.publish(|view| {
+        context.publish(|view| {
             view.cause = Some(cause);
             view.settled = true;
         });
+        self.retire(id);
     }
 }
 
@@ -490,6 +517,7 @@ async fn register(deps: Deps, create: CreateVm) -> Result<RegisteredVm, Failure>
                     phase: Phase::Creating,
                     cause: None,
                     settled: false,
+                    cleaned_up: false,
                     timings: matchlock_model::view::Timings::default(),
                 });
                 let context = VmContext::new(id, create, OwnerEpoch::FIRST, deps, view);

@@ -22,15 +22,17 @@ pub(super) async fn reconcile(
     target: Target,
     goal: Goal,
 ) -> Result<Vec<VmReport>, Failure> {
-    let marked = marked(deps)?;
     let (ids, mut given) = match target {
         Target::One(vm) => (BTreeSet::from([vm]), None),
         Target::Owned { vm, lock } => (BTreeSet::from([vm]), lock),
-        Target::All => (all_ids(deps, &marked).await?, None),
+        Target::All => (all_ids(deps).await?, None),
     };
     let mut reports = Vec::with_capacity(ids.len());
     for vm in ids {
-        let outcome = reconcile_one(deps, vm, goal, given.take(), &marked).await?;
+        // One VM that cannot be looked at keeps no other from being cleaned.
+        let outcome = reconcile_one(deps, vm, goal, given.take()).await.unwrap_or_else(|failure| {
+            Outcome::Failed { removed: Vec::new(), step: "observe".into(), error: failure.message }
+        });
         reports.push(VmReport { vm, outcome });
     }
     Ok(reports)
@@ -47,7 +49,8 @@ fn marked(deps: &Deps) -> Result<Vec<MarkedProcess>, Failure> {
     Ok(marked)
 }
 
-async fn all_ids(deps: &Deps, marked: &[MarkedProcess]) -> Result<BTreeSet<VmId>, Failure> {
+async fn all_ids(deps: &Deps) -> Result<BTreeSet<VmId>, Failure> {
+    let marked = marked(deps)?;
     let rows = deps.reader.vms().await.map_err(|e| host(&e))?;
     let dirs = deps.rootfs.list_dirs(&deps.vms_dir).map_err(|e| host(&e))?;
     let of_rows = rows.iter().map(|row| row.id);
@@ -60,7 +63,6 @@ async fn reconcile_one(
     vm: VmId,
     goal: Goal,
     lock: Option<HeldLock>,
-    marked: &[MarkedProcess],
 ) -> Result<Outcome, Failure> {
     // Held until the VM is done: nobody else touches it meanwhile.
     let _lock = match lock {
@@ -71,41 +73,28 @@ async fn reconcile_one(
             Err(error) => return Err(host(&error)),
         },
     };
+    // Looked at with the lock held: what was seen before may have changed.
     let row = deps.reader.vm(vm).await.map_err(|e| host(&e))?;
     let head = match &row {
         Some(_) => deps.reader.lifecycle_head(vm).await.map_err(|e| host(&e))?,
         None => None,
     };
-    let observed = match observe(deps, vm, row.as_ref(), marked) {
-        Ok(observed) => observed,
-        Err(failure) => {
-            return Ok(Outcome::Failed {
-                removed: Vec::new(),
-                step: "observe".into(),
-                error: failure.message,
-            });
-        }
-    };
+    let observed = observe(deps, vm, row.as_ref())?;
     if row.is_none() && observed == Observed::default() {
         return Ok(Outcome::Unknown);
     }
     let recorded = row.as_ref().map(|_| head.as_ref().map_or(Phase::Creating, |head| head.phase));
     let actions = plan(vm, goal, recorded, &observed)
         .map_err(|refusal| Failure::from_error(FailureKind::Internal, &refusal))?;
-    let mut work = Work::new(deps, vm, head.as_ref());
+    let mut work = Work::new(deps, vm, row.is_some(), head.as_ref());
     if row.is_some() && !actions.is_empty() {
-        work.epoch = Some(raise_epoch(deps, vm).await?);
+        work.take_over().await?;
     }
     Ok(work.carry_out(&actions).await)
 }
 
-fn observe(
-    deps: &Deps,
-    vm: VmId,
-    row: Option<&VmRecord>,
-    marked: &[MarkedProcess],
-) -> Result<Observed, Failure> {
-    let mut hypervisors: Vec<_> = marked
+fn observe(deps: &Deps, vm: VmId, row: Option<&VmRecord>) -> Result<Observed, Failure> {
+    let mut hypervisors: Vec<_> = marked(deps)?
         .iter()
         .filter(|process| process.mark.vm == vm)
         .map(|process| process.identity.clone())
@@ -127,12 +116,20 @@ fn observe(
     })
 }
 
-/// A pid that was recorded in another pid namespace means nothing here: that is "could not look".
+/// A pid that was recorded in another pid namespace means nothing here: that is "could not look",
+/// unless this host was booted since, or we see the processes of all namespaces: then its mark has
+/// found it.
 fn in_our_pid_namespace(deps: &Deps, row: Option<&VmRecord>) -> Result<bool, Failure> {
-    let Some(recorded) = row.and_then(|row| row.namespaces.as_ref()) else { return Ok(true) };
+    let Some(row) = row else { return Ok(true) };
+    let Some(recorded) = row.namespaces.as_ref() else { return Ok(true) };
     let ours = deps.processes.own_namespaces().map_err(|e| host(&e))?;
-    if recorded.pid == ours.pid {
+    let boot_id = deps.processes.own_identity().map_err(|e| host(&e))?.boot_id;
+    let booted_since = row.hypervisor.as_ref().is_some_and(|recorded| recorded.boot_id != boot_id);
+    if recorded.pid == ours.pid || booted_since {
         return Ok(true);
+    }
+    if deps.processes.sees_all_processes().map_err(|e| host(&e))? {
+        return Ok(false);
     }
     let text = format!(
         "could not look at the hypervisor: it was started in another pid namespace ({}, here {})",
@@ -157,7 +154,9 @@ async fn raise_epoch(deps: &Deps, vm: VmId) -> Result<OwnerEpoch, Failure> {
 struct Work<'a> {
     deps: &'a Deps,
     vm: VmId,
-    /// `None` for a VM without a row: nothing is recorded.
+    has_row: bool,
+    /// `None` as long as the take-over could not be written (a full disk, a locked database):
+    /// what is removed may be what keeps it from being written. The lock is held all the same.
     epoch: Option<OwnerEpoch>,
     /// The phase in the row.
     phase: Phase,
@@ -166,19 +165,36 @@ struct Work<'a> {
 }
 
 impl<'a> Work<'a> {
-    fn new(deps: &'a Deps, vm: VmId, head: Option<&LifecycleRecord>) -> Self {
+    fn new(deps: &'a Deps, vm: VmId, has_row: bool, head: Option<&LifecycleRecord>) -> Self {
         let phase = head.map_or(Phase::Creating, |head| head.phase);
-        Self { deps, vm, epoch: None, phase, removed: Vec::new(), cleanup: Vec::new() }
+        Self { deps, vm, has_row, epoch: None, phase, removed: Vec::new(), cleanup: Vec::new() }
+    }
+
+    /// Raises the epoch, so that no earlier owner can write any more.
+    async fn take_over(&mut self) -> Result<(), Failure> {
+        match raise_epoch(self.deps, self.vm).await {
+            Ok(epoch) => self.epoch = Some(epoch),
+            Err(failure) if failure.kind == FailureKind::Host => {
+                tracing::warn!(vm_id = %self.vm, %failure, "the take-over is written later");
+            }
+            Err(failure) => return Err(failure),
+        }
+        Ok(())
     }
 
     async fn carry_out(mut self, actions: &[Action]) -> Outcome {
         for action in actions {
             let result = self.act(action).await;
             let Some(step) = cleanup_step(action) else {
-                if let Err(failure) = result {
-                    return self.fail("record", failure).await;
+                match result {
+                    Ok(()) => continue,
+                    // Written with the next record, after the removals.
+                    Err(failure) if *action == Action::RecordCleaning => {
+                        tracing::warn!(vm_id = %self.vm, %failure, "cleaning is recorded later");
+                        continue;
+                    }
+                    Err(failure) => return self.fail("record", failure).await,
                 }
-                continue;
             };
             self.note(step, &result);
             match result {
@@ -194,7 +210,12 @@ impl<'a> Work<'a> {
         let rootfs = &self.deps.rootfs;
         match action {
             Action::RecordCleaning => self.record(Phase::Cleaning, None).await,
-            Action::RecordCleaned => self.record(Phase::Cleaned, None).await,
+            Action::RecordCleaned => {
+                if !self.phase.may_become(Phase::Cleaned) {
+                    self.record(Phase::Cleaning, None).await?;
+                }
+                self.record(Phase::Cleaned, None).await
+            }
             Action::CloseMachine(process) => {
                 let limit = self.deps.limits.kill;
                 self.deps.processes.kill(process, limit).await.map_err(|e| host(&e))
@@ -203,11 +224,19 @@ impl<'a> Work<'a> {
             Action::RemoveDisk => rootfs.remove_disk(&paths).await.map_err(|e| host(&e)),
             Action::RemoveDir => rootfs.remove_dir(&paths).await.map_err(|e| host(&e)),
             Action::RemoveRow => {
-                let Some(epoch) = self.epoch else { return Ok(()) };
+                let Some(epoch) = self.epoch().await? else { return Ok(()) };
                 let op = WriteOp::RemoveVm { vm: self.vm, epoch };
                 self.deps.db.write(op).await.map(drop).map_err(Failure::from)
             }
         }
+    }
+
+    /// The epoch to write with; `None` for a VM without a row: nothing is recorded.
+    async fn epoch(&mut self) -> Result<Option<OwnerEpoch>, Failure> {
+        if self.has_row && self.epoch.is_none() {
+            self.epoch = Some(raise_epoch(self.deps, self.vm).await?);
+        }
+        Ok(self.epoch)
     }
 
     fn note(&mut self, step: CleanupStep, result: &Result<(), Failure>) {
@@ -220,7 +249,7 @@ impl<'a> Work<'a> {
     }
 
     async fn record(&mut self, phase: Phase, last_error: Option<String>) -> Result<(), Failure> {
-        let Some(epoch) = self.epoch else { return Ok(()) };
+        let Some(epoch) = self.epoch().await? else { return Ok(()) };
         let op = WriteOp::SetPhase {
             vm: self.vm,
             epoch,

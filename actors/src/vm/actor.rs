@@ -192,6 +192,7 @@ impl VmActorState {
         self.context.publish(move |view| {
             view.generation = generation;
             view.phase = vm.phase;
+            view.cleaned_up = vm.is_cleaned_up();
             view.cause = vm.cause;
             view.settled = vm.settled;
         });

@@ -7,7 +7,6 @@ use std::time::Duration;
 use matchlock_host::guest_link::LinkError;
 use matchlock_host::hypervisor::{HypervisorError, Machine, MachineExit};
 use matchlock_model::failure::{Failure, FailureKind};
-use matchlock_model::id::Generation;
 use matchlock_model::phase::Phase;
 use matchlock_model::record::CleanupStep;
 use matchlock_model::vm::{Effect, OpResult};
@@ -44,6 +43,10 @@ const CONSOLE_LINES: usize = 5;
 /// Building up stops at the first failure. Taking down goes on after a failed removal, so that as
 /// much as possible is released, but not after a hypervisor that may still be there; and a failed
 /// removal keeps the records after it from being written.
+///
+/// A record on the way down that cannot be written (a full disk, a locked database) does not keep
+/// anything from being released: the row names what the VM holds already, and what is released may
+/// be what fills the disk. It is written with the last record. Only a new owner stops us.
 pub(super) async fn run(
     context: &Arc<VmContext>,
     effects: &[Effect],
@@ -57,14 +60,15 @@ pub(super) async fn run(
         }
         progress.lock().unwrap_or_else(PoisonError::into_inner).effect = effect.name();
         let started = Instant::now();
+        let recorded = progress.lock().unwrap_or_else(PoisonError::into_inner).recorded;
         let result = if is_cancellable(effect) {
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => Err(cancelled(effect)),
-                result = carry_out(context, effect) => result,
+                result = carry_out(context, effect, recorded) => result,
             }
         } else {
-            carry_out(context, effect).await
+            carry_out(context, effect, recorded).await
         };
         tracing::debug!(
             vm_id = %context.id, %effect, took_us = started.elapsed().as_micros(), ok = result.is_ok(),
@@ -79,6 +83,9 @@ pub(super) async fn run(
             (Err(failure), effect) if is_removal(effect) => {
                 failed.get_or_insert(failure);
             }
+            (Err(failure), effect) if may_be_recorded_later(effect, &failure) => {
+                tracing::warn!(vm_id = %context.id, %failure, "a phase is recorded later");
+            }
             (Err(failure), _) => return Err(failure),
         }
     }
@@ -87,6 +94,18 @@ pub(super) async fn run(
 
 fn cancelled(effect: &Effect) -> Failure {
     Failure::new(FailureKind::Cancelled, format!("{effect} was cancelled by a stop"))
+}
+
+/// A record of the way down but the last.
+const fn may_be_recorded_later(effect: &Effect, failure: &Failure) -> bool {
+    let down = matches!(
+        effect,
+        Effect::Record {
+            phase: Phase::Stopping | Phase::Cleaning | Phase::CreateFailed | Phase::StartFailed,
+            ..
+        }
+    );
+    down && !matches!(failure.kind, FailureKind::Fenced)
 }
 
 /// What follows it may be done even if it failed.
@@ -108,9 +127,15 @@ const fn is_cancellable(effect: &Effect) -> bool {
     )
 }
 
-async fn carry_out(context: &Arc<VmContext>, effect: &Effect) -> OpResult {
+async fn carry_out(context: &Arc<VmContext>, effect: &Effect, recorded: Phase) -> OpResult {
     match effect {
-        Effect::Record { phase, cause } => record(context, *phase, cause.as_ref()).await,
+        Effect::Record { phase, cause } => {
+            // Phases whose record failed are caught up with.
+            if *phase == Phase::Cleaned && !recorded.may_become(Phase::Cleaned) {
+                record(context, Phase::Cleaning, cause.as_ref()).await?;
+            }
+            record(context, *phase, cause.as_ref()).await
+        }
         Effect::CreateDir => {
             context.deps.rootfs.create_dir(&context.paths).await.map_err(|e| host(&e))
         }
@@ -317,18 +342,13 @@ async fn shutdown_guest(context: &VmContext, grace: Duration) -> OpResult {
     Ok(())
 }
 
-/// Ends the hypervisor and sees that it is gone: by its handle, or, where an earlier life may have
-/// launched one that it did not keep, by the VM's mark.
+/// Ends the hypervisor and sees that it is gone: by its handle, or, where a launch was cancelled or
+/// an earlier life did not keep its handle, by the VM's mark.
 async fn close_machine(context: &VmContext) -> OpResult {
     context.set_link(None);
     let limit = context.deps.limits.kill;
     if let Some(machine) = context.machine() {
         machine.kill(limit).await.map_err(|e: HypervisorError| host(&e))?;
-        return Ok(());
-    }
-    if context.generation() == Generation::default() {
-        // The first life keeps the handle of whatever it launched; a launch that failed or was
-        // cancelled has killed its process itself.
         return Ok(());
     }
     let processes = Arc::clone(&context.deps.processes);

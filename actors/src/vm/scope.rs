@@ -43,14 +43,19 @@ impl EffectScope {
         self.cancel.cancelled().await;
     }
 
+    /// Cancels everything and waits until it has ended, however long that takes.
+    pub async fn ended(&self) {
+        self.cancel.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
     /// Cancels everything and waits until it has ended.
     ///
     /// # Errors
     /// When something is still running after `limit`.
     pub async fn close(&self, limit: Duration) -> Result<(), ScopeStuck> {
-        self.cancel.cancel();
-        self.tasks.close();
-        timeout(limit, self.tasks.wait())
+        timeout(limit, self.ended())
             .await
             .map_err(|_| ScopeStuck { tasks: self.tasks.len(), waited: limit })
     }

@@ -18,8 +18,7 @@ pub(super) fn before_exec(
     if rustix::process::getppid() != Some(parent) {
         return Err(Errno::CHILD.into());
     }
-    // A core file of a hypervisor would hold the guest's memory, secrets included.
-    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
+    super::forbid_core_dumps()?;
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     keep_descriptors(inherit)?;
     default_signals()?;

@@ -174,6 +174,10 @@ impl Processes for FakeProcesses {
         Ok(self.table().namespaces.clone())
     }
 
+    fn sees_all_processes(&self) -> Result<bool, ProcessError> {
+        Ok(false)
+    }
+
     fn is_alive(&self, identity: &ProcessIdentity) -> Result<bool, ProcessError> {
         let table = self.table();
         if identity.boot_id != BOOT_ID {

@@ -26,6 +26,9 @@ pub struct LinuxProcesses {
     boot_id: String,
 }
 
+/// The inode of the first pid namespace: the kernel gives it a fixed number.
+const FIRST_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
+
 impl LinuxProcesses {
     /// Reads the boot id; it does not change while we run.
     ///
@@ -209,6 +212,11 @@ impl Processes for LinuxProcesses {
 
     fn own_namespaces(&self) -> Result<Namespaces, ProcessError> {
         Ok(Namespaces { net: namespace("net")?, pid: namespace("pid")? })
+    }
+
+    fn sees_all_processes(&self) -> Result<bool, ProcessError> {
+        let own = fs::metadata("/proc/self/ns/pid").map_err(ProcessError::List)?;
+        Ok(std::os::unix::fs::MetadataExt::ino(&own) == FIRST_PID_NAMESPACE)
     }
 
     fn is_alive(&self, identity: &ProcessIdentity) -> Result<bool, ProcessError> {

@@ -27,6 +27,21 @@ pub use linux::LinuxProcesses;
 pub(crate) use linux::boot_id;
 pub use spawn::{Child, ChildExit, ChildSpec, SpawnError, Spawner};
 
+/// Forbids core dumps of this process and its children: they would hold what the guest and its
+/// commands hold, secrets included. One byte, not none: a limit of 1 also keeps the kernel from
+/// piping a dump to a program, which a limit of 0 does not.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn forbid_core_dumps() -> io::Result<()> {
+    let limit = rustix::process::Rlimit { current: Some(1), maximum: Some(1) };
+    match rustix::process::setrlimit(rustix::process::Resource::Core, limit) {
+        // Somebody has set a lower hard limit already, and we may not raise it: as good.
+        Err(rustix::io::Errno::PERM) => Ok(()),
+        result => Ok(result?),
+    }
+}
+
 /// Why a process could not be looked at or ended.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessError {
@@ -96,6 +111,13 @@ pub trait Processes: Send + Sync {
     /// # Errors
     /// When `/proc` cannot be read.
     fn own_namespaces(&self) -> Result<Namespaces, ProcessError>;
+
+    /// Whether this process sees every process of the host: it is in the first pid namespace,
+    /// whose process list holds those of all others too.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    fn sees_all_processes(&self) -> Result<bool, ProcessError>;
 
     /// Whether exactly this process still exists (a zombie counts as gone).
     ///

@@ -50,6 +50,8 @@ pub struct ChildSpec {
     pub env: Vec<(OsString, OsString)>,
     /// Its working directory.
     pub cwd: PathBuf,
+    /// Kept open until it was spawned: `cwd` may be a path through this descriptor.
+    pub cwd_fd: Option<OwnedFd>,
     /// Where its stdout and stderr go.
     pub log: File,
     /// The descriptors that it inherits besides, under the numbers that they have here. Ours are

@@ -49,6 +49,7 @@ pub(crate) fn shell(directory: &Path, script: &str, arguments: &[&str]) -> Child
         args: ["-c", script].iter().chain(arguments).map(Into::into).collect(),
         env: vec![("PATH".into(), "/usr/bin:/bin".into())],
         cwd: directory.to_owned(),
+        cwd_fd: None,
         log,
         inherit: Vec::new(),
         max_file_bytes: None,

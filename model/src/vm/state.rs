@@ -19,11 +19,19 @@ pub struct VmState {
     pub cause: Option<Failure>,
     /// Whether the VM is removed once it is clean.
     pub ephemeral: bool,
+    /// Whether its directory and row are gone too.
+    pub forgotten: bool,
     /// Whether everything is done.
     pub settled: bool,
 }
 
 impl VmState {
+    /// Whether everything that should be gone once it is settled is gone.
+    #[must_use]
+    pub fn is_cleaned_up(&self) -> bool {
+        self.phase == Phase::Cleaned && (!self.ephemeral || self.forgotten)
+    }
+
     /// A VM whose row was just inserted.
     #[must_use]
     pub const fn new(ephemeral: bool) -> Self {
@@ -33,6 +41,7 @@ impl VmState {
             stop: None,
             cause: None,
             ephemeral,
+            forgotten: false,
             settled: false,
         }
     }

@@ -69,7 +69,7 @@ pub(super) fn arguments(spec: &MachineSpec, base_disk: &Path, wiring: &Wiring) -
     argv.flag("-no-user-config").flag("-nodefaults").flag("-no-reboot");
     argv.pair("-display", "none")
         .pair("-name", spec.mark.to_string())
-        .pair("-M", "microvm,acpi=on,rtc=on,pit=off,pic=off,x-option-roms=off")
+        .pair("-M", "microvm,acpi=on,rtc=on,pit=off,pic=off,x-option-roms=off,dump-guest-core=off")
         .pair("-accel", accel)
         .pair("-cpu", cpu)
         .pair("-smp", spec.vcpus.to_string())
@@ -84,7 +84,13 @@ pub(super) fn arguments(spec: &MachineSpec, base_disk: &Path, wiring: &Wiring) -
     argv.pair("-blockdev", blockdev("base", base_disk.as_os_str(), "read-only=on"))
         .pair("-device", format!("virtio-blk-device,drive=base,serial={BASE_DISK_SERIAL}"));
     argv.pair("-blockdev", blockdev("rootfs", OsStr::new("rootfs.ext4"), "discard=unmap"))
-        .pair("-device", format!("virtio-blk-device,drive=rootfs,serial={ROOTFS_DISK_SERIAL}"));
+        // A full disk of the host is an error of the guest's, not a silent pause of it.
+        .pair(
+            "-device",
+            format!(
+                "virtio-blk-device,drive=rootfs,serial={ROOTFS_DISK_SERIAL},werror=report,rerror=report"
+            ),
+        );
     argv.pair("-chardev", format!("socket,id=link,fd={},server=on,wait=off", wiring.link))
         .pair("-device", "virtio-serial-device,max_ports=2")
         .pair("-device", format!("virtserialport,chardev=link,nr=1,name={PORT_NAME}"));

@@ -226,12 +226,15 @@ fn prepare(
         Wiring { acceleration, tsc_khz, link: link.as_raw_fd(), qmp: qmp_listener.as_raw_fd() };
     let args = arguments(spec, &base_disk, &wiring);
     let log = open_log(&dir)?;
+    // A descriptor of the spawner's own: given up, the launch closes ours at any moment.
+    let cwd_fd = dir.try_clone().map_err(failed("keep the VM's directory open"))?;
     write_json(&dir, spec, acceleration, &program, &args)?;
     let child = ChildSpec {
         program,
         args,
         env: vec![("PATH".into(), "/usr/bin:/bin".into()), ("LC_ALL".into(), "C".into())],
-        cwd: format!("/proc/self/fd/{}", dir.as_raw_fd()).into(),
+        cwd: format!("/proc/self/fd/{}", cwd_fd.as_raw_fd()).into(),
+        cwd_fd: Some(cwd_fd),
         log,
         inherit: vec![link.into(), qmp_listener.into()],
         max_file_bytes: Some(largest_file(disk_bytes)),

@@ -100,7 +100,8 @@ fn op_done(
         (Op::Stop(StopMode::Force), Err(cause)) => conclude(state, Phase::StopFailed, cause),
         (Op::Clean, Ok(())) => forget_or_settle(state),
         (Op::Clean, Err(cause)) => conclude(state, Phase::CleanupFailed, cause),
-        (Op::Forget, Ok(())) | (Op::Conclude, Ok(())) => settle(state),
+        (Op::Forget, Ok(())) => settle(VmState { forgotten: true, ..state }),
+        (Op::Conclude, Ok(())) => settle(state),
         (Op::Forget, Err(cause)) => conclude(state, Phase::Cleaned, cause),
         (Op::Conclude, Err(cause)) => {
             settle(VmState { cause: state.cause.or(Some(cause)), ..state })
