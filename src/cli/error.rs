@@ -19,18 +19,17 @@ impl CliError {
     #[must_use]
     pub fn usage(error: &clap::Error, verb: &str) -> Self {
         let rendered = error.render().to_string();
-        // clap puts the point first, then lists of values and tips, then how to call us.
-        let point: Vec<&str> = rendered
-            .lines()
-            .map(str::trim)
-            .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"))
-            .filter(|line| !line.is_empty())
-            .collect();
+        // clap puts the point first, in a paragraph of its own; tips and usage follow.
+        let point: Vec<&str> =
+            rendered.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
         let point = point.join(" ");
         let point = point.strip_prefix("error: ").unwrap_or(&point);
         let help = match verb {
             "" => "matchlock --help".to_owned(),
             verb if verb.starts_with('-') => "matchlock --help".to_owned(),
+            _ if error.kind() == clap::error::ErrorKind::InvalidSubcommand => {
+                "matchlock --help".to_owned()
+            }
             verb => format!("matchlock {verb} --help"),
         };
         Self { usage: true, message: format!("{point}; see `{help}`"), code: None }

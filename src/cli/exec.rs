@@ -10,6 +10,7 @@ use matchlock_model::spec::{DEFAULT_GRACE, check_user, check_workdir};
 use matchlock_model::view::Status;
 
 use super::error::CliError;
+use super::later::refuse_later;
 use super::list::statuses;
 use super::run::{environment, exit_code};
 use crate::node::config::NodeConfig;
@@ -20,11 +21,16 @@ use crate::node::signals::Interrupts;
 /// The arguments of `exec`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Exit codes: as `matchlock run`.
+Exit codes: as `matchlock run`. Each command has a process list of its own: it does not see the
+VM's other commands, but shares their files.
 
 Example:
   matchlock exec vm-0badcafe -- sh -c 'cat > /tmp/f; wc -c /tmp/f'   (add -i to give it a stdin)")]
 pub(super) struct ExecArgs {
+    #[arg(short = 't', long, hide = true)]
+    tty: bool,
+    #[arg(short = 'd', long, hide = true)]
+    detach: bool,
     /// Give the command our stdin
     #[arg(short, long)]
     interactive: bool,
@@ -45,6 +51,7 @@ pub(super) struct ExecArgs {
 }
 
 pub(super) async fn exec(args: ExecArgs, config: NodeConfig) -> Result<u8, CliError> {
+    refuse_later(&[("--tty", args.tty), ("--detach", args.detach)])?;
     let mut interrupts = Interrupts::install().map_err(|e| CliError::failure(&e))?;
     if let Some(workdir) = &args.workdir {
         check_workdir(workdir).map_err(CliError::input)?;

@@ -15,7 +15,8 @@ use crate::node::config::NodeConfig;
 /// The arguments of `gc`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-A running VM is skipped and is not an error, unless it is named.
+A running VM is skipped and is not an error, unless it is named. A VM that was to be removed with its
+command (--rm) is removed; one that was to be kept keeps its record and logs until `matchlock rm`.
 
 Exit codes: 0 when nothing is left to do; 1 when something could not be removed.")]
 pub(super) struct GcArgs {
@@ -25,6 +26,9 @@ pub(super) struct GcArgs {
     /// VM (default: all)
     id: Option<VmId>,
 }
+
+/// What is said of a VM that was taken down first.
+const STOPPED: &str = "stop";
 
 pub(super) async fn gc(args: GcArgs, config: NodeConfig) -> Result<u8, CliError> {
     let node = Node::boot(config.clone()).await?;
@@ -59,9 +63,16 @@ async fn reconcile(
             };
             continue;
         }
-        if let Some(again) = node.client().reconcile(Some(report.vm), Goal::Clean).await?.pop() {
-            *report = again;
-        }
+        let again = node.client().reconcile(Some(report.vm), Goal::Clean).await?.pop();
+        report.outcome = match again.map(|report| report.outcome) {
+            // Its owner has cleaned up, or even removed it.
+            Some(Outcome::Unknown) | None => Outcome::Cleaned { removed: vec![STOPPED.into()] },
+            Some(Outcome::Cleaned { mut removed }) => {
+                removed.insert(0, STOPPED.into());
+                Outcome::Cleaned { removed }
+            }
+            Some(other) => other,
+        };
     }
     Ok(reports)
 }

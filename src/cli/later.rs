@@ -116,11 +116,16 @@ impl LaterRunFlags {
             ("--volume", !self.volume.is_empty()),
             ("--workspace", self.workspace.is_some()),
         ];
-        match given.iter().find(|(_, given)| *given) {
-            None => Ok(()),
-            Some((flag, _)) => Err(CliError::input(format_args!(
-                "{flag} is not available in this version yet; see docs/COMPATIBILITY.md"
-            ))),
-        }
+        refuse_later(&given)
+    }
+}
+
+/// Refuses the first flag that was given, by name.
+pub(super) fn refuse_later(flags: &[(&str, bool)]) -> Result<(), CliError> {
+    match flags.iter().find(|(_, given)| *given) {
+        None => Ok(()),
+        Some((flag, _)) => Err(CliError::input(format_args!(
+            "{flag} is not available in this version yet; see docs/COMPATIBILITY.md"
+        ))),
     }
 }

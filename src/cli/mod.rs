@@ -43,7 +43,7 @@ Examples:
   matchlock run --image busybox -- sh -c 'uname -a'    run a command, pass its exit code on
   tar c . | matchlock run -i --image busybox -- tar t  give it a stdin
   matchlock list                                       what runs
-  matchlock exec vm-0badcafe -- ps                     a further command in a VM
+  matchlock exec vm-0badcafe -- uname -r               a further command in a VM
   matchlock gc                                         remove what a crash left
 
 Environment:

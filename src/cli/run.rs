@@ -34,7 +34,9 @@ use crate::node::signals::{Interrupt, Interrupts};
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Exit codes: the command's own; 124 --timeout passed; 125 matchlock failed; 126 the command cannot
-be executed; 127 it was not found; 128+n it was ended by signal n; 130 or 143 when interrupted.
+be executed; 127 it was not found; 128+n it was ended by signal n; 130, 143 or 129 when run itself
+was interrupted by SIGINT, SIGTERM or SIGHUP, whatever the command made of the signal. With --rm=false
+the command's own code comes once the VM has been ended.
 
 Examples:
   matchlock run --image busybox -- sh -c 'exit 7'; echo $?
@@ -345,7 +347,7 @@ async fn why_lost(vm: &VmHandle, lost: &matchlock_host::guest_link::LinkError) -
 }
 
 fn announce(vm: &VmHandle) {
-    render::note(&format!("sandbox {} is running", vm.id));
+    render::note(&format!("VM {} is running", vm.id));
     render::note(&format!("  connect: matchlock exec {} -- sh", vm.id));
     render::note(&format!("  stop:    matchlock kill {}", vm.id));
 }
@@ -363,7 +365,11 @@ async fn keep(
     if by_signal.is_none() {
         match &own {
             Some(Err(error)) => render::error(error),
-            Some(Ok(_)) | None => announce(vm),
+            Some(Ok(code)) => render::note(&format!(
+                "the command ended with {code}; VM {} is kept until a signal or `matchlock kill {}`",
+                vm.id, vm.id
+            )),
+            None => announce(vm),
         }
         tokio::select! {
             view = settled(vm.clone()) => {

@@ -142,7 +142,7 @@ fn a_full_host_disk_is_an_error_of_the_command_and_is_given_back() {
         .status()
         .unwrap();
     assert!(mounted.success());
-    let script = "dd if=/dev/zero of=/big bs=1M count=100 2>/dev/null && sync && echo fits";
+    let script = "dd if=/dev/zero of=/big bs=1M count=100 conv=fsync 2>/dev/null && echo fits";
     let home = small.join("home");
     let mut command = installation
         .command(&["run", "--no-network", "--image", "busybox", "--", "sh", "-c", script])
@@ -227,12 +227,40 @@ fn an_owner_that_is_killed_leaves_what_gc_removes() {
 
     let collected = installation.output(&["gc"]).unwrap();
     assert_eq!(collected.status.code(), Some(0), "{}", stderr(&collected));
-    let expected = format!("{vm}: cleaned sockets_remove, rootfs_remove\nReconciled 1 VMs\n");
+    let expected = format!(
+        "{vm}: cleaned sockets_remove, rootfs_remove, state_dir_remove\nReconciled 1 VMs\n"
+    );
     assert_eq!(stdout(&collected), expected);
+    installation.assert_nothing_left().unwrap();
+    assert_eq!(installation.phases(&vm).unwrap().last().unwrap(), "cleaned", "its history stays");
+}
+
+#[test]
+fn a_kept_vm_whose_owner_is_killed_keeps_its_record() {
+    let installation = Installation::new().unwrap();
+    let run = installation.start_run(&["--rm=false"], &["sleep", "1000"]).unwrap();
+    let vm = installation.wait_for_status("running").unwrap();
+    run.signal(Signal::KILL).unwrap();
+    drop(run);
+    assert_eq!(installation.output(&["gc"]).unwrap().status.code(), Some(0));
     assert_eq!(installation.list().unwrap(), [(vm.clone(), "stopped".to_owned())]);
     let again = installation.output(&["gc", &vm]).unwrap();
     assert_eq!(stdout(&again), format!("{vm}: no resources to clean\n"));
     assert_eq!(installation.output(&["rm", &vm]).unwrap().status.code(), Some(0));
+    installation.assert_nothing_left().unwrap();
+}
+
+/// Whoever read our stderr is gone: logging must not end us.
+#[test]
+fn a_closed_stderr_ends_nothing() {
+    let installation = Installation::new().unwrap();
+    let mut command = installation
+        .command(&["run", "--no-network", "--image", "busybox", "--", "sh", "-c", "exit 7"])
+        .unwrap();
+    command.env("MATCHLOCK_LOG", "debug").stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    drop(child.stderr.take());
+    assert_eq!(child.wait().unwrap().code(), Some(7));
     installation.assert_nothing_left().unwrap();
 }
 
@@ -243,6 +271,7 @@ fn gc_takes_down_what_it_is_told_to() {
     installation.wait_for_status("running").unwrap();
     let collected = installation.output(&["gc", "--force-running"]).unwrap();
     assert_eq!(collected.status.code(), Some(0), "{}", stderr(&collected));
+    assert!(stdout(&collected).contains(": cleaned stop"), "{}", stdout(&collected));
     assert_eq!(run.wait(PATIENCE).unwrap().status.code(), Some(128 + 9));
     installation.assert_nothing_left().unwrap();
 }

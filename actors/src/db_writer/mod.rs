@@ -23,6 +23,7 @@ pub use actor::{DbWriter, DbWriterArgs, DbWriterMsg, OpenStore, ThreadSlot, join
 use std::time::Duration;
 
 use matchlock_model::failure::{Failure, FailureKind};
+use matchlock_model::id::{OwnerEpoch, VmId};
 use matchlock_store::{WriteError, WriteOp, WriteOutcome};
 
 use crate::handle::{CallError, ServiceHandle};
@@ -77,5 +78,16 @@ impl DbHandle {
     /// When it was refused, or its fate is unknown ([`DbError::Lost`], [`DbError::Call`]).
     pub async fn write(&self, op: WriteOp) -> Result<WriteOutcome, DbError> {
         self.0.call(|reply| DbWriterMsg::Write { op: Box::new(op), reply }, WRITE_LIMIT).await?
+    }
+
+    /// Removes a VM's row; one that is gone already is fine.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub async fn remove_vm(&self, vm: VmId, epoch: OwnerEpoch) -> Result<(), DbError> {
+        match self.write(WriteOp::RemoveVm { vm, epoch }).await {
+            Ok(_) | Err(DbError::Write(WriteError::NotFound { .. })) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 }

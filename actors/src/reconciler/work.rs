@@ -83,6 +83,8 @@ async fn reconcile_one(
     if row.is_none() && observed == Observed::default() {
         return Ok(Outcome::Unknown);
     }
+    // A VM that was to go with its command goes altogether: that is what its user asked for.
+    let goal = if row.as_ref().is_some_and(|row| row.ephemeral) { Goal::Remove } else { goal };
     let recorded = row.as_ref().map(|_| head.as_ref().map_or(Phase::Creating, |head| head.phase));
     let actions = plan(vm, goal, recorded, &observed)
         .map_err(|refusal| Failure::from_error(FailureKind::Internal, &refusal))?;
@@ -225,8 +227,7 @@ impl<'a> Work<'a> {
             Action::RemoveDir => rootfs.remove_dir(&paths).await.map_err(|e| host(&e)),
             Action::RemoveRow => {
                 let Some(epoch) = self.epoch().await? else { return Ok(()) };
-                let op = WriteOp::RemoveVm { vm: self.vm, epoch };
-                self.deps.db.write(op).await.map(drop).map_err(Failure::from)
+                self.deps.db.remove_vm(self.vm, epoch).await.map_err(Failure::from)
             }
         }
     }

@@ -162,8 +162,7 @@ async fn carry_out(context: &Arc<VmContext>, effect: &Effect, recorded: Phase) -
             context.deps.rootfs.remove_dir(&context.paths).await.map_err(|e| host(&e))
         }
         Effect::RemoveRow => {
-            let op = WriteOp::RemoveVm { vm: context.id, epoch: context.epoch };
-            context.deps.db.write(op).await.map(drop).map_err(Failure::from)
+            context.deps.db.remove_vm(context.id, context.epoch).await.map_err(Failure::from)
         }
         Effect::Cancel | Effect::Settle => Err(Failure::new(
             FailureKind::Internal,

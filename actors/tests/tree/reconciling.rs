@@ -15,6 +15,10 @@ use super::world::World;
 
 /// A VM whose owner was killed: row, files, hypervisor; no lock.
 async fn crashed(world: &World, number: u32) -> VmId {
+    crashed_as(world, number, false).await
+}
+
+async fn crashed_as(world: &World, number: u32, ephemeral: bool) -> VmId {
     let vm = VmId::new(number);
     let record = NewVm {
         id: vm,
@@ -22,7 +26,7 @@ async fn crashed(world: &World, number: u32) -> VmId {
         config_json: "{}".into(),
         owner: world.processes.own_identity().unwrap(),
         namespaces: world.processes.own_namespaces().unwrap(),
-        ephemeral: true,
+        ephemeral,
         backend: "fake".into(),
         resources: Resources::default(),
         created_at: jiff::Timestamp::now(),
@@ -53,6 +57,15 @@ async fn gc_cleans_and_rm_removes() {
     let again = world.reconcile(Target::All, Goal::Clean).await;
     assert_eq!(again[0].outcome, Outcome::Cleaned { removed: Vec::new() });
     world.reconcile(Target::One(vm), Goal::Remove).await;
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[tokio::test]
+async fn gc_removes_what_was_to_go_with_its_command() {
+    let world = World::new().await;
+    crashed_as(&world, 7, true).await;
+    world.reconcile(Target::All, Goal::Clean).await;
     world.assert_nothing_left().await;
     world.shutdown().await;
 }
