@@ -28,7 +28,8 @@ pub(super) struct KillArgs {
     id: Option<VmId>,
 }
 
-/// How long an owner may take beyond the grace that its guest has: a power-off, a clean-up.
+/// How long we wait for an owner: the grace of its guest, a power-off, a clean-up. An owner with a
+/// longer grace goes on without us.
 const OWNER_LIMIT: Duration = Duration::from_secs(120);
 
 /// How long an owner may take that asks nobody.

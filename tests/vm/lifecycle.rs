@@ -67,62 +67,63 @@ fn a_kept_vm_takes_further_commands_until_it_is_killed() {
     installation.assert_nothing_left().unwrap();
 }
 
+/// A command that shows that it lives: it writes to a file that all commands of the VM share.
+const HEARTBEAT: &str = "while :; do echo x >> /tmp/beats; sleep 0.2; done";
+
+/// Whether the heartbeat goes on: the file grows while we look.
+fn beats(installation: &Installation, vm: &str) -> bool {
+    let look = "a=$(wc -c < /tmp/beats || echo 0); sleep 2; b=$(wc -c < /tmp/beats || echo 0); \
+                [ $a != $b ] && echo beats || echo silent";
+    let output = installation.output(&["exec", vm, "--", "sh", "-c", look]).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    stdout(&output).trim() == "beats"
+}
+
+fn exec_with(installation: &Installation, args: &[&str], stdin: Stdio) -> Running {
+    let mut command = installation.command(args).unwrap();
+    command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
+    Running::start(&mut command).unwrap()
+}
+
+fn zeros() -> Stdio {
+    std::fs::File::open("/dev/zero").unwrap().into()
+}
+
+/// Also while the command does not read what it is sent.
 #[test]
 fn a_client_that_goes_away_takes_its_command_with_it() {
     let installation = Installation::new().unwrap();
     let owner = installation.start_run(&["--rm=false"], &["true"]).unwrap();
     let vm = installation.wait_for_status("running").unwrap();
-    let client = installation.start(&["exec", &vm, "--", "sleep", "1000"]).unwrap();
-    let sleeping = || {
-        let script = "grep -l sleep /proc/[0-9]*/comm 2>/dev/null | wc -l; cat /sys/fs/cgroup/jobs/pids.current 2>/dev/null";
-        let output = installation.output(&["exec", &vm, "--", "sh", "-c", script]).unwrap();
-        stdout(&output)
-    };
-    // The command of this look itself counts too, so the number falls back to what it was.
-    let before = sleeping();
-    wait_until(PATIENCE, "the command in the guest", || Ok(sleeping() != String::new())).unwrap();
-    client.signal(Signal::KILL).unwrap();
-    drop(client);
-    wait_until(Duration::from_secs(30), "the end of the command", || {
-        Ok(sleeping().trim() <= before.trim())
-    })
-    .unwrap();
+    let plain = ["exec", &vm, "--", "sh", "-c", HEARTBEAT];
+    let flooded = ["exec", "-i", &vm, "--", "sh", "-c", HEARTBEAT];
+    for (args, stdin) in [(&plain[..], Stdio::null()), (&flooded[..], zeros())] {
+        let client = exec_with(&installation, args, stdin);
+        wait_until(PATIENCE, "the heartbeat", || Ok(beats(&installation, &vm))).unwrap();
+        client.signal(Signal::KILL).unwrap();
+        drop(client);
+        let silent = || Ok(!beats(&installation, &vm));
+        wait_until(Duration::from_secs(30), "the end of the heartbeat", silent).unwrap();
+    }
     owner.signal(Signal::TERM).unwrap();
     assert_eq!(owner.wait(PATIENCE).unwrap().status.code(), Some(0));
     assert_eq!(installation.output(&["rm", &vm]).unwrap().status.code(), Some(0));
     installation.assert_nothing_left().unwrap();
 }
 
-/// Also while the command does not read what it is sent.
 #[test]
-fn a_client_with_a_full_stdin_is_heard() {
+fn a_signal_overtakes_stdin_that_nobody_reads() {
     let installation = Installation::new().unwrap();
     let owner = installation.start_run(&["--rm=false"], &["sh", "-c", "exit 3"]).unwrap();
     let vm = installation.wait_for_status("running").unwrap();
-    let flood = || {
-        let mut command = installation.command(&["exec", "-i", &vm, "--", "sleep", "777"]).unwrap();
-        let zero = std::fs::File::open("/dev/zero").unwrap();
-        command.stdin(zero).stdout(Stdio::piped()).stderr(Stdio::piped());
-        Running::start(&mut command).unwrap()
-    };
-    let sleeping = |number: usize| {
-        let script = "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '; cat /sys/fs/cgroup/jobs/pids.current /sys/fs/cgroup/jobs/cgroup.procs 2>/dev/null | wc -l";
-        let output = installation.output(&["exec", &vm, "--", "sh", "-c", script]).unwrap();
-        assert_eq!(output.status.code(), Some(0), "{number} {}", stderr(&output));
-    };
-    let client = flood();
-    sleeping(1);
+    let script = format!("trap 'echo got it; exit 0' TERM; {HEARTBEAT}");
+    let args = ["exec", "-i", &vm, "--", "sh", "-c", &script];
+    let client = exec_with(&installation, &args, zeros());
+    wait_until(PATIENCE, "the heartbeat", || Ok(beats(&installation, &vm))).unwrap();
     client.signal(Signal::TERM).unwrap();
     let output = client.wait(PATIENCE).unwrap();
     assert_eq!(output.status.code(), Some(143), "{}", stderr(&output));
-    // A client that dies frees its place: more of them than there are places.
-    for _ in 0..3 {
-        let client = flood();
-        sleeping(2);
-        client.signal(Signal::KILL).unwrap();
-        drop(client);
-    }
-    sleeping(3);
+    assert_eq!(stdout(&output), "got it\n");
     owner.signal(Signal::TERM).unwrap();
     // The exit code is the command's own.
     assert_eq!(owner.wait(PATIENCE).unwrap().status.code(), Some(3));
