@@ -1,5 +1,6 @@
 //! A failure in a form that may be stored, shown and sent between processes.
 
+use std::any::Any;
 use std::error::Error;
 use std::fmt;
 
@@ -63,6 +64,13 @@ impl fmt::Display for Failure {
 }
 
 impl Error for Failure {}
+
+/// What a panic said, if it said anything.
+#[must_use]
+pub fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no text")
+}
 
 /// An error and its causes in one line: `outer: cause: root`.
 #[must_use]

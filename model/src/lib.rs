@@ -16,5 +16,6 @@ pub mod phase;
 pub mod reconcile;
 pub mod record;
 pub mod spec;
+pub mod subnet;
 pub mod view;
 pub mod vm;

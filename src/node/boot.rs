@@ -110,8 +110,8 @@ impl Opened {
 fn open_again(home: std::path::PathBuf, conn: WriteConn) -> OpenStore {
     let first = Mutex::new(Some(conn));
     Arc::new(move || match first.lock().unwrap_or_else(PoisonError::into_inner).take() {
-        Some(conn) => Ok(conn),
-        None => open_state(&home),
+        Some(conn) => Ok(Box::new(conn)),
+        None => Ok(Box::new(open_state(&home)?)),
     })
 }
 

@@ -323,6 +323,18 @@ pub enum WriteError {
         /// The VM.
         vm: VmId,
     },
+    /// All subnets are held, or overlap what this host uses.
+    #[error(
+        "no subnet is free: {pool} has {count}, {held} are held and the rest overlap this host's networks; remove VMs that are not needed, or set MATCHLOCK_SUBNET_POOL to a larger range"
+    )]
+    NoFreeSubnet {
+        /// The pool.
+        pool: String,
+        /// How many it has.
+        count: u64,
+        /// How many are held, those of other pools included.
+        held: usize,
+    },
     /// A stored row cannot be read.
     #[error(transparent)]
     Row(#[from] BadRow),
@@ -342,6 +354,12 @@ pub enum WriteError {
         /// The value.
         value: u64,
     },
+    /// A fault of our own while it was being written. Nothing of it is there.
+    #[error("a fault in matchlock kept it from being written, nothing was changed: {message}")]
+    Panicked {
+        /// What the panic said.
+        message: String,
+    },
     /// SQLite could not write.
     #[error("the database could not be written: {fault} ({message})")]
     Database {
@@ -358,12 +376,14 @@ impl WriteError {
     pub const fn retryable(&self) -> bool {
         match self {
             Self::Database { fault, .. } => fault.retryable(),
+            Self::Panicked { .. } => true,
             Self::VmExists { .. }
             | Self::NotFound { .. }
             | Self::Fenced { .. }
             | Self::Transition(_)
             | Self::NotCleaned { .. }
             | Self::SubnetHeld { .. }
+            | Self::NoFreeSubnet { .. }
             | Self::Row(_)
             | Self::Json { .. }
             | Self::TooLarge { .. } => false,

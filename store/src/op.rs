@@ -6,11 +6,14 @@
 //! * The rows of `vm_lifecycle` of one VM are numbered from 1 without gaps, and each phase may
 //!   follow the one before it.
 
+use std::sync::Arc;
+
 use jiff::Timestamp;
 use matchlock_model::id::{OwnerEpoch, VmId};
 use matchlock_model::identity::{Namespaces, ProcessIdentity};
 use matchlock_model::phase::Phase;
 use matchlock_model::record::{CleanupEntry, Resources};
+use matchlock_model::subnet::{Ipv4Cidr, Subnet, SubnetPool};
 
 /// A VM that is to be made.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,6 +92,30 @@ pub enum WriteOp {
         /// When.
         at: Timestamp,
     },
+    /// Gives a VM the lowest free subnet of the pool, or the one that it has already, and names it
+    /// in the next lifecycle row. Answers [`WriteOutcome::Subnet`].
+    ///
+    /// Refused with `NoFreeSubnet` when none is left.
+    AllocateSubnet {
+        /// The VM.
+        vm: VmId,
+        /// Whose write it is.
+        epoch: OwnerEpoch,
+        /// Where it is taken from.
+        pool: Arc<SubnetPool>,
+        /// Ranges that are in use on this host: a subnet that overlaps one is not given.
+        avoid: Vec<Ipv4Cidr>,
+        /// When.
+        at: Timestamp,
+    },
+    /// Takes a VM's subnet back, so that it can be given again; one that is free already is fine.
+    /// What the history says of it stays. Answers [`WriteOutcome::Released`].
+    ReleaseSubnet {
+        /// The VM.
+        vm: VmId,
+        /// Whose write it is.
+        epoch: OwnerEpoch,
+    },
     /// Removes a cleaned VM; its history stays. Answers [`WriteOutcome::Removed`].
     ///
     /// Refused with `NotCleaned` in any other phase, and with `SubnetHeld` while it has a subnet.
@@ -113,6 +140,13 @@ pub enum WriteOutcome {
     Version(i64),
     /// The epoch of the new owner.
     Epoch(OwnerEpoch),
+    /// The subnet that the VM has now.
+    Subnet(Subnet),
+    /// The VM has no subnet any more.
+    Released {
+        /// Whether it had one.
+        held: bool,
+    },
     /// The VM has no row any more.
     Removed,
     /// The history of this many VMs was dropped.

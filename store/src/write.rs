@@ -12,14 +12,21 @@
 //! * When the transaction is lost, every answer is that error, refusals included: a refusal may have
 //!   been due to an op that is now undone.
 //!
+//! # On a panic
+//! A panic of an op undoes the whole transaction; each answer is [`WriteError::Panicked`], which
+//! may be tried again, and the connection goes on.
+//!
 //! # On a crash
 //! A batch without its commit is gone; nobody was told that it was written.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use matchlock_model::failure::panic_text;
 use rusqlite::{Connection, Transaction, TransactionBehavior};
 
 use crate::error::WriteError;
 use crate::op::{WriteOp, WriteOutcome};
-use crate::rows::{lifecycle, vms};
+use crate::rows::{lifecycle, subnets, vms};
 
 type Answer = Result<WriteOutcome, WriteError>;
 
@@ -44,23 +51,27 @@ impl WriteConn {
         if count == 0 {
             return Vec::new();
         }
-        self.apply_all(ops).unwrap_or_else(|error| vec![Err(error); count])
+        self.apply_all(ops, run).unwrap_or_else(|error| vec![Err(error); count])
     }
 
-    fn apply_all(&mut self, ops: Vec<WriteOp>) -> Result<Vec<Answer>, WriteError> {
+    fn apply_all(&mut self, ops: Vec<WriteOp>, run: Run) -> Result<Vec<Answer>, WriteError> {
         let mut tx = self.conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let mut answers = Vec::with_capacity(ops.len());
-        for op in ops {
-            answers.push(apply_one(&mut tx, op)?);
-        }
+        // What a panic leaves half done is in the transaction, which is then rolled back.
+        let answers = catch_unwind(AssertUnwindSafe(|| {
+            ops.into_iter().map(|op| apply_one(&mut tx, op, run)).collect::<Result<Vec<_>, _>>()
+        }))
+        .map_err(|panic| WriteError::Panicked { message: panic_text(&*panic).to_owned() })??;
         tx.commit()?;
         Ok(answers)
     }
 }
 
+/// Writes one op.
+type Run = fn(&Connection, WriteOp) -> Answer;
+
 /// One op in its savepoint. The inner result is the op's answer; the outer error means that the
 /// transaction is lost.
-fn apply_one(tx: &mut Transaction<'_>, op: WriteOp) -> Result<Answer, WriteError> {
+fn apply_one(tx: &mut Transaction<'_>, op: WriteOp, run: Run) -> Result<Answer, WriteError> {
     let mut savepoint = tx.savepoint()?;
     let error = match run(&savepoint, op) {
         Ok(outcome) => {
@@ -102,6 +113,21 @@ fn run(conn: &Connection, op: WriteOp) -> Answer {
             lifecycle::append(conn, vm, change, at)
         }
         WriteOp::RaiseEpoch { vm, owner, at } => vms::raise_epoch(conn, vm, &owner, at),
+        WriteOp::AllocateSubnet { vm, epoch, pool, avoid, at } => {
+            vms::check_epoch(conn, vm, epoch)?;
+            let subnet = subnets::allocate(conn, vm, &pool, &avoid, at)?;
+            let change = lifecycle::Change {
+                resources: Some(lifecycle::ResourceChange::Subnet(subnet)),
+                ..lifecycle::Change::default()
+            };
+            lifecycle::append(conn, vm, change, at)?;
+            Ok(WriteOutcome::Subnet(subnet))
+        }
+        WriteOp::ReleaseSubnet { vm, epoch } => {
+            vms::check_epoch(conn, vm, epoch)?;
+            let held = subnets::release(conn, vm)?;
+            Ok(WriteOutcome::Released { held })
+        }
         WriteOp::RemoveVm { vm, epoch } => {
             vms::check_epoch(conn, vm, epoch)?;
             vms::remove(conn, vm)
@@ -183,6 +209,27 @@ mod tests {
         assert_eq!(answers[0], Ok(WriteOutcome::Version(1)));
         assert!(matches!(answers[1], Err(WriteError::Transition(_))));
         assert_eq!(vms(&writer), 2);
+    }
+
+    #[test]
+    fn a_panic_undoes_the_batch_and_may_be_tried_again() {
+        let home = TempDir::new().unwrap();
+        let mut writer = open_state(home.path()).unwrap();
+        let batch = || vec![insert(1, String::new()), insert(2, String::new())];
+        let second_panics: Run = |conn, op| match &op {
+            WriteOp::InsertVm { record } if record.id == VmId::new(2) => {
+                run(conn, op).unwrap();
+                panic!("on purpose")
+            }
+            _ => run(conn, op),
+        };
+        let lost = writer.apply_all(batch(), second_panics).unwrap_err();
+        assert_eq!(lost, WriteError::Panicked { message: "on purpose".to_owned() });
+        assert!(lost.retryable());
+        assert_eq!(vms(&writer), 0);
+        for answer in writer.apply(batch()) {
+            assert_eq!(answer, Ok(WriteOutcome::Version(1)));
+        }
     }
 
     #[test]

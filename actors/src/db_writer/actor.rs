@@ -2,10 +2,12 @@
 
 use std::fmt;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use matchlock_store::{OpenError, WriteConn, WriteOp, WriteOutcome};
+use matchlock_model::failure::panic_text;
+use matchlock_store::{OpenError, WriteConn, WriteError, WriteOp, WriteOutcome};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio::sync::mpsc;
 
@@ -22,18 +24,38 @@ pub enum DbWriterMsg {
         /// Answered after the commit.
         reply: Reply,
     },
+    /// The thread has panicked; only the thread says so.
+    ThreadPanicked {
+        /// What the panic said.
+        message: String,
+    },
 }
 
 impl fmt::Debug for DbWriterMsg {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Write { op, .. } => f.debug_tuple("Write").field(op).finish(),
+            Self::ThreadPanicked { message } => {
+                f.debug_tuple("ThreadPanicked").field(message).finish()
+            }
         }
     }
 }
 
+/// Where a writer writes: [`WriteConn`], or what a test puts in its way.
+pub trait Store: Send {
+    /// Writes these ops in order in one transaction, and answers each once they are committed.
+    fn apply(&mut self, ops: Vec<WriteOp>) -> Vec<Result<WriteOutcome, WriteError>>;
+}
+
+impl Store for WriteConn {
+    fn apply(&mut self, ops: Vec<WriteOp>) -> Vec<Result<WriteOutcome, WriteError>> {
+        Self::apply(self, ops)
+    }
+}
+
 /// Opens the store; called for each life of the writer.
-pub type OpenStore = Arc<dyn Fn() -> Result<WriteConn, OpenError> + Send + Sync>;
+pub type OpenStore = Arc<dyn Fn() -> Result<Box<dyn Store>, OpenError> + Send + Sync>;
 
 /// The thread of the current life, kept by the root so that the next life can join it.
 pub type ThreadSlot = Arc<Mutex<Option<JoinHandle<()>>>>;
@@ -60,13 +82,46 @@ pub struct DbWriter;
 /// Sends to the thread; dropping it ends the thread once the queue is empty.
 #[derive(Debug)]
 pub struct DbWriterState {
-    queue: mpsc::Sender<(WriteOp, Reply)>,
+    queue: mpsc::Sender<Waiting>,
+}
+
+/// A write that waits for the thread. Dropped before the thread has taken it, it says so: then it
+/// was not written for sure.
+#[derive(Debug)]
+struct Waiting {
+    op: Option<Box<WriteOp>>,
+    reply: Option<Reply>,
+}
+
+impl Waiting {
+    const fn new(op: Box<WriteOp>, reply: Reply) -> Self {
+        Self { op: Some(op), reply: Some(reply) }
+    }
+
+    fn refuse(mut self, error: DbError) {
+        if let Some(reply) = self.reply.take() {
+            answer(reply, Err(error));
+        }
+    }
+
+    /// From here on nobody knows but the thread.
+    fn take(mut self) -> Option<(WriteOp, Reply)> {
+        Some((*self.op.take()?, self.reply.take()?))
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if let Some(reply) = self.reply.take() {
+            answer(reply, Err(DbError::Ended));
+        }
+    }
 }
 
 /// Waits until the thread of an ended life has written everything.
 ///
 /// # Errors
-/// When it panicked.
+/// When it panicked past its own guard.
 pub async fn join_thread(slot: &ThreadSlot) -> Result<(), DbError> {
     let thread = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
     let Some(thread) = thread else { return Ok(()) };
@@ -83,18 +138,18 @@ impl Actor for DbWriter {
 
     async fn pre_start(
         &self,
-        _myself: ActorRef<Self::Msg>,
+        myself: ActorRef<Self::Msg>,
         args: DbWriterArgs,
     ) -> Result<DbWriterState, ActorProcessingErr> {
         if let Err(error) = join_thread(&args.thread).await {
             tracing::error!(%error, "the database writer's thread panicked");
         }
         let open = Arc::clone(&args.open);
-        let conn = tokio::task::spawn_blocking(move || open()).await??;
+        let store = tokio::task::spawn_blocking(move || open()).await??;
         let (queue, waiting) = mpsc::channel(QUEUE_OPS);
         let thread = std::thread::Builder::new()
             .name("db-writer".into())
-            .spawn(move || write_batches(conn, waiting))?;
+            .spawn(move || write_until_closed(store, waiting, &myself))?;
         *args.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
         Ok(DbWriterState { queue })
     }
@@ -105,16 +160,22 @@ impl Actor for DbWriter {
         message: DbWriterMsg,
         state: &mut DbWriterState,
     ) -> Result<(), ActorProcessingErr> {
-        let DbWriterMsg::Write { op, reply } = message;
-        match state.queue.try_send((*op, reply)) {
-            Ok(()) => Ok(()),
-            Err(mpsc::error::TrySendError::Full((_, reply))) => {
-                answer(reply, Err(DbError::Overloaded));
+        match message {
+            DbWriterMsg::Write { op, reply } => {
+                match state.queue.try_send(Waiting::new(op, reply)) {
+                    Ok(()) => {}
+                    Err(mpsc::error::TrySendError::Full(waiting)) => {
+                        waiting.refuse(DbError::Overloaded);
+                    }
+                    // The thread has panicked and its message is on the way.
+                    Err(mpsc::error::TrySendError::Closed(waiting)) => {
+                        waiting.refuse(DbError::Ended);
+                    }
+                }
                 Ok(())
             }
-            Err(mpsc::error::TrySendError::Closed((_, reply))) => {
-                answer(reply, Err(DbError::Lost));
-                Err(io::Error::other("the database writer's thread has ended").into())
+            DbWriterMsg::ThreadPanicked { message } => {
+                Err(io::Error::other(format!("its thread panicked: {message}")).into())
             }
         }
     }
@@ -127,13 +188,28 @@ fn answer(reply: Reply, outcome: Result<WriteOutcome, DbError>) {
     }
 }
 
-/// The thread: takes all that is queued, commits once, answers. Ends when the queue is closed and
-/// empty. A panic drops the reply ports, which their callers see as [`DbError::Call`].
-fn write_batches(mut conn: WriteConn, mut waiting: mpsc::Receiver<(WriteOp, Reply)>) {
+/// The thread: ends when the queue is closed and empty, or with a panic, which it tells the actor.
+fn write_until_closed(
+    mut store: Box<dyn Store>,
+    mut waiting: mpsc::Receiver<Waiting>,
+    actor: &ActorRef<DbWriterMsg>,
+) {
+    // Nothing of what the panic may have left half done is used again: the next life opens anew.
+    let guarded = AssertUnwindSafe(|| write_batches(&mut *store, &mut waiting));
+    let Err(panic) = catch_unwind(guarded) else { return };
+    let message = panic_text(&*panic).to_owned();
+    if actor.cast(DbWriterMsg::ThreadPanicked { message }).is_err() {
+        tracing::error!("the database writer's thread panicked after its actor had ended");
+    }
+}
+
+/// Takes all that is queued, commits once, answers. A panic drops the reply ports of its batch,
+/// which their callers see as [`DbError::Call`]: what they asked for may have been written.
+fn write_batches(store: &mut dyn Store, waiting: &mut mpsc::Receiver<Waiting>) {
     let mut batch = Vec::with_capacity(BATCH_OPS);
     while waiting.blocking_recv_many(&mut batch, BATCH_OPS) > 0 {
-        let (ops, replies): (Vec<_>, Vec<_>) = batch.drain(..).unzip();
-        let outcomes = conn.apply(ops);
+        let (ops, replies): (Vec<_>, Vec<_>) = batch.drain(..).filter_map(Waiting::take).unzip();
+        let outcomes = store.apply(ops);
         for (reply, outcome) in replies.into_iter().zip(outcomes) {
             answer(reply, outcome.map_err(DbError::from));
         }

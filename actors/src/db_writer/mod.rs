@@ -12,13 +12,16 @@
 //! 3. At most one thread writes: a restarted actor joins the old thread first.
 //!
 //! # Failure
-//! A panic of the thread gives its callers [`DbError::Lost`]: what they wrote may or may not be
-//! there. The actor notices at the next write and fails, which restarts it with a new thread.
-//! Draining the actor answers everything that was sent before.
+//! * A panic of an op is the store's to undo: the callers of its batch are told that nothing was
+//!   written, and the thread goes on.
+//! * Any other panic of the thread ends this life, and the root starts the next. The callers whose
+//!   batch it had get [`CallError::Died`]: what they asked for may be there or not. Those whose ops
+//!   still waited get [`DbError::Ended`]: theirs is not there.
+//! * Draining the actor, and then joining the thread, answers everything that was sent before.
 
 mod actor;
 
-pub use actor::{DbWriter, DbWriterArgs, DbWriterMsg, OpenStore, ThreadSlot, join_thread};
+pub use actor::{DbWriter, DbWriterArgs, DbWriterMsg, OpenStore, Store, ThreadSlot, join_thread};
 
 use std::time::Duration;
 
@@ -43,15 +46,30 @@ pub enum DbError {
     /// The store refused or failed.
     #[error(transparent)]
     Write(#[from] WriteError),
-    /// Too many writes wait.
-    #[error("the database writer is overloaded: {QUEUE_OPS} operations wait")]
+    /// Too many writes wait; this one was not taken.
+    #[error("the database writer is overloaded, try again: {QUEUE_OPS} operations wait")]
     Overloaded,
-    /// The writer died with the operation; it may or may not be there.
-    #[error("the database writer failed: whether the change was written is unknown")]
+    /// The writer failed before it took the operation: it was not written.
+    #[error("the database writer failed before it wrote this, nothing was changed, try again")]
+    Ended,
+    /// The writer's last thread failed with what it had; that may or may not be there.
+    #[error("the database writer failed: whether the last change was written is unknown")]
     Lost,
     /// The writer gave no answer; the operation may or may not be there.
-    #[error("the database writer gave no answer")]
+    #[error("the database writer gave no answer, whether the change was written is unknown")]
     Call(#[from] CallError),
+}
+
+impl DbError {
+    /// Whether nothing was written and the same write may succeed if it is tried again.
+    #[must_use]
+    pub const fn retryable(&self) -> bool {
+        match self {
+            Self::Write(error) => error.retryable(),
+            Self::Overloaded | Self::Ended => true,
+            Self::Lost | Self::Call(_) => false,
+        }
+    }
 }
 
 impl From<DbError> for Failure {
@@ -60,8 +78,9 @@ impl From<DbError> for Failure {
             DbError::Write(WriteError::Fenced { .. }) => FailureKind::Fenced,
             DbError::Write(WriteError::NotFound { .. }) => FailureKind::NotFound,
             DbError::Call(CallError::Timeout { .. }) => FailureKind::Timeout,
+            DbError::Write(WriteError::Panicked { .. }) => FailureKind::Internal,
             DbError::Write(_) | DbError::Overloaded => FailureKind::Host,
-            DbError::Lost | DbError::Call(_) => FailureKind::Internal,
+            DbError::Ended | DbError::Lost | DbError::Call(_) => FailureKind::Internal,
         };
         Self::from_error(kind, &error).context("could not write the VM's state")
     }
@@ -75,7 +94,8 @@ impl DbHandle {
     /// Writes one operation; returns after it was committed.
     ///
     /// # Errors
-    /// When it was refused, or its fate is unknown ([`DbError::Lost`], [`DbError::Call`]).
+    /// When it was refused, was not taken ([`DbError::retryable`]), or its fate is unknown
+    /// ([`DbError::Call`]).
     pub async fn write(&self, op: WriteOp) -> Result<WriteOutcome, DbError> {
         self.0.call(|reply| DbWriterMsg::Write { op: Box::new(op), reply }, WRITE_LIMIT).await?
     }

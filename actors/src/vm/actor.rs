@@ -5,7 +5,7 @@ use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::FutureExt as _;
-use matchlock_model::failure::{Failure, FailureKind};
+use matchlock_model::failure::{Failure, FailureKind, panic_text};
 use matchlock_model::id::Generation;
 use matchlock_model::phase::Phase;
 use matchlock_model::vm::{Effect, OpResult, StopMode, VmEvent, VmState, step};
@@ -160,12 +160,7 @@ impl Actor for Vm {
 
 /// A panicked effect, as a failure of its operation.
 fn panicked(panic: &(dyn Any + Send)) -> Failure {
-    let text = panic
-        .downcast_ref::<&str>()
-        .map(|text| (*text).to_owned())
-        .or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "no text".to_owned());
-    Failure::new(FailureKind::Internal, format!("an effect panicked: {text}"))
+    Failure::new(FailureKind::Internal, format!("an effect panicked: {}", panic_text(panic)))
 }
 
 impl VmActorState {

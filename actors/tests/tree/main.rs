@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod db_writer;
 mod faults;
 mod life;
 mod reconciling;

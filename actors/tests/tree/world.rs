@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use matchlock_actors::db_writer::{DbHandle, DbWriterArgs, ThreadSlot, join_thread};
+use matchlock_actors::db_writer::{DbHandle, DbWriterArgs, Store, ThreadSlot, join_thread};
 use matchlock_actors::deps::{Deps, Limits, OwnerServer, ServeGuard};
 use matchlock_actors::fleet::{FleetMsg, VmHandle};
 use matchlock_actors::images::ImagesArgs;
@@ -35,6 +35,9 @@ use tokio::time::timeout;
 
 /// Long enough for a loaded machine; never a measure of speed.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Puts something between a writer and its store.
+pub(crate) type WrapStore = fn(Box<dyn Store>) -> Box<dyn Store>;
 
 struct NoServer;
 
@@ -65,6 +68,15 @@ impl World {
     }
 
     pub(crate) async fn with_memory(memory_mb: u64) -> Self {
+        Self::with(memory_mb, |store| store).await
+    }
+
+    /// A tree whose writer writes through what this makes of its store.
+    pub(crate) async fn with_store(wrap: WrapStore) -> Self {
+        Self::with(100_000, wrap).await
+    }
+
+    async fn with(memory_mb: u64, wrap: WrapStore) -> Self {
         let home = tempfile::tempdir().unwrap();
         drop(open_state(home.path()).unwrap());
         let slots = Slots::default();
@@ -100,7 +112,7 @@ impl World {
         let args = RootArgs {
             slots,
             db_writer: DbWriterArgs {
-                open: Arc::new(move || open_state(&path)),
+                open: Arc::new(move || Ok(wrap(Box::new(open_state(&path)?)))),
                 thread: Arc::clone(&writer),
             },
             deps: deps.clone(),

@@ -10,6 +10,7 @@ use matchlock_model::id::VmId;
 use matchlock_model::identity::ProcessIdentity;
 use matchlock_model::phase::Phase;
 use matchlock_model::record::{Cleanup, CleanupEntry, LifecycleRecord, Resources};
+use matchlock_model::subnet::Subnet;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use serde_json::{Map, Value};
 
@@ -40,6 +41,27 @@ pub(crate) struct Change {
 pub(crate) enum ResourceChange {
     All(Box<Resources>),
     Hypervisor(ProcessIdentity),
+    Subnet(Subnet),
+}
+
+impl ResourceChange {
+    /// What is held after it, of what was held before.
+    fn apply_to(self, held: &Map<String, Value>) -> Result<Map<String, Value>, WriteError> {
+        let mut held = held.clone();
+        match self {
+            Self::All(all) => return super::to_object("resources", &*all),
+            Self::Hypervisor(hypervisor) => {
+                let known = super::to_object("hypervisor", &hypervisor)?;
+                held.insert("hypervisor".to_owned(), Value::Object(known));
+            }
+            Self::Subnet(subnet) => held.extend([
+                ("gateway_ip".to_owned(), subnet.gateway().to_string().into()),
+                ("guest_ip".to_owned(), subnet.guest().to_string().into()),
+                ("subnet_cidr".to_owned(), subnet.cidr.to_string().into()),
+            ]),
+        }
+        Ok(held)
+    }
 }
 
 /// What a row says, apart from its number and time.
@@ -69,13 +91,7 @@ impl Content {
         self.phase.check_transition(phase)?;
         let resources = match change.resources {
             None => self.resources.clone(),
-            Some(ResourceChange::All(all)) => super::to_object("resources", &*all)?,
-            Some(ResourceChange::Hypervisor(hypervisor)) => {
-                let mut resources = self.resources.clone();
-                let known = super::to_object("hypervisor", &hypervisor)?;
-                resources.insert("hypervisor".to_owned(), Value::Object(known));
-                resources
-            }
+            Some(change) => change.apply_to(&self.resources)?,
         };
         let mut cleanup = self.cleanup.clone();
         cleanup.extend(change.cleanup);

@@ -7,6 +7,7 @@
 
 pub(crate) mod images;
 pub(crate) mod lifecycle;
+pub(crate) mod subnets;
 pub(crate) mod vms;
 
 use std::fmt::Display;

@@ -7,7 +7,7 @@ use matchlock_model::phase::Phase;
 use matchlock_model::record::VmRecord;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
-use super::{Reading, lifecycle, stored};
+use super::{Reading, lifecycle, stored, subnets};
 use crate::error::WriteError;
 use crate::op::{NewVm, WriteOutcome};
 
@@ -187,10 +187,7 @@ pub(crate) fn remove(conn: &Connection, vm: VmId) -> Result<WriteOutcome, WriteE
     if phase != Phase::Cleaned {
         return Err(WriteError::NotCleaned { vm, phase });
     }
-    let subnet: bool = conn
-        .prepare_cached("SELECT EXISTS (SELECT 1 FROM subnet_allocations WHERE vm_id = ?1)")?
-        .query_row([&id], |row| row.get(0))?;
-    if subnet {
+    if subnets::find(conn, vm)?.is_some() {
         return Err(WriteError::SubnetHeld { vm });
     }
     conn.prepare_cached("DELETE FROM vms WHERE id = ?1")?.execute([&id])?;

@@ -11,5 +11,6 @@ mod open;
 mod phases;
 mod reference;
 mod schema;
+mod subnets;
 mod support;
 mod write;

@@ -1,0 +1,159 @@
+//! Subnets: given once, the lowest first, in one transaction whoever asks.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Barrier};
+
+use matchlock_model::subnet::{Ipv4Cidr, Subnet, SubnetPool};
+use matchlock_store::{WriteConn, WriteError, WriteOp, WriteOutcome};
+
+use crate::support::{EPOCH, Home, apply_one, at, clean, insert, vm};
+
+fn allocate_from(pool: &Arc<SubnetPool>, number: u32, avoid: &[&str]) -> WriteOp {
+    let avoid: Vec<Ipv4Cidr> = avoid.iter().map(|text| text.parse().unwrap()).collect();
+    WriteOp::AllocateSubnet {
+        vm: vm(number),
+        epoch: EPOCH,
+        pool: Arc::clone(pool),
+        avoid,
+        at: at(9),
+    }
+}
+
+fn release(number: u32) -> WriteOp {
+    WriteOp::ReleaseSubnet { vm: vm(number), epoch: EPOCH }
+}
+
+fn given(conn: &mut WriteConn, op: WriteOp) -> Subnet {
+    match apply_one(conn, op).unwrap() {
+        WriteOutcome::Subnet(subnet) => subnet,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn pool(text: &str) -> Arc<SubnetPool> {
+    Arc::new(text.parse().unwrap())
+}
+
+#[tokio::test]
+async fn a_vm_gets_one_subnet_which_its_rows_name() {
+    let home = Home::new();
+    let mut conn = home.writer();
+    apply_one(&mut conn, insert(vm(1))).unwrap();
+    let default = Arc::new(SubnetPool::default());
+    let first = given(&mut conn, allocate_from(&default, 1, &[]));
+    assert_eq!(first.cidr.to_string(), "192.168.100.0/24");
+    // Asked again, even for another pool, it is the one it has, and no row is added.
+    let history = home.reader().history(vm(1)).await.unwrap();
+    let again = given(&mut conn, allocate_from(&pool("base=10.1.0.0/24,size=30"), 1, &[]));
+    assert_eq!(again, first);
+    assert_eq!(home.reader().history(vm(1)).await.unwrap(), history);
+    let resources = &history.last().unwrap().resources;
+    assert_eq!(resources.gateway_ip.as_deref(), Some("192.168.100.1"));
+    assert_eq!(resources.guest_ip.as_deref(), Some("192.168.100.2"));
+    assert_eq!(resources.subnet_cidr.as_deref(), Some("192.168.100.0/24"));
+    assert!(resources.state_dir.is_some(), "what it held before is still named");
+    let row: (String, i64, String, String, String) = home
+        .plain()
+        .query_row(
+            "SELECT vm_id, octet, gateway_ip, guest_ip, subnet FROM subnet_allocations",
+            [],
+            |r| Ok((r.get(0)?, r.get(1)?, r.get(2)?, r.get(3)?, r.get(4)?)),
+        )
+        .unwrap();
+    let expected = ("vm-00000001", 100, "192.168.100.1", "192.168.100.2", "192.168.100.0/24");
+    assert_eq!((&*row.0, row.1, &*row.2, &*row.3, &*row.4), expected);
+}
+
+#[test]
+fn the_lowest_that_is_free_is_given_and_given_again_once_it_is_back() {
+    let home = Home::new();
+    let mut conn = home.writer();
+    let pool = pool("base=10.1.0.0/28,size=30");
+    for number in 1..=4 {
+        apply_one(&mut conn, insert(vm(number))).unwrap();
+    }
+    for (number, cidr) in [(1, "10.1.0.0/30"), (2, "10.1.0.4/30"), (3, "10.1.0.8/30")] {
+        assert_eq!(given(&mut conn, allocate_from(&pool, number, &[])).cidr.to_string(), cidr);
+    }
+    let held = WriteOutcome::Released { held: true };
+    assert_eq!(apply_one(&mut conn, release(2)), Ok(held));
+    assert_eq!(apply_one(&mut conn, release(2)), Ok(WriteOutcome::Released { held: false }));
+    let again = given(&mut conn, allocate_from(&pool, 4, &["10.1.0.0/29"]));
+    assert_eq!(again.cidr.to_string(), "10.1.0.12/30", "a route of the host is avoided");
+    let lowest = given(&mut conn, allocate_from(&pool, 2, &[]));
+    assert_eq!(lowest.cidr.to_string(), "10.1.0.4/30");
+}
+
+#[test]
+fn when_none_is_left_the_error_says_so_and_what_to_do() {
+    let home = Home::new();
+    let mut conn = home.writer();
+    let pool = pool("base=10.1.0.0/30,size=30");
+    for number in 1..=2 {
+        apply_one(&mut conn, insert(vm(number))).unwrap();
+    }
+    given(&mut conn, allocate_from(&pool, 1, &[]));
+    let refused = apply_one(&mut conn, allocate_from(&pool, 2, &[])).unwrap_err();
+    assert!(matches!(refused, WriteError::NoFreeSubnet { held: 1, count: 1, .. }), "{refused:?}");
+    assert!(!refused.retryable());
+    let text = refused.to_string();
+    assert!(text.contains("10.1.0.0/30") && text.contains("MATCHLOCK_SUBNET_POOL"), "{text}");
+    apply_one(&mut conn, release(1)).unwrap();
+    given(&mut conn, allocate_from(&pool, 2, &[]));
+}
+
+#[test]
+fn only_the_owner_of_a_vm_that_is_there_gets_or_gives_back() {
+    let home = Home::new();
+    let mut conn = home.writer();
+    let default = Arc::new(SubnetPool::default());
+    let unknown = apply_one(&mut conn, allocate_from(&default, 1, &[]));
+    assert_eq!(unknown, Err(WriteError::NotFound { vm: vm(1) }));
+    apply_one(&mut conn, insert(vm(1))).unwrap();
+    given(&mut conn, allocate_from(&default, 1, &[]));
+    let owner = crate::support::process(9);
+    apply_one(&mut conn, WriteOp::RaiseEpoch { vm: vm(1), owner, at: at(10) }).unwrap();
+    for op in [allocate_from(&default, 1, &[]), release(1)] {
+        assert!(matches!(apply_one(&mut conn, op), Err(WriteError::Fenced { .. })));
+    }
+}
+
+#[test]
+fn a_vm_is_not_removed_before_its_subnet_is_back() {
+    let home = Home::new();
+    let mut conn = home.writer();
+    apply_one(&mut conn, insert(vm(1))).unwrap();
+    given(&mut conn, allocate_from(&Arc::new(SubnetPool::default()), 1, &[]));
+    clean(&mut conn, vm(1));
+    let remove = || WriteOp::RemoveVm { vm: vm(1), epoch: EPOCH };
+    assert_eq!(apply_one(&mut conn, remove()), Err(WriteError::SubnetHeld { vm: vm(1) }));
+    apply_one(&mut conn, release(1)).unwrap();
+    assert_eq!(apply_one(&mut conn, remove()), Ok(WriteOutcome::Removed));
+}
+
+#[test]
+fn many_who_ask_at_once_get_different_ones() {
+    const THREADS: u32 = 8;
+    const EACH: u32 = 20;
+    let home = Home::new();
+    let pool = pool("base=10.1.0.0/22,size=30");
+    drop(home.writer());
+    let start = Barrier::new(THREADS as usize);
+    let octets: BTreeSet<u32> = std::thread::scope(|scope| {
+        let (home, pool, start) = (&home, &pool, &start);
+        let ask = move |thread: u32| {
+            let mut conn = home.writer();
+            start.wait();
+            (0..EACH)
+                .map(|n| {
+                    let number = thread * EACH + n;
+                    apply_one(&mut conn, insert(vm(number))).unwrap();
+                    given(&mut conn, allocate_from(pool, number, &[])).octet
+                })
+                .collect::<Vec<_>>()
+        };
+        let threads: Vec<_> = (0..THREADS).map(|t| scope.spawn(move || ask(t))).collect();
+        threads.into_iter().flat_map(|t| t.join().unwrap()).collect()
+    });
+    assert_eq!(octets, (256..256 + THREADS * EACH).collect(), "each once, none skipped");
+}
