@@ -165,6 +165,40 @@ mod tests {
         }
     }
 
+    /// The reference's table, written down once more: what may follow each phase but itself.
+    const TABLE: &[(&str, &[&str])] = &[
+        ("creating", &["created", "create_failed", "cleaning"]),
+        ("created", &["starting", "stopping", "cleaning"]),
+        ("starting", &["running", "start_failed", "stopping", "cleaning"]),
+        ("running", &["stopping", "cleaning"]),
+        ("stopping", &["stopped", "stop_failed", "cleaning"]),
+        ("stopped", &["cleaning", "cleaned"]),
+        ("cleaning", &["cleaned", "cleanup_failed"]),
+        ("cleaned", &[]),
+        ("create_failed", &["cleaning", "cleanup_failed"]),
+        ("start_failed", &["stopping", "cleaning", "cleanup_failed"]),
+        ("stop_failed", &["cleaning", "cleanup_failed"]),
+        ("cleanup_failed", &["cleaning", "cleaned"]),
+    ];
+
+    #[test]
+    fn each_of_all_pairs_is_allowed_or_refused_as_the_table_says() {
+        let names: Vec<_> = TABLE.iter().map(|(name, _)| *name).collect();
+        assert_eq!(names, Phase::ALL.map(Phase::name));
+        for (from, to) in TABLE {
+            let phase: Phase = from.parse().unwrap();
+            for next in Phase::ALL {
+                let allowed = *from == next.name() || to.contains(&next.name());
+                let checked = phase.check_transition(next);
+                assert_eq!(checked.is_ok(), allowed, "{from} -> {next}");
+                if let Err(refused) = checked {
+                    let text = refused.to_string();
+                    assert!(text.contains(&format!("\"{from}\" -> \"{next}\"")), "{text}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn cleaned_is_final_and_reachable_from_everywhere() {
         assert!(Phase::Cleaned.successors().is_empty());

@@ -103,6 +103,18 @@ pub fn plan(
     Ok(actions)
 }
 
+/// The phases to record, in order, when a removal has failed for a VM in this phase.
+#[must_use]
+pub fn after_failed_removal(recorded: Phase) -> &'static [Phase] {
+    match recorded {
+        // Only its directory or row was left: it stays cleaned.
+        Phase::Cleaned => &[Phase::Cleaned],
+        phase if phase.may_become(Phase::CleanupFailed) => &[Phase::CleanupFailed],
+        // That cleaning began could not be written when it did.
+        _ => &[Phase::Cleaning, Phase::CleanupFailed],
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,7 +7,7 @@ use matchlock_host::process::MarkedProcess;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::id::{OwnerEpoch, VmId};
 use matchlock_model::phase::Phase;
-use matchlock_model::reconcile::{Action, Goal, Observed, plan};
+use matchlock_model::reconcile::{Action, Goal, Observed, after_failed_removal, plan};
 use matchlock_model::record::{
     CleanupEntry, CleanupStatus, CleanupStep, LifecycleRecord, VmRecord,
 };
@@ -267,15 +267,14 @@ impl<'a> Work<'a> {
     }
 
     /// Records the failure in the row, if there is one and it can be written.
-    ///
-    /// A VM that was recorded as cleaned before (only its directory or row was left) stays so.
     async fn fail(mut self, step: &str, failure: Failure) -> Outcome {
         let mut error = failure.message;
-        let text = Some(format!("{step}: {error}"));
-        let phase =
-            if self.phase == Phase::Cleaned { Phase::Cleaned } else { Phase::CleanupFailed };
-        if let Err(unwritten) = self.record(phase, text).await {
-            error = format!("{error} (and it could not be recorded: {unwritten})");
+        let text = format!("{step}: {error}");
+        for phase in after_failed_removal(self.phase) {
+            if let Err(unwritten) = self.record(*phase, Some(text.clone())).await {
+                error = format!("{error} (and it could not be recorded: {unwritten})");
+                break;
+            }
         }
         Outcome::Failed { removed: self.removed, step: step.to_owned(), error }
     }

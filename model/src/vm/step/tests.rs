@@ -3,6 +3,9 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
+use crate::id::VmId;
+use crate::identity::ProcessIdentity;
+use crate::reconcile::{Action, Goal, Observed, after_failed_removal, plan};
 
 /// Carries out nothing, but keeps the books: which phases were recorded, in which order.
 struct Life {
@@ -233,5 +236,82 @@ proptest! {
         }
         life.check_recorded();
         prop_assert!(life.state.settled, "{:?}", life.state);
+    }
+
+    /// The owner is killed at any moment of any life, and whoever cleans up fails or is killed too,
+    /// again and again: the first attempt that nothing disturbs removes the VM.
+    #[test]
+    fn from_whatever_phase_a_life_ends_in_removal_comes_to_its_end(
+        ephemeral: bool,
+        happenings in prop::collection::vec(happening(), 0..40),
+        attempts in prop::collection::vec((0usize..8, any::<bool>()), 0..6),
+    ) {
+        let mut life = Life::new(ephemeral);
+        life.event(VmEvent::Begin);
+        for happening in happenings {
+            apply(&mut life, happening);
+        }
+        let mut removal = Removal::of(*life.recorded.last().unwrap());
+        for (at, killed) in attempts {
+            removal.attempt(Some((at, killed)))?;
+        }
+        removal.attempt(None)?;
+        prop_assert!(!removal.row && removal.left == Observed::default(), "{removal:?}");
+    }
+}
+
+/// What a killed owner left, and what becomes of it.
+#[derive(Debug)]
+struct Removal {
+    phase: Phase,
+    row: bool,
+    left: Observed,
+}
+
+impl Removal {
+    fn of(phase: Phase) -> Self {
+        let process = ProcessIdentity { pid: 7, start_ticks: 1, boot_id: "b".into() };
+        let left = Observed {
+            owner_lives: false,
+            hypervisors: vec![process],
+            sockets: true,
+            rootfs: true,
+            dir: true,
+        };
+        Self { phase, row: true, left }
+    }
+
+    fn record(&mut self, next: Phase) -> Result<(), TestCaseError> {
+        prop_assert!(self.phase.may_become(next), "{} -> {next}", self.phase);
+        self.phase = next;
+        Ok(())
+    }
+
+    /// One reconciliation; at that action it fails, or whoever does it is killed.
+    fn attempt(&mut self, disturbed: Option<(usize, bool)>) -> Result<(), TestCaseError> {
+        let recorded = self.row.then_some(self.phase);
+        let actions = plan(VmId::new(1), Goal::Remove, recorded, &self.left).unwrap();
+        for (index, action) in actions.into_iter().enumerate() {
+            match disturbed {
+                Some((at, true)) if at == index => return Ok(()),
+                Some((at, false)) if at == index && self.row => {
+                    for phase in after_failed_removal(self.phase) {
+                        self.record(*phase)?;
+                    }
+                    return Ok(());
+                }
+                _ => {}
+            }
+            match action {
+                Action::RecordCleaning => self.record(Phase::Cleaning)?,
+                Action::RecordCleaned => self.record(Phase::Cleaned)?,
+                Action::CloseMachine(_) => self.left.hypervisors.clear(),
+                Action::RemoveSockets => self.left.sockets = false,
+                Action::RemoveDisk => self.left.rootfs = false,
+                Action::RemoveDir => self.left.dir = false,
+                Action::RemoveRow => self.row = false,
+            }
+        }
+        Ok(())
     }
 }
