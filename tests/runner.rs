@@ -10,6 +10,8 @@ mod cli_errors;
 mod cli_help;
 #[path = "cli/images.rs"]
 mod cli_images;
+#[path = "cli/state.rs"]
+mod cli_state;
 
 /// A test file that nobody includes would never run.
 #[test]

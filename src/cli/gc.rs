@@ -1,7 +1,9 @@
 //! `matchlock gc`: remove what crashed VMs left on this host.
 
 use clap::Args;
+use jiff::{SignedDuration, Timestamp};
 use matchlock_actors::reconciler::{Outcome, VmReport};
+use matchlock_model::failure::Failure;
 use matchlock_model::id::VmId;
 use matchlock_model::reconcile::Goal;
 use matchlock_model::vm::StopMode;
@@ -17,12 +19,16 @@ use crate::node::config::NodeConfig;
 #[command(after_help = "\
 A running VM is skipped and is not an error, unless it is named. A VM that was to be removed with its
 command (--rm) is removed; one that was to be kept keeps its record and logs until `matchlock rm`.
+Without ID it also forgets the history of VMs that were removed long ago.
 
 Exit codes: 0 when nothing is left to do; 1 when something could not be removed.")]
 pub(super) struct GcArgs {
     /// Take running VMs down first, then clean up
     #[arg(long)]
     force_running: bool,
+    /// Forget VMs that were removed this many days ago [default: 30, or as configured]
+    #[arg(long, value_name = "DAYS", conflicts_with = "id")]
+    history_days: Option<u32>,
     /// VM (default: all)
     id: Option<VmId>,
 }
@@ -32,17 +38,47 @@ const STOPPED: &str = "stop";
 
 pub(super) async fn gc(args: GcArgs, config: NodeConfig) -> Result<u8, CliError> {
     let node = Node::boot(config.clone()).await?;
-    let result = reconcile(&node, &config, &args).await;
+    let result = collect(&node, &config, &args).await;
     node.shutdown(StopMode::Force).await?;
-    let reports = result?;
+    let Collected { reports, forgotten } = result?;
     let mut failed = 0;
     for report in &reports {
         failed += u32::from(!print(report, args.id.is_some())?);
+    }
+    let forgotten = forgotten?;
+    if forgotten > 0 {
+        render::lines([format!("Forgot the history of {forgotten} removed VMs")])?;
     }
     if args.id.is_none() {
         render::lines([format!("Reconciled {} VMs", reports.len())])?;
     }
     Ok(u8::from(failed > 0))
+}
+
+/// What was done.
+struct Collected {
+    reports: Vec<VmReport>,
+    /// Of how many removed VMs the history was dropped; what fails here leaves the reports as they
+    /// are.
+    forgotten: Result<usize, Failure>,
+}
+
+async fn collect(node: &Node, config: &NodeConfig, args: &GcArgs) -> Result<Collected, CliError> {
+    let reports = reconcile(node, config, args).await?;
+    let forgotten = match args.id {
+        Some(_) => Ok(0),
+        None => {
+            let days = args.history_days.unwrap_or(config.history_days);
+            node.client().prune_history(days_ago(days)).await
+        }
+    };
+    Ok(Collected { reports, forgotten })
+}
+
+/// The moment this many days ago; the earliest there is when that is before it.
+fn days_ago(days: u32) -> Timestamp {
+    let age = SignedDuration::from_hours(i64::from(days) * 24);
+    Timestamp::now().saturating_sub(age).unwrap_or(Timestamp::MIN)
 }
 
 async fn reconcile(

@@ -16,10 +16,6 @@ pub(super) enum LaterVerb {
     #[command(hide = true)]
     Diagnose(Anything),
     #[command(hide = true)]
-    Get(Anything),
-    #[command(hide = true, alias = "stat")]
-    Inspect(Anything),
-    #[command(hide = true)]
     Log(Anything),
     #[command(hide = true)]
     PortForward(Anything),
@@ -49,8 +45,6 @@ impl LaterVerb {
             Self::AllowList(_) => "allow-list",
             Self::Build(_) => "build",
             Self::Diagnose(_) => "diagnose",
-            Self::Get(_) => "get",
-            Self::Inspect(_) => "inspect",
             Self::Log(_) => "log",
             Self::PortForward(_) => "port-forward",
             Self::Prune(_) => "prune",

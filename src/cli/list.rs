@@ -1,6 +1,10 @@
 //! `matchlock list`: what is there, told truthfully without writing anything.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
 use clap::Args;
+use matchlock_host::owner_lock::OwnerLocks;
 use matchlock_model::id::VmId;
 use matchlock_model::phase::Phase;
 use matchlock_model::record::VmRecord;
@@ -43,22 +47,67 @@ struct JsonVm<'a> {
     pid: i32,
 }
 
+impl ShownVm {
+    /// The owner's pid while there is an owner, 0 otherwise.
+    pub(super) const fn pid(&self) -> i32 {
+        match self.status {
+            Status::Starting | Status::Running | Status::Stopping => self.record.pid,
+            Status::Stopped | Status::Crashed | Status::Failed => 0,
+        }
+    }
+}
+
+/// The rows, and who lives. Writes nothing.
+pub(super) struct Looking {
+    pub(super) reader: ReadPool,
+    locks: Arc<dyn OwnerLocks>,
+}
+
+impl Looking {
+    /// `None` if nothing was ever stored.
+    pub(super) fn begin(config: &NodeConfig) -> Result<Option<Self>, CliError> {
+        let reader = ReadPool::open(&config.home).map_err(|e| CliError::failure(&e))?;
+        let Some(reader) = reader else { return Ok(None) };
+        Ok(Some(Self { reader, locks: wiring::owner_locks(config)? }))
+    }
+
+    /// This VM with the status that is true now, if it has a row.
+    pub(super) async fn at(&self, id: VmId) -> Result<Option<ShownVm>, CliError> {
+        let record = self.reader.vm(id).await.map_err(|e| CliError::failure(&e))?;
+        let Some(record) = record else { return Ok(None) };
+        let head = self.reader.lifecycle_head(id).await.map_err(|e| CliError::failure(&e))?;
+        Ok(Some(self.shown(record, head.map(|head| head.phase))?))
+    }
+
+    /// All VMs with the status that is true now, newest first.
+    pub(super) async fn at_all(&self) -> Result<Vec<ShownVm>, CliError> {
+        let heads = self.reader.lifecycle_heads().await.map_err(|e| CliError::failure(&e))?;
+        let phases: HashMap<VmId, Phase> =
+            heads.into_iter().map(|head| (head.vm_id, head.phase)).collect();
+        let records = self.reader.vms().await.map_err(|e| CliError::failure(&e))?;
+        records
+            .into_iter()
+            .map(|record| {
+                let phase = phases.get(&record.id).copied();
+                self.shown(record, phase)
+            })
+            .collect()
+    }
+
+    fn shown(&self, record: VmRecord, phase: Option<Phase>) -> Result<ShownVm, CliError> {
+        let phase = phase.unwrap_or(Phase::Creating);
+        let owner_lives = self.locks.is_held(record.id).map_err(|e| CliError::failure(&e))?;
+        let status = Status::derive(phase, owner_lives);
+        Ok(ShownVm { id: record.id, status, phase, record })
+    }
+}
+
 /// All VMs with the status that is true now, newest first. Writes nothing.
 pub(super) async fn statuses(config: &NodeConfig) -> Result<Vec<ShownVm>, CliError> {
-    let Some(reader) = ReadPool::open(&config.home).map_err(|e| CliError::failure(&e))? else {
-        return Ok(Vec::new());
-    };
-    let locks = wiring::owner_locks(config)?;
-    let heads = reader.lifecycle_heads().await.map_err(|e| CliError::failure(&e))?;
-    let mut shown = Vec::new();
-    for record in reader.vms().await.map_err(|e| CliError::failure(&e))? {
-        let head = heads.iter().find(|head| head.vm_id == record.id);
-        let phase = head.map_or(Phase::Creating, |head| head.phase);
-        let owner_lives = locks.is_held(record.id).map_err(|e| CliError::failure(&e))?;
-        let status = Status::derive(phase, owner_lives);
-        shown.push(ShownVm { id: record.id, status, phase, record });
+    match Looking::begin(config)? {
+        Some(looking) => looking.at_all().await,
+        None => Ok(Vec::new()),
     }
-    Ok(shown)
 }
 
 pub(super) async fn list(args: ListArgs, config: NodeConfig) -> Result<u8, CliError> {
@@ -74,14 +123,6 @@ pub(super) async fn list(args: ListArgs, config: NodeConfig) -> Result<u8, CliEr
     Ok(0)
 }
 
-/// The owner's pid, while there is an owner.
-const fn pid(vm: &ShownVm) -> i32 {
-    match vm.status {
-        Status::Starting | Status::Running | Status::Stopping => vm.record.pid,
-        Status::Stopped | Status::Crashed | Status::Failed => 0,
-    }
-}
-
 fn json(vm: &ShownVm) -> JsonVm<'_> {
     JsonVm {
         id: vm.id,
@@ -89,12 +130,12 @@ fn json(vm: &ShownVm) -> JsonVm<'_> {
         phase: vm.phase,
         image: &vm.record.image,
         created_at: vm.record.created_at,
-        pid: pid(vm),
+        pid: vm.pid(),
     }
 }
 
 fn row(vm: &ShownVm) -> Vec<String> {
-    let pid = match pid(vm) {
+    let pid = match vm.pid() {
         0 => "-".to_owned(),
         pid => pid.to_string(),
     };

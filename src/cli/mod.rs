@@ -13,7 +13,9 @@ use crate::node::stderr::LogWriter;
 mod error;
 mod exec;
 mod gc;
+mod get;
 mod image;
+mod inspect;
 mod kill;
 mod later;
 mod list;
@@ -52,7 +54,10 @@ Environment:
   MATCHLOCK_KERNEL        a guest kernel instead of the installed one
   MATCHLOCK_QEMU          the QEMU program (default qemu-system-x86_64)
   MATCHLOCK_BOOT_TIMEOUT  seconds until a guest that does not get ready is given up (default 120)
-  MATCHLOCK_LOG           what is logged on stderr, e.g. debug (default warn)"
+  MATCHLOCK_HISTORY_DAYS  days for which removed microVMs are remembered (default 30)
+  MATCHLOCK_LOG           what is logged on stderr, e.g. debug (default warn)
+
+$MATCHLOCK_HOME/config.toml may set cache, kernel, boot_timeout and history_days."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -73,6 +78,11 @@ enum Verb {
     /// Remove a stopped microVM
     #[command(visible_alias = "remove")]
     Rm(rm::RmArgs),
+    /// Print a microVM as JSON
+    Get(get::GetArgs),
+    /// Print a microVM and its history as JSON, also after its removal
+    #[command(visible_alias = "stat")]
+    Inspect(inspect::InspectArgs),
     /// Remove what crashed microVMs left on this host
     Gc(gc::GcArgs),
     /// Import, list and remove images
@@ -150,7 +160,7 @@ fn dispatch(verb: Verb) -> Result<u8, CliError> {
         verb => verb,
     };
     let config =
-        NodeConfig::from_env(&|name| std::env::var_os(name)).map_err(|e| CliError::failure(&e))?;
+        NodeConfig::load(&|name| std::env::var_os(name)).map_err(|e| CliError::failure(&e))?;
     // They would hold values that are never stored (`-e NAME`).
     forbid_core_dumps().map_err(|e| CliError::failure(&e))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -168,6 +178,8 @@ fn dispatch(verb: Verb) -> Result<u8, CliError> {
             Verb::List(args) => list::list(args, config).await,
             Verb::Kill(args) => kill::kill(args, config).await,
             Verb::Rm(args) => rm::rm(args, config).await,
+            Verb::Get(args) => get::get(args, config).await,
+            Verb::Inspect(args) => inspect::inspect(args, config).await,
             Verb::Gc(args) => gc::gc(args, config).await,
             Verb::Image(args) => image::image(args, config).await,
             Verb::Version | Verb::Later(_) => Ok(0),

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use jiff::Timestamp;
 use matchlock_actors::fleet::{FleetMsg, RunningVm, VmHandle};
 use matchlock_actors::images::{ImagesMsg, ImportInput, RemovedImage};
 use matchlock_actors::reconciler::{ReconcilerMsg, Target, VmReport};
@@ -139,6 +140,15 @@ impl NodeClient {
             .reconciler
             .call(|reply| ReconcilerMsg::Reconcile { target, goal, reply }, RECONCILE_LIMIT)
             .await?
+    }
+
+    /// Drops the history of VMs that were removed before this moment; of how many.
+    ///
+    /// # Errors
+    /// When it could not be written.
+    pub async fn prune_history(&self, before: Timestamp) -> Result<usize, Failure> {
+        let message = |reply| ReconcilerMsg::PruneHistory { before, reply };
+        self.services.reconciler.call(message, CALL_LIMIT).await?
     }
 
     /// Imports an image.

@@ -1,8 +1,15 @@
-//! Where things are, from the environment. No side effects.
+//! Where things are and how long they may take: defaults < `$MATCHLOCK_HOME/config.toml` <
+//! environment (< flags, which their verbs see to). Reads that file, and changes nothing.
+//!
+//! # On error
+//! A key that is not known is refused, not ignored: a misspelt setting would silently not hold.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use serde::Deserialize;
 
 /// The environment variable of the state directory.
 pub const HOME_VARIABLE: &str = "MATCHLOCK_HOME";
@@ -10,6 +17,12 @@ pub const HOME_VARIABLE: &str = "MATCHLOCK_HOME";
 pub const CACHE_VARIABLE: &str = "MATCHLOCK_CACHE";
 /// The environment variable of the time that a guest has to get ready, in seconds.
 pub const BOOT_TIMEOUT_VARIABLE: &str = "MATCHLOCK_BOOT_TIMEOUT";
+/// The environment variable of the time that removed VMs are remembered, in days.
+pub const HISTORY_DAYS_VARIABLE: &str = "MATCHLOCK_HISTORY_DAYS";
+/// The name of the file with settings, in the state directory.
+pub const CONFIG_FILE: &str = "config.toml";
+
+const DEFAULT_HISTORY_DAYS: u32 = 30;
 
 /// Where things are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,10 +35,22 @@ pub struct NodeConfig {
     pub kernel: Option<PathBuf>,
     /// How long a guest may take to get ready; `None` means the default.
     pub boot_timeout: Option<Duration>,
+    /// How many days the history of a removed VM is kept.
+    pub history_days: u32,
+}
+
+/// The settings in the file, named as in it.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct FileConfig {
+    cache: Option<PathBuf>,
+    kernel: Option<PathBuf>,
+    boot_timeout: Option<u64>,
+    history_days: Option<u32>,
 }
 
 /// Why there is no configuration.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// Nothing says where to keep state.
     #[error("{variable} is not set and neither is HOME: set {variable} to a directory of yours")]
@@ -34,50 +59,90 @@ pub enum ConfigError {
         variable: &'static str,
     },
     /// A path is relative: it would mean another directory in each process.
-    #[error("{variable} is {path:?}: use an absolute path")]
+    #[error("{setting} is {path:?}: use an absolute path")]
     Relative {
-        /// The variable.
-        variable: &'static str,
+        /// Which setting, and where it stands.
+        setting: String,
         /// Its value.
         path: PathBuf,
     },
-    /// A number is none.
-    #[error("{variable} is {value:?}: use a number of seconds, at least 1")]
+    /// A number is none, or not one that makes sense.
+    #[error("{setting} is {value:?}: use a whole number of {unit}")]
     Number {
-        /// The variable.
-        variable: &'static str,
+        /// Which setting, and where it stands.
+        setting: String,
         /// Its value.
         value: OsString,
+        /// What is counted.
+        unit: &'static str,
+    },
+    /// The file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file is not what it should be.
+    #[error("{}, line {line}: {message}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong with it.
+        message: String,
     },
 }
 
+/// What is counted in a time that a guest has.
+const SECONDS: &str = "seconds, at least 1";
+/// What is counted in the time that history is kept.
+const DAYS: &str = "days";
+
 impl NodeConfig {
-    /// The configuration that these variables make.
+    /// The configuration that these variables and the file in the state directory make.
     ///
     /// # Errors
-    /// Which variable is missing or wrong.
-    pub fn from_env(var: &dyn Fn(&str) -> Option<OsString>) -> Result<Self, ConfigError> {
-        let set = |name: &str| var(name).filter(|value| !value.is_empty());
-        let dir = |variable: &'static str, below_home: &str| match set(variable) {
-            Some(path) => absolute(variable, path.into()),
-            None => set("HOME")
-                .map(|home| PathBuf::from(home).join(below_home))
-                .ok_or(ConfigError::NoHome { variable }),
+    /// Which setting is missing or wrong, and where it stands.
+    pub fn load(var: &dyn Fn(&str) -> Option<OsString>) -> Result<Self, ConfigError> {
+        let set = |name: &'static str| {
+            var(name).filter(|value| !value.is_empty()).map(|value| (name.to_owned(), value))
         };
-        let kernel = set(matchlock_host::guest_bundle::KERNEL_VARIABLE)
-            .map(|path| absolute(matchlock_host::guest_bundle::KERNEL_VARIABLE, path.into()))
-            .transpose()?;
+        let in_user_home = |variable, below: &str| {
+            let home = set("HOME").ok_or(ConfigError::NoHome { variable })?.1;
+            Ok(PathBuf::from(home).join(below))
+        };
+        let home = match set(HOME_VARIABLE) {
+            Some((name, path)) => absolute(name, path.into())?,
+            None => in_user_home(HOME_VARIABLE, ".matchlock")?,
+        };
+        let (file, said) = (FileConfig::read(&home)?, |key: &str| in_file(&home, key));
+        let path = |variable, key: &str, in_file: Option<PathBuf>| {
+            set(variable)
+                .map(|(name, path)| (name, path.into()))
+                .or(in_file.map(|path| (said(key), path)))
+                .map(|(setting, path)| absolute(setting, path))
+                .transpose()
+        };
+        let cache = match path(CACHE_VARIABLE, "cache", file.cache)? {
+            Some(cache) => cache,
+            None => in_user_home(CACHE_VARIABLE, ".cache/matchlock")?,
+        };
         let boot_timeout = set(BOOT_TIMEOUT_VARIABLE)
-            .map(|value| match value.to_str().and_then(|text| text.parse::<u64>().ok()) {
-                Some(seconds) if seconds > 0 => Ok(Duration::from_secs(seconds)),
-                _ => Err(ConfigError::Number { variable: BOOT_TIMEOUT_VARIABLE, value }),
-            })
+            .or(file.boot_timeout.map(|seconds| (said("boot_timeout"), number(seconds))))
+            .map(|(setting, value)| parsed(setting, value, SECONDS, |seconds: &u64| *seconds > 0))
+            .transpose()?;
+        let history_days = set(HISTORY_DAYS_VARIABLE)
+            .map(|(setting, value)| parsed(setting, value, DAYS, |_: &u32| true))
             .transpose()?;
         Ok(Self {
-            home: dir(HOME_VARIABLE, ".matchlock")?,
-            cache: dir(CACHE_VARIABLE, ".cache/matchlock")?,
-            kernel,
-            boot_timeout,
+            kernel: path(matchlock_host::guest_bundle::KERNEL_VARIABLE, "kernel", file.kernel)?,
+            boot_timeout: boot_timeout.map(Duration::from_secs),
+            history_days: history_days.or(file.history_days).unwrap_or(DEFAULT_HISTORY_DAYS),
+            home,
+            cache,
         })
     }
 
@@ -88,11 +153,47 @@ impl NodeConfig {
     }
 }
 
-fn absolute(variable: &'static str, path: PathBuf) -> Result<PathBuf, ConfigError> {
+impl FileConfig {
+    /// The file in this state directory; all defaults when there is none.
+    fn read(home: &Path) -> Result<Self, ConfigError> {
+        let path = home.join(CONFIG_FILE);
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(source) => return Err(ConfigError::Unreadable { path, source }),
+        };
+        toml::from_str(&text).map_err(|error| {
+            let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+            let line = before.matches('\n').count() + 1;
+            ConfigError::File { path, line, message: error.message().replace('\n', " ") }
+        })
+    }
+}
+
+/// How a setting in the file is named in an error.
+fn in_file(home: &Path, key: &str) -> String {
+    format!("{key} in {}", home.join(CONFIG_FILE).display())
+}
+
+fn number(number: u64) -> OsString {
+    number.to_string().into()
+}
+
+fn absolute(setting: String, path: PathBuf) -> Result<PathBuf, ConfigError> {
     if path.is_absolute() {
         return Ok(path);
     }
-    Err(ConfigError::Relative { variable, path })
+    Err(ConfigError::Relative { setting, path })
+}
+
+fn parsed<T: std::str::FromStr>(
+    setting: String,
+    value: OsString,
+    unit: &'static str,
+    makes_sense: impl Fn(&T) -> bool,
+) -> Result<T, ConfigError> {
+    let parsed = value.to_str().and_then(|text| text.parse().ok()).filter(makes_sense);
+    parsed.ok_or(ConfigError::Number { setting, value, unit })
 }
 
 #[cfg(test)]
@@ -101,9 +202,7 @@ mod tests {
 
     fn config(vars: &[(&str, &str)]) -> Result<NodeConfig, ConfigError> {
         let vars: Vec<_> = vars.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect();
-        NodeConfig::from_env(&move |name| {
-            vars.iter().find(|(n, _)| n == name).map(|(_, v)| v.into())
-        })
+        NodeConfig::load(&move |name| vars.iter().find(|(n, _)| n == name).map(|(_, v)| v.into()))
     }
 
     #[test]
@@ -111,16 +210,69 @@ mod tests {
         let plain = config(&[("HOME", "/h")]).unwrap();
         assert_eq!(plain.home, PathBuf::from("/h/.matchlock"));
         assert_eq!(plain.cache, PathBuf::from("/h/.cache/matchlock"));
+        assert_eq!((plain.boot_timeout, plain.history_days), (None, 30));
         let told = config(&[("MATCHLOCK_HOME", "/s"), ("MATCHLOCK_CACHE", "/c")]).unwrap();
         assert_eq!((told.home, told.cache), ("/s".into(), "/c".into()));
     }
 
     #[test]
+    fn the_file_says_more_and_the_environment_has_the_last_word() {
+        let home = tempfile::tempdir().unwrap();
+        let text = "cache = '/c'\nkernel = '/k'\nboot_timeout = 7\nhistory_days = 3\n";
+        std::fs::write(home.path().join(CONFIG_FILE), text).unwrap();
+        let home = home.path().to_str().unwrap();
+        let told = config(&[("MATCHLOCK_HOME", home)]).unwrap();
+        assert_eq!((told.cache, told.kernel), ("/c".into(), Some("/k".into())));
+        assert_eq!((told.boot_timeout, told.history_days), (Some(Duration::from_secs(7)), 3));
+        let overruled = config(&[
+            ("MATCHLOCK_HOME", home),
+            ("MATCHLOCK_CACHE", "/d"),
+            ("MATCHLOCK_KERNEL", "/l"),
+            ("MATCHLOCK_BOOT_TIMEOUT", "8"),
+            ("MATCHLOCK_HISTORY_DAYS", "0"),
+        ])
+        .unwrap();
+        assert_eq!((overruled.cache, overruled.kernel), ("/d".into(), Some("/l".into())));
+        let eight = Some(Duration::from_secs(8));
+        assert_eq!((overruled.boot_timeout, overruled.history_days), (eight, 0));
+    }
+
+    #[test]
     fn wrong_values_are_refused_by_name() {
         assert!(matches!(config(&[]), Err(ConfigError::NoHome { .. })));
-        let relative = config(&[("HOME", "/h"), ("MATCHLOCK_HOME", "x")]);
-        assert!(matches!(relative, Err(ConfigError::Relative { .. })));
-        let number = config(&[("HOME", "/h"), ("MATCHLOCK_BOOT_TIMEOUT", "0")]);
-        assert!(matches!(number, Err(ConfigError::Number { .. })));
+        for (name, value) in [
+            ("MATCHLOCK_HOME", "x"),
+            ("MATCHLOCK_CACHE", "x"),
+            ("MATCHLOCK_BOOT_TIMEOUT", "0"),
+            ("MATCHLOCK_BOOT_TIMEOUT", "1.5"),
+            ("MATCHLOCK_HISTORY_DAYS", "-1"),
+            ("MATCHLOCK_HISTORY_DAYS", "month"),
+        ] {
+            let text = config(&[("HOME", "/h"), (name, value)]).unwrap_err().to_string();
+            assert!(text.contains(name) && text.contains(value), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_in_the_file_is_told_with_its_place() {
+        let home = tempfile::tempdir().unwrap();
+        let file = home.path().join(CONFIG_FILE);
+        for (text, wanted) in [
+            ("# days\nhistroy_days = 3\n", "config.toml, line 2: unknown field `histroy_days`"),
+            ("history_days = 'x'", "line 1"),
+            ("history_days = -3", "line 1"),
+            ("boot_timeout = 0", "boot_timeout in "),
+            ("cache = 'relative'", "cache in "),
+            ("a b", "line 1"),
+        ] {
+            std::fs::write(&file, text).unwrap();
+            let vars = [("HOME", "/h"), ("MATCHLOCK_HOME", home.path().to_str().unwrap())];
+            let told = config(&vars).unwrap_err().to_string();
+            assert!(told.contains(wanted) && !told.contains('\n'), "{text:?}: {told}");
+        }
+        std::fs::remove_file(&file).unwrap();
+        std::fs::create_dir(&file).unwrap();
+        let vars = [("HOME", "/h"), ("MATCHLOCK_HOME", home.path().to_str().unwrap())];
+        assert!(matches!(config(&vars), Err(ConfigError::Unreadable { .. })));
     }
 }

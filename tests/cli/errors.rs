@@ -87,19 +87,9 @@ fn flags_and_verbs_of_later_versions_are_refused_by_name() {
         assert_eq!(code, Some(125), "{flag}: {line}");
         assert!(line.contains("is not available in this version yet"), "{flag}: {line}");
     }
-    for verb in [
-        "pull",
-        "build",
-        "rpc",
-        "prune",
-        "get",
-        "inspect",
-        "log",
-        "volume",
-        "port-forward",
-        "allow-list",
-        "diagnose",
-    ] {
+    for verb in
+        ["pull", "build", "rpc", "prune", "log", "volume", "port-forward", "allow-list", "diagnose"]
+    {
         let (code, line) = refused(&[verb, "--whatever", "x"]);
         assert_eq!(code, Some(2), "{verb}: {line}");
         assert!(line.contains(&format!("`matchlock {verb}` is not available")), "{line}");

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use jiff::Timestamp;
 use matchlock_host::owner_lock::HeldLock;
 use matchlock_model::failure::Failure;
 use matchlock_model::id::VmId;
@@ -38,6 +39,13 @@ pub enum ReconcilerMsg {
         /// One report per VM, in the order of their ids; or why none could be made.
         reply: RpcReplyPort<Result<Vec<VmReport>, Failure>>,
     },
+    /// Drop the history of VMs that were removed before this moment.
+    PruneHistory {
+        /// The moment.
+        before: Timestamp,
+        /// The history of how many VMs was dropped.
+        reply: RpcReplyPort<Result<usize, Failure>>,
+    },
 }
 
 impl fmt::Debug for ReconcilerMsg {
@@ -45,6 +53,9 @@ impl fmt::Debug for ReconcilerMsg {
         match self {
             Self::Reconcile { goal, .. } => {
                 f.debug_struct("Reconcile").field("goal", goal).finish_non_exhaustive()
+            }
+            Self::PruneHistory { before, .. } => {
+                f.debug_struct("PruneHistory").field("before", before).finish_non_exhaustive()
             }
         }
     }
@@ -73,14 +84,23 @@ impl Actor for Reconciler {
         message: ReconcilerMsg,
         deps: &mut Deps,
     ) -> Result<(), ActorProcessingErr> {
-        let ReconcilerMsg::Reconcile { target, goal, reply } = message;
         let deps = deps.clone();
         tokio::spawn(async move {
-            let reports = work::reconcile(&deps, target, goal).await;
-            if reply.send(reports).is_err() {
-                tracing::debug!("nobody waits for the reconciler's report");
+            match message {
+                ReconcilerMsg::Reconcile { target, goal, reply } => {
+                    answer(reply, work::reconcile(&deps, target, goal).await);
+                }
+                ReconcilerMsg::PruneHistory { before, reply } => {
+                    answer(reply, work::prune_history(&deps, before).await);
+                }
             }
         });
         Ok(())
+    }
+}
+
+fn answer<T>(reply: RpcReplyPort<Result<T, Failure>>, result: Result<T, Failure>) {
+    if reply.send(result).is_err() {
+        tracing::debug!("nobody waits for the reconciler's report");
     }
 }

@@ -6,6 +6,7 @@
 //!                   │ held: its owner lives, left alone      ▼
 //!                   └────────────────────────── model::reconcile::plan ─► actions, in order,
 //!                                                each verified on the host and recorded
+//!  PruneHistory ─► (task) one write: the history of VMs removed before a moment is dropped
 //! ```
 //!
 //! # Invariants

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use jiff::Timestamp;
 use matchlock_host::owner_lock::{HeldLock, OwnerLockError};
 use matchlock_host::process::MarkedProcess;
 use matchlock_model::failure::{Failure, FailureKind};
@@ -36,6 +37,19 @@ pub(super) async fn reconcile(
         reports.push(VmReport { vm, outcome });
     }
     Ok(reports)
+}
+
+/// Drops the history of VMs that were removed before this moment; of how many.
+pub(super) async fn prune_history(deps: &Deps, before: Timestamp) -> Result<usize, Failure> {
+    match deps.db.write(WriteOp::PruneHistory { before }).await? {
+        WriteOutcome::Pruned { vms } => Ok(vms),
+        other => Err(unexpected("a prune", other)),
+    }
+}
+
+/// The store answered something that it never answers to this.
+fn unexpected(what: &str, outcome: WriteOutcome) -> Failure {
+    Failure::new(FailureKind::Internal, format!("the store answered {what} with {outcome:?}"))
 }
 
 fn host(error: &(dyn std::error::Error + 'static)) -> Failure {
@@ -145,10 +159,7 @@ async fn raise_epoch(deps: &Deps, vm: VmId) -> Result<OwnerEpoch, Failure> {
     let op = WriteOp::RaiseEpoch { vm, owner, at: (deps.now)() };
     match deps.db.write(op).await? {
         WriteOutcome::Epoch(epoch) => Ok(epoch),
-        other => {
-            let text = format!("the store answered a take-over with {other:?}");
-            Err(Failure::new(FailureKind::Internal, text))
-        }
+        other => Err(unexpected("a take-over", other)),
     }
 }
 

@@ -197,6 +197,8 @@ impl Installation {
     /// When sqlite3 is missing or fails.
     pub fn sql(&self, query: &str) -> Result<String> {
         let db = self.home().join("state.db");
+        // After a space: a comment at the start would be taken for an option.
+        let query = format!(" {query}");
         let output = Command::new("sqlite3").arg(db).arg(query).output().context("sqlite3")?;
         if !output.status.success() {
             bail!("sqlite3: {}", stderr(&output));

@@ -1,0 +1,64 @@
+//! `matchlock get`: one VM as JSON, told truthfully without writing anything.
+
+use clap::Args;
+use matchlock_model::id::VmId;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::error::CliError;
+use super::list::{Looking, ShownVm};
+use super::render;
+use crate::node::config::NodeConfig;
+
+/// The arguments of `get`.
+#[derive(Debug, Args)]
+pub(super) struct GetArgs {
+    /// VM
+    id: VmId,
+}
+
+/// A VM as `get` and `inspect` print it; keys and order are the reference's.
+#[derive(Debug, Serialize)]
+pub(super) struct JsonVm {
+    id: VmId,
+    pid: i32,
+    status: &'static str,
+    image: String,
+    created_at: jiff::Timestamp,
+    config: Value,
+}
+
+impl JsonVm {
+    /// The VM, with the status that is true now.
+    pub(super) fn new(shown: ShownVm) -> Result<Self, CliError> {
+        let (pid, id) = (shown.pid(), shown.id);
+        // The reference leaves it empty when it knows nothing.
+        let config = match shown.record.config_json.as_str() {
+            "" => Value::Null,
+            text => serde_json::from_str(text).map_err(|e| {
+                CliError::message(format_args!("vms.config_json of {id} is not JSON: {e}"))
+            })?,
+        };
+        Ok(Self {
+            id,
+            pid,
+            status: shown.status.name(),
+            image: shown.record.image,
+            created_at: shown.record.created_at,
+            config,
+        })
+    }
+}
+
+pub(super) fn not_found(id: VmId) -> CliError {
+    CliError::message(format_args!("VM {id} not found"))
+}
+
+pub(super) async fn get(args: GetArgs, config: NodeConfig) -> Result<u8, CliError> {
+    let shown = match Looking::begin(&config)? {
+        Some(looking) => looking.at(args.id).await?,
+        None => None,
+    };
+    render::json(&JsonVm::new(shown.ok_or_else(|| not_found(args.id))?)?)?;
+    Ok(0)
+}

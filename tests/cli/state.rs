@@ -1,0 +1,246 @@
+//! What is stored, as the commands show it: without a VM being booted, the rows are written by the
+//! store itself, as an owner that was killed leaves them.
+
+use std::fs;
+
+use jiff::{SignedDuration, Timestamp};
+use matchlock_model::id::{OwnerEpoch, VmId};
+use matchlock_model::identity::{Namespaces, ProcessIdentity};
+use matchlock_model::phase::Phase;
+use matchlock_model::record::Resources;
+use matchlock_store::{NewVm, WriteConn, WriteOp, open_state};
+use matchlock_test_support::Installation;
+use serde_json::{Value, json};
+
+const CREATED: &str = "2026-01-02T03:04:05.5Z";
+
+struct Stored {
+    installation: Installation,
+    conn: WriteConn,
+}
+
+impl Stored {
+    fn new() -> Self {
+        let installation = Installation::bare().unwrap();
+        let conn = open_state(&installation.home()).unwrap();
+        Self { installation, conn }
+    }
+
+    fn write(&mut self, op: WriteOp) {
+        for answer in self.conn.apply(vec![op]) {
+            answer.unwrap();
+        }
+    }
+
+    /// A kept VM of an owner that is gone.
+    fn insert(&mut self, number: u32) {
+        let owner = ProcessIdentity { pid: 4_000_000, start_ticks: 1, boot_id: "gone".into() };
+        let resources = Resources { owner: Some(owner.clone()), ..Resources::default() };
+        self.write(WriteOp::InsertVm {
+            record: Box::new(NewVm {
+                id: VmId::new(number),
+                image: "busybox".into(),
+                config_json: r#"{"image":"busybox","cpus":1}"#.into(),
+                owner,
+                namespaces: Namespaces { net: "0:1".into(), pid: "0:2".into() },
+                ephemeral: false,
+                backend: "qemu".into(),
+                resources,
+                created_at: CREATED.parse().unwrap(),
+            }),
+        });
+    }
+
+    fn phase(&mut self, number: u32, phase: Phase, at: Timestamp) {
+        self.write(WriteOp::SetPhase {
+            vm: VmId::new(number),
+            epoch: OwnerEpoch::FIRST,
+            phase,
+            last_error: (phase == Phase::Cleaning).then(|| "it broke".to_owned()),
+            backend: None,
+            resources: None,
+            cleanup: Vec::new(),
+            at,
+        });
+    }
+
+    /// A VM that was removed then.
+    fn removed(&mut self, number: u32, at: Timestamp) {
+        self.insert(number);
+        for phase in [Phase::Cleaning, Phase::Cleaned] {
+            self.phase(number, phase, at);
+        }
+        self.write(WriteOp::RemoveVm { vm: VmId::new(number), epoch: OwnerEpoch::FIRST });
+    }
+
+    fn ok(&self, args: &[&str]) -> String {
+        let output = self.installation.output(args).unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{args:?}: {text}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn json(&self, args: &[&str]) -> Value {
+        serde_json::from_str(&self.ok(args)).unwrap()
+    }
+
+    fn refused(&self, args: &[&str]) -> (i32, String) {
+        let output = self.installation.output(args).unwrap();
+        assert!(output.stdout.is_empty(), "{args:?}");
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(text.lines().count(), 1, "{args:?}: {text}");
+        (output.status.code().unwrap(), text)
+    }
+}
+
+fn days_ago(days: i64) -> Timestamp {
+    Timestamp::now().checked_sub(SignedDuration::from_hours(24 * days)).unwrap()
+}
+
+#[test]
+fn get_and_inspect_show_a_vm_in_the_references_shape_and_write_nothing() {
+    let mut stored = Stored::new();
+    stored.insert(0x0bad_cafe);
+    stored.phase(0x0bad_cafe, Phase::Created, CREATED.parse().unwrap());
+    let db = stored.installation.home().join("state.db");
+    let before = fs::read(&db).unwrap();
+    let vm = json!({
+        "id": "vm-0badcafe",
+        "pid": 0,
+        "status": "crashed",
+        "image": "busybox",
+        "created_at": CREATED,
+        "config": {"image": "busybox", "cpus": 1},
+    });
+    let got = stored.json(&["get", "vm-0badcafe"]);
+    assert_eq!(got, vm);
+    let text = stored.ok(&["get", "vm-0badcafe"]);
+    assert!(text.starts_with("{\n  \"id\": \"vm-0badcafe\",\n  \"pid\": 0,\n"), "{text}");
+    for verb in ["inspect", "stat"] {
+        let inspected = stored.json(&[verb, "vm-0badcafe"]);
+        assert_eq!(inspected["vm"], vm);
+        let owner = json!({"pid": 4_000_000, "start_ticks": 1, "boot_id": "gone"});
+        let record = |version: i64, phase: &str| {
+            json!({
+                "version": version,
+                "vm_id": "vm-0badcafe",
+                "backend": "qemu",
+                "phase": phase,
+                "updated_at": CREATED,
+                "resources": {"owner": owner},
+            })
+        };
+        assert_eq!(inspected["history"], json!([record(1, "creating"), record(2, "created")]));
+        assert_eq!(inspected["lifecycle"], record(2, "created"));
+    }
+    assert_eq!(fs::read(&db).unwrap(), before);
+}
+
+#[test]
+fn a_removed_vm_is_inspected_until_its_history_is_forgotten() {
+    let mut stored = Stored::new();
+    stored.removed(1, days_ago(29));
+    stored.removed(2, days_ago(31));
+    stored.insert(3);
+    stored.phase(3, Phase::Created, days_ago(300));
+    for id in ["vm-00000001", "vm-00000002"] {
+        let inspected = stored.json(&["inspect", id]);
+        assert_eq!(inspected["vm"], Value::Null);
+        assert_eq!(inspected["lifecycle"]["phase"], "cleaned");
+        assert_eq!(inspected["lifecycle"]["last_error"], "it broke");
+        assert_eq!(inspected["history"].as_array().unwrap().len(), 3);
+        let (code, line) = stored.refused(&["get", id]);
+        assert_eq!((code, &*line), (1, &*format!("matchlock: VM {id} not found\n")));
+    }
+    // Of one VM nothing is forgotten; of all what is older than 30 days and removed.
+    stored.ok(&["gc", "vm-00000003"]);
+    assert!(stored.ok(&["inspect", "vm-00000002"]).contains("cleaned"));
+    let said = stored.ok(&["gc"]);
+    assert!(said.contains("Forgot the history of 1 removed VMs\n"), "{said}");
+    assert_eq!(stored.refused(&["inspect", "vm-00000002"]).0, 1);
+    assert_eq!(stored.json(&["inspect", "vm-00000001"])["vm"], Value::Null);
+    // A VM that still has its row keeps its history, however old.
+    assert_eq!(stored.json(&["inspect", "vm-00000003"])["history"][1]["phase"], "created");
+    // As configured, and as told.
+    let config = stored.installation.home().join("config.toml");
+    fs::write(config, "history_days = 28\n").unwrap();
+    assert!(!stored.ok(&["gc", "--history-days", "30"]).contains("Forgot"));
+    assert!(stored.ok(&["gc"]).contains("Forgot the history of 1 removed VMs\n"));
+    assert_eq!(stored.refused(&["inspect", "vm-00000001"]).0, 1);
+    let (code, line) = stored.refused(&["gc", "--history-days", "3", "vm-00000003"]);
+    assert_eq!(code, 2, "{line}");
+}
+
+#[test]
+fn a_vm_that_was_never_there_is_named() {
+    let bare = Installation::bare().unwrap();
+    for verb in ["get", "inspect", "stat"] {
+        let output = bare.output(&[verb, "vm-00000009"]).unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(text, "matchlock: VM vm-00000009 not found\n");
+    }
+    assert!(!bare.home().try_exists().unwrap(), "looking made something");
+}
+
+#[test]
+fn a_wrong_setting_is_named_with_its_place() {
+    let stored = Stored::new();
+    let config = stored.installation.home().join("config.toml");
+    fs::write(&config, "\nhistroy_days = 28\n").unwrap();
+    let (code, line) = stored.refused(&["list"]);
+    assert_eq!(code, 1);
+    let wanted = format!("{}, line 2: unknown field `histroy_days`", config.display());
+    assert!(line.contains(&wanted), "{line}");
+    let (code, _) = stored.refused(&["run", "--image", "busybox", "--", "true"]);
+    assert_eq!(code, 125);
+}
+
+#[test]
+fn a_database_that_cannot_be_used_is_told_by_every_verb_and_stays_as_it_is() {
+    let stored = Stored::new();
+    let home = stored.installation.home();
+    drop(stored.conn);
+    let db = home.join("state.db");
+    // Some of it is overwritten; all of it is something else.
+    let whole = fs::read(&db).unwrap();
+    let mut damaged = whole.clone();
+    damaged[100..1_000].fill(0xa5);
+    for content in [damaged, b"certainly not a database, but long enough".to_vec()] {
+        fs::write(&db, &content).unwrap();
+        for args in [&["list"][..], &["inspect", "vm-00000001"], &["gc"], &["rm", "vm-00000001"]] {
+            let output = stored.installation.output(args).unwrap();
+            let text = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(1), "{args:?}: {text}");
+            let told = text.contains("state.db") && text.contains("move it away");
+            assert!(told && text.lines().count() == 1, "{args:?}: {text}");
+            assert_eq!(fs::read(&db).unwrap(), content, "{args:?}");
+        }
+    }
+}
+
+/// A database that the reference wrote.
+#[test]
+fn what_the_reference_left_is_migrated_by_the_first_that_writes() {
+    let installation = Installation::bare().unwrap();
+    fs::create_dir_all(installation.home()).unwrap();
+    let fixture = include_str!("../../store/tests/store/fixtures/reference.sql");
+    installation.sql(fixture).unwrap();
+    let listed = installation.output(&["list"]).unwrap();
+    let text = String::from_utf8(listed.stderr).unwrap();
+    assert_eq!(listed.status.code(), Some(1));
+    assert!(text.contains("older matchlock") && text.contains("`matchlock gc`"), "{text}");
+    // What it wants gone is done as far as it can be; what matters here is what is stored.
+    let collected = installation.output(&["gc"]).unwrap();
+    let text = String::from_utf8(collected.stdout).unwrap();
+    assert!(text.contains("Reconciled 4 VMs"), "{text}");
+    let listed = installation.output(&["list"]).unwrap();
+    let text = String::from_utf8(listed.stdout).unwrap();
+    for id in ["vm-0000000a", "vm-0000000b", "vm-0000000c", "vm-0000000d"] {
+        assert!(text.contains(id), "{text}");
+    }
+    let got = installation.output(&["get", "vm-0000000a"]).unwrap();
+    let got: Value = serde_json::from_slice(&got.stdout).unwrap();
+    assert_eq!(got["config"], json!({"image": "alpine:latest"}));
+    assert_eq!(got["created_at"], "2025-11-02T08:00:00.123456789Z");
+}
