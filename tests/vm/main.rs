@@ -8,6 +8,7 @@ mod commands;
 mod errors;
 mod images;
 mod lifecycle;
+mod secrets;
 mod signals;
 
 use std::process::Output;
