@@ -10,7 +10,7 @@ BUSYBOX := $(TARGET)/images/busybox.tar
 export CARGO_TARGET_DIR := $(TARGET)
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 
-.PHONY: help run test setup check build guest image fmt lint install clean
+.PHONY: help run test bench setup check build guest image fmt lint install clean
 .DEFAULT_GOAL := help
 # One step after the other; cargo itself uses every core.
 .NOTPARALLEL:
@@ -23,6 +23,9 @@ run: build guest image ## Set everything up and run a first command in a microVM
 
 test: lint guest image ## Set everything up, check format and lints, run every test
 	@scripts/test.sh $(BUSYBOX)
+
+bench: build guest image ## Measure, and write docs/PERFORMANCE.md
+	@scripts/bench.sh $(BUSYBOX)
 
 setup: ## Install what is missing (Debian packages, Rust targets)
 	@scripts/setup.sh

@@ -146,6 +146,8 @@ pub struct VmRecord {
     pub pid: i32,
     /// The status as written; what is shown is derived, see [`crate::view`].
     pub status: String,
+    /// The phase in its latest lifecycle row; `creating` before it has one.
+    pub phase: Phase,
     /// The image's tag.
     pub image: String,
     /// The specification, redacted, as JSON.

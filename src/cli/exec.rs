@@ -11,7 +11,7 @@ use matchlock_model::view::Status;
 
 use super::error::CliError;
 use super::later::refuse_later;
-use super::list::statuses;
+use super::list::{not_found, not_running, status_of};
 use super::run::{environment, exit_code};
 use crate::node::config::NodeConfig;
 use crate::node::owner;
@@ -75,13 +75,9 @@ pub(super) async fn exec(args: ExecArgs, config: NodeConfig) -> Result<u8, CliEr
 }
 
 async fn require_running(config: &NodeConfig, id: VmId) -> Result<(), CliError> {
-    let shown = statuses(config).await?;
-    match shown.iter().find(|vm| vm.id == id) {
-        None => Err(CliError::message(format_args!("VM {id} not found; see `matchlock list`"))),
+    match status_of(config, id).await? {
+        None => Err(not_found(id)),
         Some(vm) if vm.status == Status::Running => Ok(()),
-        Some(vm) => Err(CliError::message(format_args!(
-            "VM {id} is not running (status: {})",
-            vm.status.name()
-        ))),
+        Some(vm) => Err(not_running(id, vm.status)),
     }
 }

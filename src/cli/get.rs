@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::error::CliError;
-use super::list::{Looking, ShownVm};
+use super::list::{ShownVm, not_found, status_of};
 use super::render;
 use crate::node::config::NodeConfig;
 
@@ -31,7 +31,7 @@ pub(super) struct JsonVm {
 impl JsonVm {
     /// The VM, with the status that is true now.
     pub(super) fn new(shown: ShownVm) -> Result<Self, CliError> {
-        let (pid, id) = (shown.pid(), shown.id);
+        let (pid, id) = (shown.pid(), shown.record.id);
         // The reference leaves it empty when it knows nothing.
         let config = match shown.record.config_json.as_str() {
             "" => Value::Null,
@@ -50,15 +50,8 @@ impl JsonVm {
     }
 }
 
-pub(super) fn not_found(id: VmId) -> CliError {
-    CliError::message(format_args!("VM {id} not found"))
-}
-
 pub(super) async fn get(args: GetArgs, config: NodeConfig) -> Result<u8, CliError> {
-    let shown = match Looking::begin(&config)? {
-        Some(looking) => looking.at(args.id).await?,
-        None => None,
-    };
-    render::json(&JsonVm::new(shown.ok_or_else(|| not_found(args.id))?)?)?;
+    let shown = status_of(&config, args.id).await?.ok_or_else(|| not_found(args.id))?;
+    render::json(&JsonVm::new(shown)?)?;
     Ok(0)
 }

@@ -7,8 +7,8 @@ use matchlock_model::record::LifecycleRecord;
 use serde::Serialize;
 
 use super::error::CliError;
-use super::get::{JsonVm, not_found};
-use super::list::Looking;
+use super::get::JsonVm;
+use super::list::{Looking, not_found};
 use super::render;
 use crate::node::config::NodeConfig;
 

@@ -8,7 +8,7 @@ use matchlock_model::view::Status;
 use tokio::time::{Instant, sleep};
 
 use super::error::CliError;
-use super::list::statuses;
+use super::list::{not_found, not_running, status_of, statuses};
 use super::render;
 use crate::node::config::NodeConfig;
 use crate::node::owner;
@@ -42,19 +42,18 @@ const RELEASE_LIMIT: Duration = Duration::from_secs(10);
 const RELEASE_POLL: Duration = Duration::from_millis(5);
 
 pub(super) async fn kill(args: KillArgs, config: NodeConfig) -> Result<u8, CliError> {
-    let shown = statuses(&config).await?;
     let ids = match args.id {
         Some(id) => {
-            let vm = shown.iter().find(|vm| vm.id == id).ok_or_else(|| {
-                CliError::message(format_args!("VM {id} not found; see `matchlock list`"))
-            })?;
+            let vm = status_of(&config, id).await?.ok_or_else(|| not_found(id))?;
             if !is_owned(vm.status) {
-                let text = format!("VM {id} is not running (status: {})", vm.status.name());
-                return Err(CliError::message(text));
+                return Err(not_running(id, vm.status));
             }
             vec![id]
         }
-        None => shown.iter().filter(|vm| is_owned(vm.status)).map(|vm| vm.id).collect(),
+        None => {
+            let shown = statuses(&config).await?;
+            shown.iter().filter(|vm| is_owned(vm.status)).map(|vm| vm.record.id).collect()
+        }
     };
     let mut failed = None;
     for id in ids {
@@ -88,8 +87,7 @@ pub(super) async fn take_down(config: &NodeConfig, id: VmId, force: bool) -> Res
         sleep(RELEASE_POLL).await;
     }
     // The owner's last word may be missing because it was killed itself.
-    let shown = statuses(config).await?;
-    match shown.iter().find(|vm| vm.id == id) {
+    match status_of(config, id).await? {
         Some(vm) if vm.status != Status::Stopped => Err(CliError::message(format_args!(
             "VM {id} was not cleaned up (status: {}): its owner ended before; run `matchlock gc {id}`",
             vm.status.name()

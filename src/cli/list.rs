@@ -1,6 +1,5 @@
 //! `matchlock list`: what is there, told truthfully without writing anything.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use clap::Args;
@@ -31,9 +30,7 @@ pub(super) struct ListArgs {
 /// A VM as it is shown.
 #[derive(Debug, Clone)]
 pub(super) struct ShownVm {
-    pub(super) id: VmId,
     pub(super) status: Status,
-    pub(super) phase: Phase,
     pub(super) record: VmRecord,
 }
 
@@ -74,31 +71,19 @@ impl Looking {
     /// This VM with the status that is true now, if it has a row.
     pub(super) async fn at(&self, id: VmId) -> Result<Option<ShownVm>, CliError> {
         let record = self.reader.vm(id).await.map_err(|e| CliError::failure(&e))?;
-        let Some(record) = record else { return Ok(None) };
-        let head = self.reader.lifecycle_head(id).await.map_err(|e| CliError::failure(&e))?;
-        Ok(Some(self.shown(record, head.map(|head| head.phase))?))
+        record.map(|record| self.shown(record)).transpose()
     }
 
     /// All VMs with the status that is true now, newest first.
     pub(super) async fn at_all(&self) -> Result<Vec<ShownVm>, CliError> {
-        let heads = self.reader.lifecycle_heads().await.map_err(|e| CliError::failure(&e))?;
-        let phases: HashMap<VmId, Phase> =
-            heads.into_iter().map(|head| (head.vm_id, head.phase)).collect();
         let records = self.reader.vms().await.map_err(|e| CliError::failure(&e))?;
-        records
-            .into_iter()
-            .map(|record| {
-                let phase = phases.get(&record.id).copied();
-                self.shown(record, phase)
-            })
-            .collect()
+        records.into_iter().map(|record| self.shown(record)).collect()
     }
 
-    fn shown(&self, record: VmRecord, phase: Option<Phase>) -> Result<ShownVm, CliError> {
-        let phase = phase.unwrap_or(Phase::Creating);
+    fn shown(&self, record: VmRecord) -> Result<ShownVm, CliError> {
         let owner_lives = self.locks.is_held(record.id).map_err(|e| CliError::failure(&e))?;
-        let status = Status::derive(phase, owner_lives);
-        Ok(ShownVm { id: record.id, status, phase, record })
+        let status = Status::derive(record.phase, owner_lives);
+        Ok(ShownVm { status, record })
     }
 }
 
@@ -108,6 +93,24 @@ pub(super) async fn statuses(config: &NodeConfig) -> Result<Vec<ShownVm>, CliErr
         Some(looking) => looking.at_all().await,
         None => Ok(Vec::new()),
     }
+}
+
+/// This VM with the status that is true now, if it has a row. Writes nothing.
+pub(super) async fn status_of(config: &NodeConfig, id: VmId) -> Result<Option<ShownVm>, CliError> {
+    match Looking::begin(config)? {
+        Some(looking) => looking.at(id).await,
+        None => Ok(None),
+    }
+}
+
+/// A VM that has no row.
+pub(super) fn not_found(id: VmId) -> CliError {
+    CliError::message(format_args!("VM {id} not found; see `matchlock list`"))
+}
+
+/// A VM that would have to run for what was asked.
+pub(super) fn not_running(id: VmId, status: Status) -> CliError {
+    CliError::message(format_args!("VM {id} is not running (status: {})", status.name()))
 }
 
 pub(super) async fn list(args: ListArgs, config: NodeConfig) -> Result<u8, CliError> {
@@ -125,9 +128,9 @@ pub(super) async fn list(args: ListArgs, config: NodeConfig) -> Result<u8, CliEr
 
 fn json(vm: &ShownVm) -> JsonVm<'_> {
     JsonVm {
-        id: vm.id,
+        id: vm.record.id,
         status: vm.status.name(),
-        phase: vm.phase,
+        phase: vm.record.phase,
         image: &vm.record.image,
         created_at: vm.record.created_at,
         pid: vm.pid(),
@@ -140,7 +143,7 @@ fn row(vm: &ShownVm) -> Vec<String> {
         pid => pid.to_string(),
     };
     vec![
-        vm.id.to_string(),
+        vm.record.id.to_string(),
         vm.status.name().to_owned(),
         vm.record.image.clone(),
         vm.record.created_at.strftime("%Y-%m-%d %H:%M").to_string(),

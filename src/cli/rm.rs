@@ -9,7 +9,7 @@ use matchlock_model::vm::StopMode;
 
 use super::error::CliError;
 use super::kill::take_down;
-use super::list::statuses;
+use super::list::{not_found, status_of};
 use super::render;
 use crate::node::boot::Node;
 use crate::node::config::NodeConfig;
@@ -26,9 +26,8 @@ pub(super) struct RmArgs {
 
 pub(super) async fn rm(args: RmArgs, config: NodeConfig) -> Result<u8, CliError> {
     let id = args.id;
-    let shown = statuses(&config).await?;
-    if !shown.iter().any(|vm| vm.id == id) {
-        return Err(CliError::message(format_args!("VM {id} not found; see `matchlock list`")));
+    if status_of(&config, id).await?.is_none() {
+        return Err(not_found(id));
     }
     let node = Node::boot(config.clone()).await?;
     let mut report = remove(&node, id).await;

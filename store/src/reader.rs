@@ -93,14 +93,6 @@ impl ReadPool {
         self.read(move |conn| lifecycle::head(conn, vm)).await
     }
 
-    /// The latest lifecycle row of each VM that has not been removed.
-    ///
-    /// # Errors
-    /// When they could not be read.
-    pub async fn lifecycle_heads(&self) -> Result<Vec<LifecycleRecord>, ReadError> {
-        self.read(lifecycle::heads).await
-    }
-
     /// All lifecycle rows of a VM, removed or not, oldest first.
     ///
     /// # Errors

@@ -150,7 +150,10 @@ fn a_removed_vm_is_inspected_until_its_history_is_forgotten() {
         assert_eq!(inspected["lifecycle"]["last_error"], "it broke");
         assert_eq!(inspected["history"].as_array().unwrap().len(), 3);
         let (code, line) = stored.refused(&["get", id]);
-        assert_eq!((code, &*line), (1, &*format!("matchlock: VM {id} not found\n")));
+        assert_eq!(
+            (code, &*line),
+            (1, &*format!("matchlock: VM {id} not found; see `matchlock list`\n"))
+        );
     }
     // Of one VM nothing is forgotten; of all what is older than 30 days and removed.
     stored.ok(&["gc", "vm-00000003"]);
@@ -178,7 +181,7 @@ fn a_vm_that_was_never_there_is_named() {
         let output = bare.output(&[verb, "vm-00000009"]).unwrap();
         assert_eq!(output.status.code(), Some(1));
         let text = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(text, "matchlock: VM vm-00000009 not found\n");
+        assert_eq!(text, "matchlock: VM vm-00000009 not found; see `matchlock list`\n");
     }
     assert!(!bare.home().try_exists().unwrap(), "looking made something");
 }

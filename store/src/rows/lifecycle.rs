@@ -193,17 +193,6 @@ pub(crate) fn head(conn: &Connection, vm: VmId) -> rusqlite::Result<Option<Lifec
         .optional()
 }
 
-/// The latest row of each VM that has a row in `vms`.
-pub(crate) fn heads(conn: &Connection) -> rusqlite::Result<Vec<LifecycleRecord>> {
-    conn.prepare_cached(&format!(
-        "{SELECT} JOIN vms AS v ON v.id = l.vm_id
-         WHERE l.version = (SELECT max(version) FROM vm_lifecycle WHERE vm_id = v.id)
-         ORDER BY l.vm_id"
-    ))?
-    .query_map([], read)?
-    .collect()
-}
-
 /// All rows of a VM, oldest first.
 pub(crate) fn history(conn: &Connection, vm: VmId) -> rusqlite::Result<Vec<LifecycleRecord>> {
     conn.prepare_cached(&format!("{SELECT} WHERE l.vm_id = ?1 ORDER BY l.version"))?

@@ -16,10 +16,16 @@ use super::{Reading, stored};
 use crate::error::WriteError;
 
 /// The VM's subnet.
-pub(crate) fn find(conn: &Connection, vm: VmId) -> rusqlite::Result<Option<Subnet>> {
+fn find(conn: &Connection, vm: VmId) -> rusqlite::Result<Option<Subnet>> {
     conn.prepare_cached("SELECT vm_id, octet, subnet FROM subnet_allocations WHERE vm_id = ?1")?
         .query_row([vm.to_string()], read)
         .optional()
+}
+
+/// Whether the VM has a subnet, readable or not.
+pub(crate) fn is_held(conn: &Connection, vm: VmId) -> rusqlite::Result<bool> {
+    conn.prepare_cached("SELECT EXISTS (SELECT 1 FROM subnet_allocations WHERE vm_id = ?1)")?
+        .query_row([vm.to_string()], |row| row.get(0))
 }
 
 /// The VM's subnet, newly given if it has none.

@@ -16,7 +16,9 @@ const FIRST_EPOCH: OwnerEpoch = OwnerEpoch(1);
 const SELECT: &str = "
     SELECT v.id, v.pid, v.status, v.image, v.config_json, v.created_at, v.updated_at,
            coalesce(n.owner_epoch, 0) AS owner_epoch, n.owner_json, n.hypervisor_json,
-           n.namespaces_json, coalesce(n.ephemeral, 0) AS ephemeral
+           n.namespaces_json, coalesce(n.ephemeral, 0) AS ephemeral,
+           coalesce((SELECT l.phase FROM vm_lifecycle AS l WHERE l.vm_id = v.id
+                     ORDER BY l.version DESC LIMIT 1), 'creating') AS phase
     FROM vms AS v LEFT JOIN vm_nodes AS n ON n.vm_id = v.id";
 
 /// The VM's row.
@@ -40,6 +42,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<VmRecord> {
         id: row.parsed("id")?,
         pid: row.number("pid")?,
         status: row.text("status")?,
+        phase: row.parsed("phase")?,
         image: row.text("image")?,
         config_json: row.text("config_json")?,
         created_at: row.parsed("created_at")?,
@@ -187,7 +190,7 @@ pub(crate) fn remove(conn: &Connection, vm: VmId) -> Result<WriteOutcome, WriteE
     if phase != Phase::Cleaned {
         return Err(WriteError::NotCleaned { vm, phase });
     }
-    if subnets::find(conn, vm)?.is_some() {
+    if subnets::is_held(conn, vm)? {
         return Err(WriteError::SubnetHeld { vm });
     }
     conn.prepare_cached("DELETE FROM vms WHERE id = ?1")?.execute([&id])?;

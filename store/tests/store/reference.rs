@@ -53,8 +53,16 @@ async fn its_rows_are_read() {
     assert_eq!(cleaned.cleanup["rootfs_remove"].error.as_deref(), Some("denied"));
     assert_eq!(reader.lifecycle_head(vm(0xc)).await.unwrap(), None);
     assert_eq!(reader.vm(vm(0xc)).await.unwrap().unwrap().config_json, "");
-    let heads: Vec<_> = reader.lifecycle_heads().await.unwrap().iter().map(|h| h.vm_id).collect();
-    assert_eq!(heads, [vm(0xa), vm(0xb)]);
+    let mut phases: Vec<_> =
+        reader.vms().await.unwrap().iter().map(|record| (record.id, record.phase)).collect();
+    phases.sort_unstable_by_key(|(id, _)| *id);
+    let expected = [
+        (vm(0xa), Phase::Created),
+        (vm(0xb), Phase::Cleaned),
+        (vm(0xc), Phase::Creating),
+        (vm(0xd), Phase::Creating),
+    ];
+    assert_eq!(phases, expected);
 }
 
 #[test]

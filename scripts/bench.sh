@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# bench.sh BUSYBOX.tar: measure, and write docs/PERFORMANCE.md. Quiet machine, please.
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+[ $# = 1 ] || die "usage: scripts/bench.sh BUSYBOX.tar"
+export MATCHLOCK_TEST_BIN=$target/release/matchlock
+export MATCHLOCK_TEST_BUSYBOX=$1
+export MATCHLOCK_TEST_CACHE=$target/test-cache
+"$root/scripts/install-bundle.sh" "$MATCHLOCK_TEST_CACHE"
+
+cd "$root"
+say "measuring"
+cargo bench --locked --bench store -- --quiet
+cargo bench --locked --bench scenarios
