@@ -77,7 +77,8 @@ pub enum Recovery {
     Unchanged,
     /// The migrations before it were undone from the backup.
     Restored,
-    /// The migrations before it stay: others have written since, and undoing would lose that.
+    /// The migrations before it stay: rows have changed since, maybe by others, whose writes undoing
+    /// would lose.
     KeptPartly {
         /// The state before the first of them.
         backup: PathBuf,
@@ -91,7 +92,7 @@ impl fmt::Display for Recovery {
             Self::Restored => f.write_str("the database was put back as it was"),
             Self::KeptPartly { backup } => write!(
                 f,
-                "the migrations before it stay, because others have written since; the state before them is in {}",
+                "the migrations before it stay, because rows have changed since and undoing could lose what others wrote; the state before them is in {}",
                 backup.display()
             ),
         }

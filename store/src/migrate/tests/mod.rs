@@ -171,6 +171,67 @@ fn what_was_written_after_the_crash_is_not_undone() {
     assert_eq!((rows(&conn), versions(&conn)), (101, vec![1, 2]));
 }
 
+/// How the third migration fails when another process has run this after the second one crashed.
+fn recovery_after(sql: &str) -> (Recovery, Connection) {
+    let db = db_with_crashed_migration();
+    let conn = writer(&db.files).unwrap();
+    conn.execute_batch(sql).unwrap();
+    conn.close().unwrap();
+    let failed = open(&db.files, &[FIRST, SECOND, THIRD_BAD]).unwrap_err();
+    let conn = writer(&db.files).unwrap();
+    (recovery(failed), conn)
+}
+
+#[test]
+fn what_was_removed_or_changed_after_the_crash_is_not_undone() {
+    let (told, conn) = recovery_after("DELETE FROM t WHERE x = 1");
+    assert!(matches!(told, Recovery::KeptPartly { .. }), "{told:?}");
+    assert_eq!((rows(&conn), versions(&conn)), (99, vec![1, 2]));
+    let (told, conn) = recovery_after("UPDATE t SET x = 1001 WHERE x = 1");
+    assert!(matches!(told, Recovery::KeptPartly { .. }), "{told:?}");
+    assert_eq!((rows(&conn), versions(&conn)), (100, vec![1, 2]));
+    // The same change and its opposite: nothing would be lost.
+    let (told, conn) = recovery_after(
+        "UPDATE t SET note = 'x' WHERE x = 1; UPDATE t SET note = 'note 1' WHERE x = 1",
+    );
+    assert_eq!(told, Recovery::Restored);
+    assert_eq!((rows(&conn), versions(&conn)), (100, vec![1]));
+}
+
+#[test]
+fn a_row_that_is_there_twice_counts_twice() {
+    let twice = Migration { sql: "CREATE TABLE t (x INTEGER, note TEXT);", ..FIRST };
+    let db = db();
+    let conn = open(&db.files, &[twice]).unwrap();
+    conn.execute_batch("INSERT INTO t VALUES (1, 'same'), (1, 'same')").unwrap();
+    backup::make(&conn, &db.files).unwrap();
+    conn.execute_batch("DELETE FROM t WHERE rowid = 2").unwrap();
+    conn.close().unwrap();
+    let failed = open(&db.files, &[twice, SECOND, THIRD_BAD]).unwrap_err();
+    assert!(matches!(recovery(failed), Recovery::KeptPartly { .. }));
+    assert_eq!(rows(&writer(&db.files).unwrap()), 1);
+}
+
+#[test]
+fn a_copy_that_has_begun_keeps_others_from_committing() {
+    let db = db_with_crashed_migration();
+    let backup = connect::connect(&db.files.backup(), Access::ReadOnly).unwrap();
+    let mut live = writer(&db.files).unwrap();
+    let other = writer(&db.files).unwrap();
+    other.busy_handler(None).unwrap();
+    let holding = backup::hold(&backup, &mut live).unwrap();
+    let refused = other.execute_batch("BEGIN IMMEDIATE").unwrap_err();
+    assert_eq!(DbFault::of(&refused), DbFault::Busy, "{refused}");
+    // Reading goes on, and sees what was last committed.
+    assert_eq!((rows(&other), versions(&other)), (100, vec![1, 2]));
+    drop(holding);
+    other
+        .execute_batch("BEGIN IMMEDIATE; INSERT INTO t VALUES (1000, 'after', NULL); COMMIT")
+        .unwrap();
+    assert_eq!((rows(&live), versions(&live)), (101, vec![1, 2]));
+    backup::check(&live, &db.files.db).unwrap();
+}
+
 #[test]
 fn an_empty_leftover_never_wipes_the_database() {
     let db = db_with_rows();
