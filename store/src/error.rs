@@ -39,7 +39,10 @@ impl DbFault {
             return Self::Other;
         };
         match code.code {
-            ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked => Self::Busy,
+            // The last one: a process was stopped while it held a lock that is held for an instant.
+            ErrorCode::DatabaseBusy
+            | ErrorCode::DatabaseLocked
+            | ErrorCode::FileLockingProtocolFailed => Self::Busy,
             ErrorCode::DiskFull => Self::Full,
             // The -shm file is grown by allocating its blocks, which is how a full disk shows first.
             ErrorCode::SystemIoFailure if code.extended_code == SQLITE_IOERR_SHMSIZE => Self::Full,
@@ -462,6 +465,7 @@ mod tests {
             (ffi::SQLITE_BUSY, DbFault::Busy),
             (ffi::SQLITE_BUSY_SNAPSHOT, DbFault::Busy),
             (ffi::SQLITE_LOCKED, DbFault::Busy),
+            (ffi::SQLITE_PROTOCOL, DbFault::Busy),
             (ffi::SQLITE_FULL, DbFault::Full),
             (ffi::SQLITE_IOERR_SHMSIZE, DbFault::Full),
             (ffi::SQLITE_IOERR_READ, DbFault::Other),

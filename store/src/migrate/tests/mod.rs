@@ -1,7 +1,17 @@
+#[path = "../../../tests/store/child.rs"]
+mod child;
+#[cfg(target_arch = "x86_64")]
+mod crash;
+mod random;
+mod scenario;
+#[cfg(target_arch = "x86_64")]
+mod tracer;
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 
 use rusqlite::ErrorCode;
+use scenario::{crash_second_migration, fill};
 use tempfile::TempDir;
 
 use super::*;
@@ -31,31 +41,22 @@ struct Db {
 }
 
 fn db() -> Db {
-    let dir = TempDir::new().unwrap();
+    // A disk has no part in what is tested here, and makes hundreds of set-ups slow.
+    let memory = std::path::Path::new("/dev/shm");
+    let dir = if memory.is_dir() { TempDir::new_in(memory) } else { TempDir::new() }.unwrap();
     let files = DbFiles::new(&dir.path().join("home"), "test.db");
     Db { _dir: dir, files }
 }
 
-/// A database with the first migration and 100 rows.
 fn db_with_rows() -> Db {
     let db = db();
-    let conn = open(&db.files, &[FIRST]).unwrap();
-    conn.execute_batch(
-        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100)
-         INSERT INTO t SELECT i, 'note ' || i FROM n",
-    )
-    .unwrap();
-    conn.close().unwrap();
+    fill(&db.files);
     db
 }
 
-/// As a process leaves it that was killed between the second migration and the third.
 fn db_with_crashed_migration() -> Db {
     let db = db_with_rows();
-    let mut conn = writer(&db.files).unwrap();
-    backup::make(&conn, &db.files).unwrap();
-    apply(&mut conn, &SECOND).unwrap();
-    conn.close().unwrap();
+    crash_second_migration(&db.files);
     db
 }
 
