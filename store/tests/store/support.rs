@@ -41,6 +41,12 @@ impl Home {
     }
 }
 
+/// SQLite's own check of everything.
+pub(crate) fn check_integrity(conn: &Connection) {
+    let report: String = conn.query_row("PRAGMA integrity_check", [], |row| row.get(0)).unwrap();
+    assert_eq!(report, "ok");
+}
+
 pub(crate) const EPOCH: OwnerEpoch = OwnerEpoch(1);
 
 pub(crate) fn vm(number: u32) -> VmId {
@@ -106,6 +112,15 @@ pub(crate) fn set_phase_as(id: VmId, epoch: OwnerEpoch, phase: Phase) -> WriteOp
         cleanup: Vec::new(),
         at: at(10),
     }
+}
+
+/// A phase with an error text.
+pub(crate) fn set_phase_saying(id: VmId, epoch: OwnerEpoch, phase: Phase, error: &str) -> WriteOp {
+    let mut op = set_phase_as(id, epoch, phase);
+    if let WriteOp::SetPhase { last_error, .. } = &mut op {
+        *last_error = Some(error.to_owned());
+    }
+    op
 }
 
 pub(crate) fn apply_one(conn: &mut WriteConn, op: WriteOp) -> Result<WriteOutcome, WriteError> {
