@@ -54,6 +54,14 @@ impl DbFault {
         }
     }
 
+    fn of_file(error: &io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::Full,
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Self::ReadOnly,
+            _ => Self::Other,
+        }
+    }
+
     /// Whether the same write may succeed later without anybody having changed it.
     #[must_use]
     pub const fn retryable(self) -> bool {
@@ -70,6 +78,14 @@ impl fmt::Display for DbFault {
             Self::Corrupt => "it is damaged, move it away or put a backup in its place",
             Self::Other => "SQLite failed",
         })
+    }
+}
+
+/// What to do about a file that could not be used, as far as it is known.
+fn advice(error: &io::Error) -> String {
+    match DbFault::of_file(error) {
+        DbFault::Other => String::new(),
+        fault => format!(": {fault}"),
     }
 }
 
@@ -106,7 +122,7 @@ impl fmt::Display for Recovery {
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// A directory could not be made or looked at.
-    #[error("cannot {doing} the directory {}", path.display())]
+    #[error("cannot {doing} the directory {}{}", path.display(), advice(source))]
     Directory {
         /// What was being done.
         doing: &'static str,
@@ -116,7 +132,7 @@ pub enum OpenError {
         source: io::Error,
     },
     /// A file beside the database could not be made or looked at.
-    #[error("cannot {doing} {}", path.display())]
+    #[error("cannot {doing} {}{}", path.display(), advice(source))]
     File {
         /// What was being done.
         doing: &'static str,
@@ -268,13 +284,7 @@ impl OpenError {
             Self::Damaged { .. } => DbFault::Corrupt,
             Self::SetupLocked { .. } => DbFault::Busy,
             Self::Migration { source, .. } | Self::Restore { source, .. } => DbFault::of(source),
-            Self::Directory { source, .. } | Self::File { source, .. } => match source.kind() {
-                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => DbFault::Full,
-                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-                    DbFault::ReadOnly
-                }
-                _ => DbFault::Other,
-            },
+            Self::Directory { source, .. } | Self::File { source, .. } => DbFault::of_file(source),
             Self::WrongKind { .. }
             | Self::NotOurs { .. }
             | Self::Newer { .. }

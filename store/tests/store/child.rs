@@ -93,6 +93,11 @@ pub(crate) fn await_go() {
     std::io::stdin().read_line(&mut String::new()).unwrap();
 }
 
+/// Tells a person who reads the test's output.
+pub(crate) fn note(what: &str) {
+    println!("{what}");
+}
+
 /// Numbers that look random, the same for the same seed (splitmix64).
 pub(crate) struct Dice(u64);
 
@@ -106,7 +111,7 @@ impl Dice {
                 std::hash::RandomState::new().hash_one(test)
             }
         };
-        println!("{test}: MATCHLOCK_STORE_SEED={seed}");
+        note(&format!("{test}: MATCHLOCK_STORE_SEED={seed}"));
         Self::seeded(seed)
     }
 

@@ -10,7 +10,7 @@ use matchlock_model::phase::Phase;
 use matchlock_store::{WriteConn, WriteError, WriteOp, WriteOutcome, open_state};
 use rusqlite::Connection;
 
-use crate::child::{Child, Dice, await_go, task, tell};
+use crate::child::{Child, Dice, await_go, note, task, tell};
 use crate::support::{
     EPOCH, Home, apply_one, at, check_integrity, insert, process, set_phase, set_phase_as,
     set_phase_saying, vm,
@@ -203,7 +203,7 @@ fn eight_processes_write_a_thousand_times_each() {
     for line in lines.iter().flatten() {
         told.hear(line);
     }
-    println!("{} writes, the longest took {:?}", told.done, told.longest);
+    note(&format!("{} writes, the longest took {:?}", told.done, told.longest));
     assert!(told.done >= PROCESSES * WRITES);
     check_all(&home.plain(), &told);
 }
@@ -310,7 +310,7 @@ fn a_writer_is_killed_two_hundred_times() {
         assert!(told.iter().all(|row| stored.get(row.0) == Some(row.1)), "round {round}");
     }
     let rows: usize = acknowledged.values().map(BTreeMap::len).sum();
-    println!("{KILLS} kills, {rows} acknowledged rows");
+    note(&format!("{KILLS} kills, {rows} acknowledged rows"));
 }
 
 fn stored_rows(conn: &Connection, number: u32) -> BTreeMap<i64, String> {

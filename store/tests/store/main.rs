@@ -7,6 +7,8 @@
 
 mod child;
 mod concurrency;
+mod hostile_disk;
+mod hostile_files;
 mod hostile_writers;
 mod images;
 mod open;

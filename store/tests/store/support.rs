@@ -1,6 +1,8 @@
 //! A home in a temporary directory, and values to write into it.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use jiff::{Timestamp, ToSpan as _};
 use matchlock_model::id::{OwnerEpoch, VmId};
@@ -36,9 +38,33 @@ impl Home {
 
     /// A connection as any other program would open it.
     pub(crate) fn plain(&self) -> Connection {
-        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        Connection::open_with_flags(self.path.join(STATE_DB), flags).unwrap()
+        plain(&self.path)
     }
+}
+
+/// A connection to the database of this home, as any other program would open it.
+pub(crate) fn plain(home: &Path) -> Connection {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    Connection::open_with_flags(home.join(STATE_DB), flags).unwrap()
+}
+
+/// Makes this home as the reference leaves it.
+pub(crate) fn reference_home_in(home: &Path) {
+    fs::create_dir(home).unwrap();
+    let conn = Connection::open(home.join(STATE_DB)).unwrap();
+    conn.execute_batch(include_str!("fixtures/reference.sql")).unwrap();
+    conn.close().unwrap();
+}
+
+/// Each file in this directory with its bytes. Nobody may have the database open in this process.
+pub(crate) fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    entries
+        .map(|path| {
+            let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+            (name, fs::read(path).unwrap())
+        })
+        .collect()
 }
 
 /// SQLite's own check of everything.

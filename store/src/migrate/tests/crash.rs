@@ -7,10 +7,10 @@
 
 use nix::unistd::Pid;
 
-use super::child::{Child, await_go, task, tell};
 use super::scenario::{Dump, Scenario, dump};
 use super::tracer::{Call, Then, trace};
 use super::*;
+use crate::child::{Child, await_go, note, task, tell};
 
 /// Opens the database as its scenario says, on a thread that is traced.
 #[test]
@@ -200,7 +200,7 @@ fn play_all(scenario: Scenario, company: Company, then: Then) {
         *kinds.entry(kind).or_insert(0) += 1;
         k += 1;
     }
-    println!("{scenario:?}, {company:?}, {then:?}: {} moments, {kinds:?}", k - 1);
+    note(&format!("{scenario:?}, {company:?}, {then:?}: {} moments, {kinds:?}", k - 1));
     assert!(k > 20, "only {k} moments: the calls are not seen");
 }
 

@@ -1,5 +1,3 @@
-#[path = "../../../tests/store/child.rs"]
-mod child;
 #[cfg(target_arch = "x86_64")]
 mod crash;
 mod random;

@@ -4,9 +4,9 @@
 use std::collections::BTreeSet;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 
-use super::child::{Child, Dice, await_go, task, tell};
 use super::scenario::{Scenario, dump};
 use super::*;
+use crate::child::{Child, Dice, await_go, note, task, tell};
 
 const ROUNDS: u64 = 40;
 const FIRST_ROW: i64 = 10_000;
@@ -118,5 +118,5 @@ fn killed_at_random_moments_while_another_writes_all_the_time() {
         conn.execute(target.delete, []).unwrap();
         assert_eq!(Some(&dump(&conn)), scenario.stages(&[]).last(), "round {round}");
     }
-    println!("{ROUNDS} rounds, {rows} acknowledged rows");
+    note(&format!("{ROUNDS} rounds, {rows} acknowledged rows"));
 }
