@@ -11,7 +11,10 @@ use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
 /// The longest wait for a lock.
-pub const LOCK_WAIT: Duration = Duration::from_secs(15);
+pub const LOCK_WAIT: Duration = Duration::from_millis(LOCK_WAIT_MILLIS);
+
+/// [`LOCK_WAIT`], as the parameter of [`handler`].
+pub(crate) const LOCK_WAIT_MILLIS: u64 = 15_000;
 
 const SHORTEST: Duration = Duration::from_micros(300);
 const SPREAD_MICROS: u64 = 1_200;
@@ -22,8 +25,9 @@ thread_local! {
     static RANDOM: Cell<u64> = Cell::new(RandomState::new().hash_one(0_u8) | 1);
 }
 
-/// SQLite's busy handler: sleeps a little, and says whether to look again.
-pub(crate) fn handler(asked_before: i32) -> bool {
+/// SQLite's busy handler: sleeps a little, and says whether to look again, for so many milliseconds.
+/// SQLite takes a plain function, so the cap is a part of its type.
+pub(crate) fn handler<const CAP_MILLIS: u64>(asked_before: i32) -> bool {
     let began = match BEGAN.get() {
         Some(began) if asked_before > 0 => began,
         _ => {
@@ -32,7 +36,7 @@ pub(crate) fn handler(asked_before: i32) -> bool {
             now
         }
     };
-    pause_within(began, LOCK_WAIT)
+    pause_within(began, Duration::from_millis(CAP_MILLIS))
 }
 
 /// Sleeps a little, unless the wait that began then has used up its time; says whether it slept.
@@ -90,6 +94,7 @@ mod tests {
     #[test]
     fn a_new_wait_starts_its_own_clock() {
         BEGAN.set(Instant::now().checked_sub(LOCK_WAIT));
+        let handler = handler::<LOCK_WAIT_MILLIS>;
         assert!(!handler(7), "a used-up wait went on");
         assert!(handler(0), "a new wait inherited the clock of the last");
         assert!(handler(1));

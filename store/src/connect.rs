@@ -51,7 +51,7 @@ pub(crate) fn connect(path: &Path, access: Access) -> rusqlite::Result<Connectio
 
 /// Sets what holds for one connection. None of it touches the file.
 pub(crate) fn prepare(conn: &Connection, access: Access) -> rusqlite::Result<()> {
-    conn.busy_handler(Some(busy::handler))?;
+    conn.busy_handler(Some(busy::handler::<{ busy::LOCK_WAIT_MILLIS }>))?;
     conn.set_prepared_statement_cache_capacity(STATEMENTS_KEPT);
     conn.pragma_update(None, "foreign_keys", true)?;
     conn.pragma_update(None, "trusted_schema", false)?;

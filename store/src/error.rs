@@ -39,7 +39,10 @@ impl DbFault {
             return Self::Other;
         };
         match code.code {
-            ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked => Self::Busy,
+            // The last one: a process was stopped while it held a lock that is held for an instant.
+            ErrorCode::DatabaseBusy
+            | ErrorCode::DatabaseLocked
+            | ErrorCode::FileLockingProtocolFailed => Self::Busy,
             ErrorCode::DiskFull => Self::Full,
             // The -shm file is grown by allocating its blocks, which is how a full disk shows first.
             ErrorCode::SystemIoFailure if code.extended_code == SQLITE_IOERR_SHMSIZE => Self::Full,
@@ -47,6 +50,14 @@ impl DbFault {
                 Self::ReadOnly
             }
             ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase => Self::Corrupt,
+            _ => Self::Other,
+        }
+    }
+
+    fn of_file(error: &io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::Full,
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Self::ReadOnly,
             _ => Self::Other,
         }
     }
@@ -70,6 +81,14 @@ impl fmt::Display for DbFault {
     }
 }
 
+/// What to do about a file that could not be used, as far as it is known.
+fn advice(error: &io::Error) -> String {
+    match DbFault::of_file(error) {
+        DbFault::Other => String::new(),
+        fault => format!(": {fault}"),
+    }
+}
+
 /// What became of the database after a failed migration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Recovery {
@@ -77,7 +96,8 @@ pub enum Recovery {
     Unchanged,
     /// The migrations before it were undone from the backup.
     Restored,
-    /// The migrations before it stay: others have written since, and undoing would lose that.
+    /// The migrations before it stay: rows have changed since, maybe by others, whose writes undoing
+    /// would lose.
     KeptPartly {
         /// The state before the first of them.
         backup: PathBuf,
@@ -91,7 +111,7 @@ impl fmt::Display for Recovery {
             Self::Restored => f.write_str("the database was put back as it was"),
             Self::KeptPartly { backup } => write!(
                 f,
-                "the migrations before it stay, because others have written since; the state before them is in {}",
+                "the migrations before it stay, because rows have changed since and undoing could lose what others wrote; the state before them is in {}",
                 backup.display()
             ),
         }
@@ -102,7 +122,7 @@ impl fmt::Display for Recovery {
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// A directory could not be made or looked at.
-    #[error("cannot {doing} the directory {}", path.display())]
+    #[error("cannot {doing} the directory {}{}", path.display(), advice(source))]
     Directory {
         /// What was being done.
         doing: &'static str,
@@ -112,7 +132,7 @@ pub enum OpenError {
         source: io::Error,
     },
     /// A file beside the database could not be made or looked at.
-    #[error("cannot {doing} {}", path.display())]
+    #[error("cannot {doing} {}{}", path.display(), advice(source))]
     File {
         /// What was being done.
         doing: &'static str,
@@ -264,13 +284,7 @@ impl OpenError {
             Self::Damaged { .. } => DbFault::Corrupt,
             Self::SetupLocked { .. } => DbFault::Busy,
             Self::Migration { source, .. } | Self::Restore { source, .. } => DbFault::of(source),
-            Self::Directory { source, .. } | Self::File { source, .. } => match source.kind() {
-                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => DbFault::Full,
-                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-                    DbFault::ReadOnly
-                }
-                _ => DbFault::Other,
-            },
+            Self::Directory { source, .. } | Self::File { source, .. } => DbFault::of_file(source),
             Self::WrongKind { .. }
             | Self::NotOurs { .. }
             | Self::Newer { .. }
@@ -481,6 +495,7 @@ mod tests {
             (ffi::SQLITE_BUSY, DbFault::Busy),
             (ffi::SQLITE_BUSY_SNAPSHOT, DbFault::Busy),
             (ffi::SQLITE_LOCKED, DbFault::Busy),
+            (ffi::SQLITE_PROTOCOL, DbFault::Busy),
             (ffi::SQLITE_FULL, DbFault::Full),
             (ffi::SQLITE_IOERR_SHMSIZE, DbFault::Full),
             (ffi::SQLITE_IOERR_READ, DbFault::Other),

@@ -37,6 +37,10 @@ mod migrations;
 mod rows;
 mod write;
 
+#[cfg(test)]
+#[path = "../tests/store/child.rs"]
+mod child;
+
 pub use busy::LOCK_WAIT;
 pub use error::{DbFault, OpenError, ReadError, WriteError};
 pub use images::{BlobInUse, ImageConn, ImageReader, RemovedImage, read_images};

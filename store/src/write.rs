@@ -138,6 +138,8 @@ fn run(conn: &Connection, op: WriteOp) -> Answer {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use jiff::Timestamp;
     use matchlock_model::id::{OwnerEpoch, VmId};
     use matchlock_model::identity::{Namespaces, ProcessIdentity};
@@ -146,6 +148,9 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
+    use crate::busy;
+    use crate::child::{self, Child};
+    use crate::connect::{self, Access};
     use crate::error::DbFault;
     use crate::op::NewVm;
     use crate::open_state;
@@ -260,20 +265,43 @@ mod tests {
         assert_eq!(again, [Ok(WriteOutcome::Version(1))]);
     }
 
+    /// Begins to write, and does not end it until it is told to go.
     #[test]
-    fn a_database_that_is_locked_for_too_long_is_retryable() {
+    #[ignore = "a helper process of the test below"]
+    fn holds_the_lock() {
+        let Some(home) = child::task() else { return };
+        let writer = open_state(home.as_ref()).unwrap();
+        writer.conn.execute_batch("BEGIN IMMEDIATE").unwrap();
+        child::tell("locked");
+        child::await_go();
+    }
+
+    #[test]
+    fn a_database_that_another_process_locks_for_too_long_is_retryable() {
+        const CAP_MILLIS: u64 = 30;
         let home = TempDir::new().unwrap();
         let mut writer = open_state(home.path()).unwrap();
-        let other = open_state(home.path()).unwrap();
-        other.conn.execute_batch("BEGIN IMMEDIATE").unwrap();
-        // The handler's own cap is tested with it; here nobody waits.
-        writer.conn.busy_handler(None).unwrap();
+        let path = home.path().display().to_string();
+        let mut other = Child::start("write::tests::holds_the_lock", &path);
+        assert_eq!(other.hear().unwrap(), "locked");
+        writer.conn.busy_handler(Some(busy::handler::<CAP_MILLIS>)).unwrap();
+        let began = Instant::now();
         let answers = writer.apply(vec![insert(1, String::new()), insert(2, String::new())]);
+        assert!(began.elapsed() >= Duration::from_millis(CAP_MILLIS), "it did not wait");
         for answer in &answers {
             assert_eq!(fault(answer), DbFault::Busy);
-            assert!(answer.as_ref().unwrap_err().retryable());
+            let error = answer.as_ref().unwrap_err();
+            assert!(error.retryable());
+            let line = error.to_string();
+            assert!(
+                line.contains("another process held its lock for too long, try again"),
+                "{line}"
+            );
         }
-        other.conn.execute_batch("ROLLBACK").unwrap();
+        // It waits as long as it takes when the cap allows, and gets its turn.
+        connect::prepare(&writer.conn, Access::ReadWrite).unwrap();
+        other.go();
         assert!(writer.apply(vec![insert(1, String::new())])[0].is_ok());
+        assert!(other.end());
     }
 }

@@ -4,12 +4,14 @@
 //! * A file named `.premigrate.bak` is whole: it is written under another name, checked, renamed.
 //! * The live file is written through SQLite's backup API, never renamed or deleted: another
 //!   process that has it open would go on writing into a file that nobody sees.
-//! * Putting back must lose nothing: it is done only when every row of the live database is in the
-//!   backup too. What another process was told is stored stays stored.
-//!
-//! Between that comparison and the first page written lies a moment in which another process can
-//! commit; SQLite offers no way to hold the lock across both.
+//! * Putting back must lose nothing: it is done only when live database and backup hold the same
+//!   rows, in the columns that both have. What another process was told is stored stays stored,
+//!   and what it was told is removed stays removed.
+//! * From before that comparison until the last page is copied nobody else can commit: a copy that
+//!   has begun holds the write lock of its target, even before its first page ([`hold`]). The
+//!   comparison reads the live database through another connection, as it was last committed.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Instant;
 
@@ -22,6 +24,9 @@ use crate::connect::{self, Access};
 use crate::error::{OpenError, Recovery};
 use crate::files::{self, DbFiles};
 use crate::migrations::Migration;
+
+/// All pages in one step: SQLite's own sign for it.
+const ALL: i32 = -1;
 
 /// Makes the backup and checks it; damage found in it is damage of the live database.
 pub(super) fn make(live: &Connection, files: &DbFiles) -> Result<(), OpenError> {
@@ -130,46 +135,80 @@ fn undo(live: &mut Connection, files: &DbFiles) -> rusqlite::Result<Undone> {
     if Applied::read(live)? == Applied::read(&backup)? {
         return Ok(Undone::Removable(Recovery::Unchanged));
     }
-    if has_rows_beyond(live, files)? {
+    // No backup of ours is without a page, and a copy of nothing would be done at its first step.
+    let pages: i64 = backup.pragma_query_value(None, "page_count", |row| row.get(0))?;
+    if pages == 0 {
         return Ok(Undone::Kept);
     }
-    copy_all(&backup, live)?;
+    let copying = hold(&backup, live)?;
+    if rows_differ(files)? {
+        return Ok(Undone::Kept);
+    }
+    step(&copying, ALL)?;
     Ok(Undone::Removable(Recovery::Restored))
 }
 
-/// Whether the live database holds a row that its backup does not.
-fn has_rows_beyond(live: &Connection, files: &DbFiles) -> rusqlite::Result<bool> {
-    let uri = connect::uri(&files.backup(), Access::ReadOnly);
-    live.execute("ATTACH DATABASE ?1 AS backup", [uri])?;
-    let found = compare_tables(live);
-    live.execute("DETACH DATABASE backup", [])?;
-    found
+/// Begins to copy: takes the write lock of the target, copies nothing yet. Dropping the copy before
+/// it is done leaves the target as it was.
+pub(super) fn hold<'a>(
+    from: &'a Connection,
+    to: &'a mut Connection,
+) -> rusqlite::Result<Backup<'a, 'a>> {
+    let copying = Backup::new(from, to)?;
+    step(&copying, 0)?;
+    Ok(copying)
 }
 
-fn compare_tables(live: &Connection) -> rusqlite::Result<bool> {
-    let mut query = live.prepare(
-        "SELECT name FROM main.sqlite_schema WHERE type = 'table'
-         AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'
-         AND name NOT IN ('schema_migrations', 'schema_checksums')",
-    )?;
-    let tables: Vec<String> =
-        query.query_map([], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
-    for table in tables {
-        let columns = shared_columns(live, &table)?;
-        let table = quoted(&table);
-        // A table that the backup lacks is a migration's; rows in it may be anybody's.
-        let except = if columns.is_empty() {
-            String::new()
-        } else {
-            format!("EXCEPT SELECT {columns} FROM backup.{table}")
-        };
-        let columns = if columns.is_empty() { "1" } else { &columns };
-        let sql = format!("SELECT EXISTS (SELECT {columns} FROM main.{table} {except})");
-        if live.query_row(&sql, [], |row| row.get(0))? {
+/// Whether live database and backup hold different rows, as far as both can hold the same.
+fn rows_differ(files: &DbFiles) -> rusqlite::Result<bool> {
+    let live = connect::connect(&files.db, Access::ReadOnly)?;
+    let uri = connect::uri(&files.backup(), Access::ReadOnly);
+    live.execute("ATTACH DATABASE ?1 AS backup", [uri])?;
+    let (ours, theirs) = (tables(&live, "main")?, tables(&live, "backup")?);
+    for table in ours.union(&theirs) {
+        if table_differs(&live, table, ours.contains(table), theirs.contains(table))? {
             return Ok(true);
         }
     }
     Ok(false)
+}
+
+fn tables(conn: &Connection, schema: &str) -> rusqlite::Result<BTreeSet<String>> {
+    let mut query = conn.prepare(&format!(
+        "SELECT name FROM {schema}.sqlite_schema WHERE type = 'table'
+         AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'
+         AND name NOT IN ('schema_migrations', 'schema_checksums')",
+    ))?;
+    query.query_map([], |row| row.get(0))?.collect()
+}
+
+fn table_differs(
+    conn: &Connection,
+    table: &str,
+    in_live: bool,
+    in_backup: bool,
+) -> rusqlite::Result<bool> {
+    let columns = if in_live && in_backup { shared_columns(conn, table)? } else { String::new() };
+    let name = quoted(table);
+    let sql = if columns.is_empty() {
+        // A migration made or dropped it, or all of its columns; rows in it may be anybody's.
+        let sides = [(in_live, "main"), (in_backup, "backup")];
+        let exists = sides
+            .iter()
+            .filter(|(there, _)| *there)
+            .map(|(_, schema)| format!("EXISTS (SELECT 1 FROM {schema}.{name})"))
+            .collect::<Vec<_>>();
+        format!("SELECT {}", exists.join(" OR "))
+    } else {
+        // EXCEPT looks at sets: a row that is there twice shows in the counts.
+        let (live, backup) = (format!("main.{name}"), format!("backup.{name}"));
+        format!(
+            "SELECT (SELECT count(*) FROM {live}) <> (SELECT count(*) FROM {backup})
+             OR EXISTS (SELECT {columns} FROM {live} EXCEPT SELECT {columns} FROM {backup})
+             OR EXISTS (SELECT {columns} FROM {backup} EXCEPT SELECT {columns} FROM {live})"
+        )
+    };
+    conn.query_row(&sql, [], |row| row.get(0))
 }
 
 fn shared_columns(live: &Connection, table: &str) -> rusqlite::Result<String> {
@@ -189,13 +228,16 @@ fn quoted(name: &str) -> String {
 }
 
 fn copy_all(from: &Connection, to: &mut Connection) -> rusqlite::Result<()> {
+    step(&Backup::new(from, to)?, ALL)
+}
+
+/// The next step of a copy, once nobody else holds the lock.
+fn step(copying: &Backup<'_, '_>, pages: i32) -> rusqlite::Result<()> {
     let began = Instant::now();
-    let copying = Backup::new(from, to)?;
     loop {
-        match copying.step(-1) {
-            Ok(StepResult::Done) => return Ok(()),
-            Ok(StepResult::More) => {}
-            Ok(_) => {
+        match copying.step(pages)? {
+            StepResult::Done | StepResult::More => return Ok(()),
+            _ => {
                 if !busy::pause_within(began, LOCK_WAIT) {
                     return Err(rusqlite::Error::SqliteFailure(
                         ffi::Error::new(ffi::SQLITE_BUSY),
@@ -203,7 +245,6 @@ fn copy_all(from: &Connection, to: &mut Connection) -> rusqlite::Result<()> {
                     ));
                 }
             }
-            Err(error) => return Err(error),
         }
     }
 }

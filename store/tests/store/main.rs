@@ -5,7 +5,11 @@
     reason = "in a test a panic is the report; clippy.toml allows it only in the test functions themselves"
 )]
 
+mod child;
 mod concurrency;
+mod hostile_disk;
+mod hostile_files;
+mod hostile_writers;
 mod images;
 mod open;
 mod phases;

@@ -8,16 +8,13 @@ use matchlock_model::record::CleanupStatus;
 use matchlock_store::{OpenError, ReadPool, STATE_DB, WriteOp, WriteOutcome};
 use rusqlite::Connection;
 
-use crate::support::{Home, apply_one, at, process, set_phase_as, vm};
+use crate::support::{Home, apply_one, at, process, reference_home_in, set_phase_as, vm};
 
 const ADOPTED: OwnerEpoch = OwnerEpoch(0);
 
 fn reference_home() -> Home {
     let home = Home::new();
-    fs::create_dir(&home.path).unwrap();
-    let conn = Connection::open(home.path.join(STATE_DB)).unwrap();
-    conn.execute_batch(include_str!("fixtures/reference.sql")).unwrap();
-    conn.close().unwrap();
+    reference_home_in(&home.path);
     home
 }
 

@@ -1,6 +1,8 @@
 //! A home in a temporary directory, and values to write into it.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use jiff::{Timestamp, ToSpan as _};
 use matchlock_model::id::{OwnerEpoch, VmId};
@@ -36,9 +38,39 @@ impl Home {
 
     /// A connection as any other program would open it.
     pub(crate) fn plain(&self) -> Connection {
-        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        Connection::open_with_flags(self.path.join(STATE_DB), flags).unwrap()
+        plain(&self.path)
     }
+}
+
+/// A connection to the database of this home, as any other program would open it.
+pub(crate) fn plain(home: &Path) -> Connection {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    Connection::open_with_flags(home.join(STATE_DB), flags).unwrap()
+}
+
+/// Makes this home as the reference leaves it.
+pub(crate) fn reference_home_in(home: &Path) {
+    fs::create_dir(home).unwrap();
+    let conn = Connection::open(home.join(STATE_DB)).unwrap();
+    conn.execute_batch(include_str!("fixtures/reference.sql")).unwrap();
+    conn.close().unwrap();
+}
+
+/// Each file in this directory with its bytes. Nobody may have the database open in this process.
+pub(crate) fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    entries
+        .map(|path| {
+            let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+            (name, fs::read(path).unwrap())
+        })
+        .collect()
+}
+
+/// SQLite's own check of everything.
+pub(crate) fn check_integrity(conn: &Connection) {
+    let report: String = conn.query_row("PRAGMA integrity_check", [], |row| row.get(0)).unwrap();
+    assert_eq!(report, "ok");
 }
 
 pub(crate) const EPOCH: OwnerEpoch = OwnerEpoch(1);
@@ -106,6 +138,15 @@ pub(crate) fn set_phase_as(id: VmId, epoch: OwnerEpoch, phase: Phase) -> WriteOp
         cleanup: Vec::new(),
         at: at(10),
     }
+}
+
+/// A phase with an error text.
+pub(crate) fn set_phase_saying(id: VmId, epoch: OwnerEpoch, phase: Phase, error: &str) -> WriteOp {
+    let mut op = set_phase_as(id, epoch, phase);
+    if let WriteOp::SetPhase { last_error, .. } = &mut op {
+        *last_error = Some(error.to_owned());
+    }
+    op
 }
 
 pub(crate) fn apply_one(conn: &mut WriteConn, op: WriteOp) -> Result<WriteOutcome, WriteError> {

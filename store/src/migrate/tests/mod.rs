@@ -1,7 +1,15 @@
+#[cfg(target_arch = "x86_64")]
+mod crash;
+mod random;
+mod scenario;
+#[cfg(target_arch = "x86_64")]
+mod tracer;
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 
 use rusqlite::ErrorCode;
+use scenario::{crash_second_migration, fill};
 use tempfile::TempDir;
 
 use super::*;
@@ -31,31 +39,22 @@ struct Db {
 }
 
 fn db() -> Db {
-    let dir = TempDir::new().unwrap();
+    // A disk has no part in what is tested here, and makes hundreds of set-ups slow.
+    let memory = std::path::Path::new("/dev/shm");
+    let dir = if memory.is_dir() { TempDir::new_in(memory) } else { TempDir::new() }.unwrap();
     let files = DbFiles::new(&dir.path().join("home"), "test.db");
     Db { _dir: dir, files }
 }
 
-/// A database with the first migration and 100 rows.
 fn db_with_rows() -> Db {
     let db = db();
-    let conn = open(&db.files, &[FIRST]).unwrap();
-    conn.execute_batch(
-        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100)
-         INSERT INTO t SELECT i, 'note ' || i FROM n",
-    )
-    .unwrap();
-    conn.close().unwrap();
+    fill(&db.files);
     db
 }
 
-/// As a process leaves it that was killed between the second migration and the third.
 fn db_with_crashed_migration() -> Db {
     let db = db_with_rows();
-    let mut conn = writer(&db.files).unwrap();
-    backup::make(&conn, &db.files).unwrap();
-    apply(&mut conn, &SECOND).unwrap();
-    conn.close().unwrap();
+    crash_second_migration(&db.files);
     db
 }
 
@@ -169,6 +168,67 @@ fn what_was_written_after_the_crash_is_not_undone() {
     assert_eq!(fs::read(backup).unwrap(), before, "the leftover was overwritten");
     let conn = writer(&db.files).unwrap();
     assert_eq!((rows(&conn), versions(&conn)), (101, vec![1, 2]));
+}
+
+/// How the third migration fails when another process has run this after the second one crashed.
+fn recovery_after(sql: &str) -> (Recovery, Connection) {
+    let db = db_with_crashed_migration();
+    let conn = writer(&db.files).unwrap();
+    conn.execute_batch(sql).unwrap();
+    conn.close().unwrap();
+    let failed = open(&db.files, &[FIRST, SECOND, THIRD_BAD]).unwrap_err();
+    let conn = writer(&db.files).unwrap();
+    (recovery(failed), conn)
+}
+
+#[test]
+fn what_was_removed_or_changed_after_the_crash_is_not_undone() {
+    let (told, conn) = recovery_after("DELETE FROM t WHERE x = 1");
+    assert!(matches!(told, Recovery::KeptPartly { .. }), "{told:?}");
+    assert_eq!((rows(&conn), versions(&conn)), (99, vec![1, 2]));
+    let (told, conn) = recovery_after("UPDATE t SET x = 1001 WHERE x = 1");
+    assert!(matches!(told, Recovery::KeptPartly { .. }), "{told:?}");
+    assert_eq!((rows(&conn), versions(&conn)), (100, vec![1, 2]));
+    // The same change and its opposite: nothing would be lost.
+    let (told, conn) = recovery_after(
+        "UPDATE t SET note = 'x' WHERE x = 1; UPDATE t SET note = 'note 1' WHERE x = 1",
+    );
+    assert_eq!(told, Recovery::Restored);
+    assert_eq!((rows(&conn), versions(&conn)), (100, vec![1]));
+}
+
+#[test]
+fn a_row_that_is_there_twice_counts_twice() {
+    let twice = Migration { sql: "CREATE TABLE t (x INTEGER, note TEXT);", ..FIRST };
+    let db = db();
+    let conn = open(&db.files, &[twice]).unwrap();
+    conn.execute_batch("INSERT INTO t VALUES (1, 'same'), (1, 'same')").unwrap();
+    backup::make(&conn, &db.files).unwrap();
+    conn.execute_batch("DELETE FROM t WHERE rowid = 2").unwrap();
+    conn.close().unwrap();
+    let failed = open(&db.files, &[twice, SECOND, THIRD_BAD]).unwrap_err();
+    assert!(matches!(recovery(failed), Recovery::KeptPartly { .. }));
+    assert_eq!(rows(&writer(&db.files).unwrap()), 1);
+}
+
+#[test]
+fn a_copy_that_has_begun_keeps_others_from_committing() {
+    let db = db_with_crashed_migration();
+    let backup = connect::connect(&db.files.backup(), Access::ReadOnly).unwrap();
+    let mut live = writer(&db.files).unwrap();
+    let other = writer(&db.files).unwrap();
+    other.busy_handler(None).unwrap();
+    let holding = backup::hold(&backup, &mut live).unwrap();
+    let refused = other.execute_batch("BEGIN IMMEDIATE").unwrap_err();
+    assert_eq!(DbFault::of(&refused), DbFault::Busy, "{refused}");
+    // Reading goes on, and sees what was last committed.
+    assert_eq!((rows(&other), versions(&other)), (100, vec![1, 2]));
+    drop(holding);
+    other
+        .execute_batch("BEGIN IMMEDIATE; INSERT INTO t VALUES (1000, 'after', NULL); COMMIT")
+        .unwrap();
+    assert_eq!((rows(&live), versions(&live)), (101, vec![1, 2]));
+    backup::check(&live, &db.files.db).unwrap();
 }
 
 #[test]
