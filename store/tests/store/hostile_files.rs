@@ -89,13 +89,14 @@ async fn use_all(home: &Home) -> Vec<DbFault> {
     note_written(apply_one(&mut conn, insert(vm(VMS + 1))));
     note_written(apply_one(&mut conn, WriteOp::PruneHistory { before: at(0) }));
     let reader = home.reader();
-    let all = reader.vms().await.map(drop);
-    for answer in [all, reader.lifecycle_heads().await.map(drop)] {
-        match answer {
-            Ok(()) => {}
-            Err(ReadError::Database { fault, .. }) => told.push(fault),
-            Err(other) => panic!("{other:?}"),
-        }
+    let mut note_read = |answer: Result<(), ReadError>| match answer {
+        Ok(()) => {}
+        Err(ReadError::Database { fault, .. }) => told.push(fault),
+        Err(other) => panic!("{other:?}"),
+    };
+    note_read(reader.vms().await.map(drop));
+    for number in 1..=VMS {
+        note_read(reader.history(vm(number)).await.map(drop));
     }
     told
 }
