@@ -13,6 +13,7 @@
 //! | [`guest_link`] | streams to the agent in the guest |
 //! | [`image`] | archives in, EROFS out |
 //! | [`tap`] | a VM's link to the host, and what of the IPv4 space the host uses |
+//! | [`firewall`] | a VM's nftables tables: what its guest may reach |
 //! | [`guest_bundle`] | the kernel and initramfs to boot |
 
 #[cfg(not(target_os = "linux"))]
@@ -20,6 +21,8 @@ compile_error!("Matchlock runs on Linux only, for now: other platforms are not s
 
 pub mod facts;
 pub mod fault;
+mod fenced;
+pub mod firewall;
 pub mod guest_bundle;
 pub mod guest_link;
 pub mod hypervisor;

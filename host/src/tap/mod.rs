@@ -13,7 +13,8 @@
 //! 1. **The kernel's dead-man's switch.** A TAP is not persistent: it is there as long as a
 //!    descriptor of it is open, in this process or in the hypervisor it was handed to. The kernel
 //!    removes the link with the last one, however its holders end; it has done so when `close`
-//!    returns, which therefore takes tens of milliseconds.
+//!    returns, which therefore takes tens of milliseconds. (A child that is being spawned at that
+//!    moment holds a copy of the descriptor until its exec.)
 //! 2. A name is taken exclusively: a link that is there already is never attached to, changed or
 //!    replaced, whoever made it.
 //! 3. A TAP is up only when it has its mark, its MTU, its address, IPv6 off, and answers ARP for

@@ -4,6 +4,10 @@
 
 // Marked as tests for clippy, which otherwise lets only the test functions unwrap.
 #[cfg(test)]
+mod data_path;
+#[cfg(test)]
+mod firewall;
+#[cfg(test)]
 mod namespace;
 #[cfg(test)]
 mod tap;
