@@ -14,6 +14,7 @@
 //! | [`image`] | archives in, EROFS out |
 //! | [`tap`] | a VM's link to the host, and what of the IPv4 space the host uses |
 //! | [`firewall`] | a VM's nftables tables: what its guest may reach |
+//! | [`netlock`] | one lock per network namespace, for choosing a subnet |
 //! | [`guest_bundle`] | the kernel and initramfs to boot |
 
 #[cfg(not(target_os = "linux"))]
@@ -27,6 +28,7 @@ pub mod guest_bundle;
 pub mod guest_link;
 pub mod hypervisor;
 pub mod image;
+pub mod netlock;
 pub mod owner_lock;
 pub mod process;
 pub mod rootfs;

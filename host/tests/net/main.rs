@@ -10,4 +10,6 @@ mod firewall;
 #[cfg(test)]
 mod namespace;
 #[cfg(test)]
+mod netlock;
+#[cfg(test)]
 mod tap;
