@@ -12,17 +12,25 @@
 //! | [`hypervisor`] | launch, watch, kill: QEMU, and a fake |
 //! | [`guest_link`] | streams to the agent in the guest |
 //! | [`image`] | archives in, EROFS out |
+//! | [`tap`] | a VM's link to the host, and what of the IPv4 space the host uses |
+//! | [`firewall`] | a VM's nftables tables: what its guest may reach |
+//! | [`netlock`] | one lock per network namespace, for choosing a subnet |
 //! | [`guest_bundle`] | the kernel and initramfs to boot |
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("Matchlock runs on Linux only, for now: other platforms are not supported");
 
 pub mod facts;
+pub mod fault;
+mod fenced;
+pub mod firewall;
 pub mod guest_bundle;
 pub mod guest_link;
 pub mod hypervisor;
 pub mod image;
+pub mod netlock;
 pub mod owner_lock;
 pub mod process;
 pub mod rootfs;
 pub mod socket;
+pub mod tap;
