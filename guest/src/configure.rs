@@ -1,9 +1,9 @@
-//! Applies what the host says about name, names, DNS, clock and CPU.
+//! Applies what the host says about name, names, DNS, clock, network and CPU.
 //!
 //! # Invariants
 //! 1. A file is written beside its place and moved there, so a link in the image (a
 //!    `resolv.conf` that points into `/run`, say) is replaced, never written through.
-//! 2. Applying the same configuration again gives the same files.
+//! 2. Applying the same configuration again gives the same files and the same network.
 //!
 //! # Failure
 //! The first part that fails ends it; the host decides whether the guest is of use.
@@ -20,6 +20,7 @@ use nix::time::{ClockId, clock_settime};
 
 use crate::agent::Machine;
 use crate::cgroup::Cgroups;
+use crate::network::{self, NetworkError};
 
 /// Why a configuration was not applied.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +52,9 @@ pub enum ConfigureError {
         /// Why.
         source: io::Error,
     },
+    /// The network could not be set up.
+    #[error("cannot set up the network")]
+    Network(#[from] NetworkError),
     /// The CPU limit could not be set.
     #[error("cannot limit the CPU to {millis}/1000")]
     Cpu {
@@ -81,6 +85,9 @@ impl Machine for GuestMachine {
             source: errno.into(),
         })?;
         write_files(Path::new("/etc"), config)?;
+        if let Some(network) = &config.network {
+            network::set_up(network, network::PATIENCE)?;
+        }
         self.limit_cpu(config.cpu_millis)
     }
 }
@@ -184,6 +191,7 @@ mod tests {
             dns_servers: vec!["1.1.1.1".into(), "2606:4700::1111".into()],
             clock_unix_ns: 0,
             cpu_millis: 0,
+            network: None,
         }
     }
 

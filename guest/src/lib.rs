@@ -29,6 +29,7 @@ pub mod configure;
 pub mod jobs;
 pub mod latch;
 pub mod launch;
+pub mod network;
 pub mod port;
 pub mod reaper;
 pub mod request;

@@ -1,6 +1,6 @@
 //! What a guest is told before its first command, and what its agent says of itself.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use serde::{Deserialize, Serialize};
 
@@ -15,6 +15,23 @@ pub struct GuestConfig {
     pub dns_servers: Vec<IpAddr>,
     /// The CPU share of all commands together, in thousandths of one CPU; 0 means no limit.
     pub cpu_millis: u32,
+    /// The network; `None` when the VM has no NIC.
+    pub network: Option<GuestNetwork>,
+}
+
+/// How the guest's one NIC, `eth0`, is set up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestNetwork {
+    /// The NIC's hardware address, see [`VmId::mac`](crate::id::VmId::mac).
+    pub mac: [u8; 6],
+    /// The guest's address.
+    pub address: Ipv4Addr,
+    /// The length of the subnet's prefix.
+    pub prefix: u8,
+    /// The host's end of the TAP.
+    pub gateway: Ipv4Addr,
+    /// The largest packet, in bytes; the same on the host's end.
+    pub mtu: u16,
 }
 
 /// A line of `/etc/hosts`.

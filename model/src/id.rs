@@ -30,6 +30,14 @@ impl VmId {
     pub fn suffix(self) -> String {
         format!("{:08x}", self.0)
     }
+
+    /// The hardware address of the guest's NIC: `aa:fc:` and the id's digits. 0xAA is a single
+    /// device's address that nobody was given by a register.
+    #[must_use]
+    pub const fn mac(self) -> [u8; 6] {
+        let [a, b, c, d] = self.0.to_be_bytes();
+        [0xAA, 0xFC, a, b, c, d]
+    }
 }
 
 impl fmt::Display for VmId {
@@ -204,6 +212,13 @@ mod tests {
         {
             assert!(text.parse::<VmId>().is_err(), "{text:?} was taken");
         }
+    }
+
+    #[test]
+    fn a_hardware_address_is_the_id_of_one_device_and_locally_administered() {
+        let mac = VmId::new(0x0bad_cafe).mac();
+        assert_eq!(mac, [0xAA, 0xFC, 0x0B, 0xAD, 0xCA, 0xFE]);
+        assert_eq!(mac[0] & 0b11, 0b10);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The messages of protocol version 1.
+//! The messages of protocol version 2.
 //!
 //! The first frame of every stream is a [`Request`] from the host. `Hello`, `Configure` and
 //! `Shutdown` are answered by one [`Reply`]. `Exec` and `Attach` turn the stream into a
@@ -18,6 +18,8 @@
 //! guest's `Attached` says from where stdin is to be sent again. `Release` ends a job: running
 //! commands of a released job are killed, its buffers freed, its id forgotten.
 
+use std::net::Ipv4Addr;
+
 use serde::{Deserialize, Serialize};
 
 /// How many unacknowledged bytes a job may hold in each direction.
@@ -32,7 +34,7 @@ pub struct JobId(pub [u8; 16]);
 pub enum Request {
     /// Who are you? Answered by [`Reply::Hello`]; the answer means that the agent is ready.
     Hello,
-    /// Set hostname, hosts, DNS and clock. Answered by [`Reply::Done`].
+    /// Set hostname, hosts, DNS, clock and network. Answered by [`Reply::Done`].
     Configure(Configure),
     /// Start a command as a new job. The stream continues with [`ExecInput`] and [`ExecOutput`].
     Exec(ExecStart),
@@ -80,6 +82,23 @@ pub struct Configure {
     pub clock_unix_ns: u64,
     /// The CPU share of all commands together, in thousandths of one CPU; 0 means no limit.
     pub cpu_millis: u32,
+    /// The network; `None` when the machine has no NIC.
+    pub network: Option<Network>,
+}
+
+/// How a guest's one NIC is set up. It is `eth0` afterwards, whatever the kernel called it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Network {
+    /// The hardware address of the NIC that is meant.
+    pub mac: [u8; 6],
+    /// The guest's address.
+    pub address: Ipv4Addr,
+    /// The length of the network's prefix, at most 32.
+    pub prefix: u8,
+    /// Where everything outside the network goes.
+    pub gateway: Ipv4Addr,
+    /// The largest packet, in bytes.
+    pub mtu: u16,
 }
 
 /// How a guest is to be shut down.

@@ -7,7 +7,7 @@ use bytes::{BufMut, BytesMut};
 use matchlock_wire::frame::{Codec, FrameError, MAX_CHUNK_BYTES, MAX_FRAME_BYTES};
 use matchlock_wire::message::{
     AgentInfo, Bytes, Configure, ExecAttach, ExecFailure, ExecFailureKind, ExecInput, ExecOutput,
-    ExecStart, ExitStatus, JobId, OutputStream, Reply, Request, Shutdown,
+    ExecStart, ExitStatus, JobId, Network, OutputStream, Reply, Request, Shutdown,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -31,17 +31,33 @@ fn exec() -> impl Strategy<Value = Request> {
     })
 }
 
+fn network() -> impl Strategy<Value = Network> {
+    (any::<[u8; 6]>(), any::<[u8; 4]>(), any::<u8>(), any::<[u8; 4]>(), any::<u16>()).prop_map(
+        |(mac, address, prefix, gateway, mtu)| Network {
+            mac,
+            address: address.into(),
+            prefix,
+            gateway: gateway.into(),
+            mtu,
+        },
+    )
+}
+
 fn configure() -> impl Strategy<Value = Request> {
-    (".{0,20}", vec((".{0,20}", ".{0,20}"), 0..4), vec(".{0,20}", 0..4), any::<u64>(), any::<u32>())
-        .prop_map(|(hostname, add_hosts, dns_servers, clock_unix_ns, cpu_millis)| {
+    let names = (".{0,20}", vec((".{0,20}", ".{0,20}"), 0..4), vec(".{0,20}", 0..4));
+    let rest = (any::<u64>(), any::<u32>(), proptest::option::of(network()));
+    (names, rest).prop_map(
+        |((hostname, add_hosts, dns_servers), (clock_unix_ns, cpu_millis, network))| {
             Request::Configure(Configure {
                 hostname,
                 add_hosts,
                 dns_servers,
                 clock_unix_ns,
                 cpu_millis,
+                network,
             })
-        })
+        },
+    )
 }
 
 fn request() -> impl Strategy<Value = Request> {

@@ -1,4 +1,5 @@
-//! Brings the loopback device up. Everything else of the network is the host's and the image's.
+//! Brings the loopback device up. The NIC is set up by the host's order, see
+//! [`crate::network`].
 
 use std::io;
 use std::os::fd::AsRawFd;

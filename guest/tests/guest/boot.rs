@@ -169,6 +169,7 @@ fn configure() -> Configure {
         dns_servers: vec!["1.1.1.1".into()],
         clock_unix_ns: u64::try_from(now.as_nanos()).unwrap(),
         cpu_millis: 900,
+        network: None,
     }
 }
 

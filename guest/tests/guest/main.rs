@@ -4,6 +4,7 @@
 
 mod boot;
 mod commands;
+mod network;
 mod sessions;
 mod streams;
 mod support;

@@ -29,6 +29,7 @@ fn configure(hostname: &str) -> Request {
         dns_servers: vec![],
         clock_unix_ns: 0,
         cpu_millis: 0,
+        network: None,
     })
 }
 

@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::BytesMut;
 use matchlock_model::exec::{ExecRefusal, ExecRefusalKind, ExecSpec, ExitStatus, OutputStream};
-use matchlock_model::guest::{AgentInfo, GuestConfig};
+use matchlock_model::guest::{AgentInfo, GuestConfig, GuestNetwork};
 use matchlock_wire::frame::{Codec, FrameError, MAX_CHUNK_BYTES};
 use matchlock_wire::message;
 use serde::Serialize;
@@ -123,7 +123,13 @@ pub(super) fn configure(config: &GuestConfig) -> message::Configure {
         dns_servers: config.dns_servers.iter().map(ToString::to_string).collect(),
         clock_unix_ns,
         cpu_millis: config.cpu_millis,
+        network: config.network.as_ref().map(network),
     }
+}
+
+fn network(network: &GuestNetwork) -> message::Network {
+    let GuestNetwork { mac, address, prefix, gateway, mtu } = *network;
+    message::Network { mac, address, prefix, gateway, mtu }
 }
 
 /// The request that starts a command.

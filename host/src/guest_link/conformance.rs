@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use matchlock_model::exec::{ExecRefusalKind, ExecSpec, ExitStatus, OutputStream};
-use matchlock_model::guest::{GuestConfig, HostEntry};
+use matchlock_model::guest::{GuestConfig, GuestNetwork, HostEntry};
 use tokio::time::timeout;
 
 use super::{ExecEvent, ExecSession, GuestLink, LinkConnector, LinkError, StdinInput};
@@ -35,6 +35,13 @@ pub(super) fn config() -> GuestConfig {
         add_hosts: vec![HostEntry { host: "db".to_owned(), ip: [10, 0, 0, 7].into() }],
         dns_servers: vec![[9, 9, 9, 9].into()],
         cpu_millis: 500,
+        network: Some(GuestNetwork {
+            mac: [0xAA, 0xFC, 0, 0, 0, 7],
+            address: [10, 64, 0, 6].into(),
+            prefix: 30,
+            gateway: [10, 64, 0, 5].into(),
+            mtu: 1400,
+        }),
     }
 }
 

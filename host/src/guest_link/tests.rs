@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use matchlock_model::exec::{ExitStatus, OutputStream};
+use matchlock_wire::message::Network;
 use matchlock_wire::resync::{self, Hunter, NONCE_BYTES};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -41,6 +42,14 @@ async fn the_real_link_conforms() {
     assert_eq!(configured.len(), 1);
     assert_eq!(configured[0].add_hosts, [("10.0.0.7".to_owned(), "db".to_owned())]);
     assert_eq!(configured[0].dns_servers, ["9.9.9.9"]);
+    let expected = Network {
+        mac: [0xAA, 0xFC, 0, 0, 0, 7],
+        address: [10, 64, 0, 6].into(),
+        prefix: 30,
+        gateway: [10, 64, 0, 5].into(),
+        mtu: 1400,
+    };
+    assert_eq!(configured[0].network, Some(expected));
     assert!(configured[0].clock_unix_ns > 1_700_000_000_000_000_000);
 }
 

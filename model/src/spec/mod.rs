@@ -300,6 +300,7 @@ impl VmSpec {
             add_hosts: self.add_hosts.clone(),
             dns_servers: Vec::new(),
             cpu_millis: if fractional { self.cpus.0 } else { 0 },
+            network: None,
         }
     }
 
