@@ -2,7 +2,8 @@
 //!
 //! # Invariants
 //! 1. A VM whose owner lives is left alone.
-//! 2. Removals come in the order of law 7: hypervisor, sockets, disk, directory; the row last.
+//! 2. Removals come in the order of law 7: hypervisor, TAP, tables, sockets, disk, subnet, directory;
+//!    the row last.
 //! 3. What has no row is removed only if it carries our own mark and nobody owns it.
 //! 4. A plan for a VM that holds nothing is empty but for its records.
 
@@ -26,6 +27,12 @@ pub struct Observed {
     pub owner_lives: bool,
     /// Living processes that carry its mark, or are recorded as its hypervisor.
     pub hypervisors: Vec<ProcessIdentity>,
+    /// Whether a link carries its mark.
+    pub tap: bool,
+    /// Whether firewall tables carry its mark.
+    pub firewall: bool,
+    /// Whether its row says that it holds a subnet.
+    pub subnet: bool,
     /// Whether its sockets exist.
     pub sockets: bool,
     /// Whether its writable disk exists.
@@ -41,10 +48,16 @@ pub enum Action {
     RecordCleaning,
     /// End this process and see that it is gone.
     CloseMachine(ProcessIdentity),
+    /// Remove the TAP.
+    RemoveTap,
+    /// Remove the firewall tables.
+    RemoveFirewall,
     /// Remove the sockets.
     RemoveSockets,
     /// Remove the writable disk.
     RemoveDisk,
+    /// See that the TAP is gone, and give the subnet back.
+    ReleaseSubnet,
     /// Commit that the VM holds nothing.
     RecordCleaned,
     /// Remove the directory.
@@ -78,18 +91,20 @@ pub fn plan(
         return Err(Refusal::OwnerLives { vm });
     }
     let mut actions = Vec::new();
-    let dirty = !observed.hypervisors.is_empty() || observed.sockets || observed.rootfs;
+    let removals = [
+        (observed.tap, Action::RemoveTap),
+        (observed.firewall, Action::RemoveFirewall),
+        (observed.sockets, Action::RemoveSockets),
+        (observed.rootfs, Action::RemoveDisk),
+        (observed.subnet, Action::ReleaseSubnet),
+    ];
+    let dirty = !observed.hypervisors.is_empty() || removals.iter().any(|(there, _)| *there);
     let unfinished = recorded.is_some_and(|phase| phase != Phase::Cleaned);
     if unfinished {
         actions.push(Action::RecordCleaning);
     }
     actions.extend(observed.hypervisors.iter().cloned().map(Action::CloseMachine));
-    if observed.sockets {
-        actions.push(Action::RemoveSockets);
-    }
-    if observed.rootfs {
-        actions.push(Action::RemoveDisk);
-    }
+    actions.extend(removals.into_iter().filter(|(there, _)| *there).map(|(_, action)| action));
     if unfinished || (dirty && recorded.is_some()) {
         actions.push(Action::RecordCleaned);
     }
@@ -129,6 +144,9 @@ mod tests {
         Observed {
             owner_lives: false,
             hypervisors: vec![process(7)],
+            tap: true,
+            firewall: true,
+            subnet: true,
             sockets: true,
             rootfs: true,
             dir: true,
@@ -156,8 +174,11 @@ mod tests {
             [
                 Action::RecordCleaning,
                 Action::CloseMachine(process(7)),
+                Action::RemoveTap,
+                Action::RemoveFirewall,
                 Action::RemoveSockets,
                 Action::RemoveDisk,
+                Action::ReleaseSubnet,
                 Action::RecordCleaned,
                 Action::RemoveDir,
                 Action::RemoveRow,
@@ -179,11 +200,14 @@ mod tests {
 
     #[test]
     fn remains_without_a_row_are_swept_without_a_record() {
-        let actions = plan(VM, Goal::Clean, None, &everything()).unwrap();
+        let observed = Observed { subnet: false, ..everything() };
+        let actions = plan(VM, Goal::Clean, None, &observed).unwrap();
         assert_eq!(
             actions,
             [
                 Action::CloseMachine(process(7)),
+                Action::RemoveTap,
+                Action::RemoveFirewall,
                 Action::RemoveSockets,
                 Action::RemoveDisk,
                 Action::RemoveDir,
@@ -201,8 +225,11 @@ mod tests {
                     Action::RecordCleaning => Phase::Cleaning,
                     Action::RecordCleaned => Phase::Cleaned,
                     Action::CloseMachine(_)
+                    | Action::RemoveTap
+                    | Action::RemoveFirewall
                     | Action::RemoveSockets
                     | Action::RemoveDisk
+                    | Action::ReleaseSubnet
                     | Action::RemoveDir
                     | Action::RemoveRow => continue,
                 };

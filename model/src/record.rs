@@ -67,10 +67,16 @@ pub enum CleanupStep {
     GuestSync,
     /// The hypervisor's process is gone.
     MachineClose,
+    /// The TAP is gone.
+    TapDelete,
+    /// The firewall tables are gone.
+    NftablesCleanup,
     /// The VM's sockets are gone.
     SocketsRemove,
     /// The VM's writable disk is gone.
     RootfsRemove,
+    /// The subnet may be given to another VM.
+    SubnetRelease,
     /// The VM's directory is gone.
     StateDirRemove,
 }
@@ -82,8 +88,11 @@ impl CleanupStep {
         match self {
             Self::GuestSync => "guest_sync",
             Self::MachineClose => "machine_close",
+            Self::TapDelete => "tap_delete",
+            Self::NftablesCleanup => "nftables_cleanup",
             Self::SocketsRemove => "sockets_remove",
             Self::RootfsRemove => "rootfs_remove",
+            Self::SubnetRelease => "subnet_release",
             Self::StateDirRemove => "state_dir_remove",
         }
     }
@@ -166,4 +175,6 @@ pub struct VmRecord {
     pub namespaces: Option<Namespaces>,
     /// Whether the VM is removed when its command has ended.
     pub ephemeral: bool,
+    /// Whether it holds a subnet.
+    pub holds_subnet: bool,
 }

@@ -12,9 +12,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::exec::ExecSpec;
-use crate::guest::{GuestConfig, HostEntry};
+use crate::guest::{GuestConfig, GuestNetwork, HostEntry};
 use crate::id::VmId;
 use crate::image::ImageConfig;
+use crate::subnet::Subnet;
+
+mod network;
+
+pub use network::{NetworkInput, NetworkSpec};
 
 /// The smallest guest memory: below it the kernel does not reach its agent.
 pub const MIN_MEMORY_MB: u64 = 96;
@@ -64,6 +69,8 @@ pub struct VmSpecInput {
     pub hostname: Option<String>,
     /// `--add-host`, each `host:ip`.
     pub add_hosts: Vec<String>,
+    /// Its network.
+    pub network: NetworkInput,
     /// `--cpus`.
     pub cpus: f64,
     /// `--memory` in MiB.
@@ -105,6 +112,14 @@ pub enum SpecError {
         /// What is wrong with it.
         expected: &'static str,
     },
+    /// Two flags contradict each other.
+    #[error("{flag} cannot be combined with {with}")]
+    Combination {
+        /// One.
+        flag: &'static str,
+        /// The other.
+        with: &'static str,
+    },
     /// There is nothing to run.
     #[error("command required: image {image:?} has no command of its own, put one after `--`")]
     NoCommand {
@@ -137,6 +152,8 @@ pub struct VmSpec {
     user: Option<String>,
     hostname: Option<String>,
     add_hosts: Vec<HostEntry>,
+    /// Its network; `None` means no NIC at all.
+    pub network: Option<NetworkSpec>,
     /// The share of CPU that the guest's commands get.
     pub cpus: CpuMillis,
     /// The guest's memory in MiB.
@@ -197,6 +214,7 @@ impl VmSpec {
             user: input.user,
             hostname: input.hostname,
             add_hosts,
+            network: NetworkSpec::check(&input.network)?,
             cpus,
             memory_mb: input.memory_mb,
             disk_size_mb: input.disk_size_mb,
@@ -291,16 +309,24 @@ impl VmSpec {
         from_image.chain(from_user).collect()
     }
 
-    /// What the guest of this VM is told.
+    /// What the guest of this VM is told; `subnet` is the one that was given to it.
     #[must_use]
-    pub fn guest_config(&self, vm: VmId) -> GuestConfig {
+    pub fn guest_config(&self, vm: VmId, subnet: Option<Subnet>) -> GuestConfig {
         let fractional = !self.cpus.0.is_multiple_of(1000);
+        let servers = self.network.iter().flat_map(|network| &network.dns_servers);
+        let network = self.network.as_ref().zip(subnet).map(|(network, subnet)| GuestNetwork {
+            mac: vm.mac(),
+            address: subnet.guest(),
+            prefix: subnet.cidr.prefix(),
+            gateway: subnet.gateway(),
+            mtu: network.mtu,
+        });
         GuestConfig {
             hostname: self.hostname.clone().unwrap_or_else(|| vm.to_string()),
             add_hosts: self.add_hosts.clone(),
-            dns_servers: Vec::new(),
+            dns_servers: servers.copied().map(IpAddr::V4).collect(),
             cpu_millis: if fractional { self.cpus.0 } else { 0 },
-            network: None,
+            network,
         }
     }
 
@@ -331,7 +357,12 @@ impl VmSpec {
                 "timeout_seconds": self.timeout.map(|limit| limit.as_secs()),
             },
             "network": {
-                "no_network": true,
+                "no_network": self.network.is_none(),
+                "mtu": self.network.as_ref().map(|network| network.mtu),
+                "dns_servers": self.network.as_ref().map(|network| &network.dns_servers),
+                "allow_private": self.network.as_ref().map(|network| network.allow_private),
+                "allow_host_access":
+                    self.network.as_ref().map(|network| network.allow_host_access),
                 "hostname": self.hostname,
                 "add_hosts": self.add_hosts,
             },

@@ -10,6 +10,7 @@ fn input() -> VmSpecInput {
         user: None,
         hostname: None,
         add_hosts: Vec::new(),
+        network: NetworkInput { no_network: true, ..NetworkInput::default() },
         cpus: 1.0,
         memory_mb: 512,
         disk_size_mb: 5120,
@@ -65,14 +66,14 @@ fn hostnames_cannot_carry_anything_else() {
     }
     for good in ["a", "web-1", "a.b.c", &"x".repeat(63)] {
         let spec = VmSpec::check(VmSpecInput { hostname: Some(good.into()), ..input() }).unwrap();
-        assert_eq!(spec.guest_config(VmId::new(1)).hostname, good);
+        assert_eq!(spec.guest_config(VmId::new(1), None).hostname, good);
     }
 }
 
 #[test]
 fn a_vm_is_called_by_its_id_unless_told_otherwise() {
     let spec = VmSpec::check(input()).unwrap();
-    assert_eq!(spec.guest_config(VmId::new(0xabc)).hostname, "vm-00000abc");
+    assert_eq!(spec.guest_config(VmId::new(0xabc), None).hostname, "vm-00000abc");
 }
 
 #[test]
@@ -156,4 +157,26 @@ fn a_command_beyond_a_frame_is_refused() {
 fn env_files_skip_comments_and_blanks() {
     let lines: Vec<&str> = env_file_lines("# c\n\n  A=1  \n#B=2\nC\n").collect();
     assert_eq!(lines, ["A=1", "C"]);
+}
+
+#[test]
+fn a_guest_with_a_network_is_told_its_half_of_the_subnet() {
+    let spec = VmSpec::check(VmSpecInput {
+        network: NetworkInput { mtu: Some(1200), ..NetworkInput::default() },
+        ..input()
+    })
+    .unwrap();
+    let subnet = crate::subnet::SubnetPool::default().lowest_free(&Default::default(), &[]);
+    let told = spec.guest_config(VmId::new(7), subnet);
+    let expected = GuestNetwork {
+        mac: VmId::new(7).mac(),
+        address: [192, 168, 100, 2].into(),
+        prefix: 24,
+        gateway: [192, 168, 100, 1].into(),
+        mtu: 1200,
+    };
+    assert_eq!(told.network, Some(expected));
+    assert_eq!(told.dns_servers, [IpAddr::from([8, 8, 8, 8]), IpAddr::from([8, 8, 4, 4])]);
+    let without = VmSpec::check(input()).unwrap().guest_config(VmId::new(7), None);
+    assert_eq!((without.network, without.dns_servers), (None, Vec::new()));
 }

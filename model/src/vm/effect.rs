@@ -26,6 +26,11 @@ pub enum Effect {
     ServeOwner,
     /// Make the writable disk.
     CreateDisk,
+    /// Take a subnet, and make the TAP with its gateway. Nothing for a VM without a network, as all
+    /// effects on its network.
+    CreateTap,
+    /// Make the firewall tables.
+    ApplyFirewall,
     /// Start the hypervisor and commit its identity.
     Launch,
     /// Shake hands with the guest's agent.
@@ -39,10 +44,16 @@ pub enum Effect {
     },
     /// End the hypervisor and see that it is gone.
     CloseMachine,
+    /// Remove the TAP and see that it is gone.
+    RemoveTap,
+    /// Remove the firewall tables and see that they are gone.
+    RemoveFirewall,
     /// Remove the sockets and see that they are gone.
     RemoveSockets,
     /// Remove the writable disk and see that it is gone.
     RemoveDisk,
+    /// See that the TAP is gone, and give the subnet back.
+    ReleaseSubnet,
     /// Remove the VM's directory and see that it is gone.
     RemoveDir,
     /// Remove the VM's row; its history stays.
@@ -60,13 +71,18 @@ impl Effect {
             Self::CreateDir => "create_dir",
             Self::ServeOwner => "serve_owner",
             Self::CreateDisk => "create_disk",
+            Self::CreateTap => "create_tap",
+            Self::ApplyFirewall => "apply_firewall",
             Self::Launch => "launch",
             Self::ConnectGuest => "connect_guest",
             Self::ConfigureGuest => "configure_guest",
             Self::ShutdownGuest { .. } => "shutdown_guest",
             Self::CloseMachine => "close_machine",
+            Self::RemoveTap => "remove_tap",
+            Self::RemoveFirewall => "remove_firewall",
             Self::RemoveSockets => "remove_sockets",
             Self::RemoveDisk => "remove_disk",
+            Self::ReleaseSubnet => "release_subnet",
             Self::RemoveDir => "remove_dir",
             Self::RemoveRow => "remove_row",
         }

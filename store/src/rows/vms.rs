@@ -18,7 +18,8 @@ const SELECT: &str = "
            coalesce(n.owner_epoch, 0) AS owner_epoch, n.owner_json, n.hypervisor_json,
            n.namespaces_json, coalesce(n.ephemeral, 0) AS ephemeral,
            coalesce((SELECT l.phase FROM vm_lifecycle AS l WHERE l.vm_id = v.id
-                     ORDER BY l.version DESC LIMIT 1), 'creating') AS phase
+                     ORDER BY l.version DESC LIMIT 1), 'creating') AS phase,
+           EXISTS (SELECT 1 FROM subnet_allocations AS s WHERE s.vm_id = v.id) AS holds_subnet
     FROM vms AS v LEFT JOIN vm_nodes AS n ON n.vm_id = v.id";
 
 /// The VM's row.
@@ -52,6 +53,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<VmRecord> {
         hypervisor: row.json("hypervisor_json")?,
         namespaces: row.json("namespaces_json")?,
         ephemeral: row.number::<i64>("ephemeral")? != 0,
+        holds_subnet: row.number::<i64>("holds_subnet")? != 0,
     })
 }
 

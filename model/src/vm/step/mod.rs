@@ -32,7 +32,14 @@ fn begin(state: VmState) -> Result<(VmState, Vec<Effect>), Denied> {
     }
     Ok((
         VmState { op: Some(Op::Create), ..state },
-        vec![Effect::CreateDir, Effect::ServeOwner, Effect::CreateDisk, record(Phase::Created)],
+        vec![
+            Effect::CreateDir,
+            Effect::ServeOwner,
+            Effect::CreateDisk,
+            Effect::CreateTap,
+            Effect::ApplyFirewall,
+            record(Phase::Created),
+        ],
     ))
 }
 
@@ -168,15 +175,19 @@ fn take_down(state: VmState, mode: StopMode) -> (VmState, Vec<Effect>) {
     (state, effects)
 }
 
-/// Law 7: the hypervisor first, then sockets and disk. `before` is recorded first.
+/// Law 7: the hypervisor first, then TAP, tables, sockets and disk, the subnet last. `before` is
+/// recorded first.
 fn clean(state: VmState, before: Vec<Effect>) -> (VmState, Vec<Effect>) {
     let cause = state.cause.clone();
     let mut effects = before;
     effects.extend([
         Effect::Record { phase: Phase::Cleaning, cause: cause.clone() },
         Effect::CloseMachine,
+        Effect::RemoveTap,
+        Effect::RemoveFirewall,
         Effect::RemoveSockets,
         Effect::RemoveDisk,
+        Effect::ReleaseSubnet,
         Effect::Record { phase: Phase::Cleaned, cause },
     ]);
     (VmState { phase: Phase::Cleaning, op: Some(Op::Clean), ..state }, effects)
