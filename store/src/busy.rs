@@ -98,5 +98,6 @@ mod tests {
         assert!(!handler(7), "a used-up wait went on");
         assert!(handler(0), "a new wait inherited the clock of the last");
         assert!(handler(1));
+        assert!(!super::handler::<0>(0), "its own cap was not used");
     }
 }

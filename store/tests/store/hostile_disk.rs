@@ -7,17 +7,18 @@ use std::path::Path;
 
 use matchlock_model::phase::Phase;
 use matchlock_store::{
-    DbFault, OpenError, ReadPool, STATE_DB, WriteConn, WriteError, WriteOutcome, open_state,
+    DbFault, OpenError, ReadPool, STATE_DB, WriteConn, WriteError, WriteOp, WriteOutcome,
+    open_state,
 };
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use rusqlite::Connection;
 use tempfile::TempDir;
 
-use crate::child::note;
+use crate::child::{Child, note};
 use crate::support::{
-    EPOCH, apply_one, check_integrity, contents, insert, plain, reference_home_in, set_phase,
-    set_phase_saying, vm,
+    EPOCH, apply_one, check_integrity, contents, insert, new_vm, plain, reference_home_in,
+    set_phase, set_phase_saying, vm,
 };
 
 const SIZE: &str = "size=2m,mode=0700";
@@ -127,6 +128,32 @@ fn writing_on_a_full_disk_is_refused_and_goes_on_when_there_is_room() {
     });
 }
 
+/// More than there is room for, in the middle of a batch: SQLite writes a part of it before the
+/// commit, and gives the whole transaction up.
+#[test]
+fn a_batch_that_does_not_fit_is_refused_whole_or_in_part_as_it_is_told() {
+    on_a_small_disk(|disk| {
+        let home = disk.join("home");
+        let mut conn = open_state(&home).unwrap();
+        let mut big = new_vm(vm(2));
+        big.config_json = "x".repeat(4 << 20);
+        let batch = [insert(vm(1)), WriteOp::InsertVm { record: Box::new(big) }, insert(vm(3))];
+        let answers = conn.apply(batch.into());
+        assert_full(answers[1].as_ref().unwrap_err());
+        for refused in answers.iter().filter_map(|answer| answer.as_ref().err()) {
+            assert_full(refused);
+        }
+        let stored: isize =
+            plain(&home).query_row("SELECT count(*) FROM vms", [], |row| row.get(0)).unwrap();
+        let told = answers.iter().filter(|answer| answer.is_ok()).count();
+        assert_eq!(stored, told.cast_signed());
+        for number in [4, 5] {
+            apply_one(&mut conn, insert(vm(number))).unwrap();
+        }
+        check_integrity(&plain(&home));
+    });
+}
+
 /// Opens a home with more and more room until it works; after each refusal there is room, and it
 /// works too.
 fn open_with_little_room(disk: &Path, prepare: impl Fn(&Path), check: impl Fn(&mut WriteConn)) {
@@ -199,6 +226,35 @@ fn a_read_only_home_is_refused_for_writing_and_nothing_in_it_changes() {
         remount(disk, MsFlags::empty());
         let mut conn = open_state(&home).unwrap();
         apply_one(&mut conn, set_phase(vm(1), Phase::Created)).unwrap();
+    });
+}
+
+#[test]
+fn a_read_only_home_that_a_killed_writer_left_can_be_read() {
+    on_a_small_disk(|disk| {
+        let home = disk.join("home");
+        let task = format!("1 {}", home.display());
+        let mut child = Child::start("hostile_writers::writes_until_it_is_killed", &task);
+        for _ in 0..10 {
+            child.hear().unwrap();
+        }
+        child.kill();
+        let more = std::iter::from_fn(|| child.hear()).count();
+        drop(child);
+        let before = contents(&home);
+        assert!(before.contains_key(&format!("{STATE_DB}-wal")));
+        remount(disk, MsFlags::MS_RDONLY);
+        let refused = open_state(&home).unwrap_err();
+        assert_refused(&refused, DbFault::ReadOnly, "check the rights on it and on its directory");
+        // All that is needed is there: the log, and its index in the reader's own memory.
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let history = runtime.block_on(async {
+            let reader = ReadPool::open(&home).unwrap().unwrap();
+            reader.history(vm(1)).await.unwrap()
+        });
+        assert!(history.len() >= 10 + more);
+        drop(runtime);
+        assert_eq!(contents(&home), before);
     });
 }
 

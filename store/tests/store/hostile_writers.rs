@@ -253,11 +253,10 @@ fn writes_until_it_is_killed() {
     let mut conn = open_state(Path::new(home)).unwrap();
     apply_one(&mut conn, insert(id)).unwrap();
     tell("1 ");
-    let mut count = 1;
-    loop {
-        let tags: Vec<String> =
-            (0..1 + count % MOST_AT_ONCE).map(|n| format!("write-{}", count + n)).collect();
-        count += tags.len();
+    let mut written = 1;
+    for size in (1..=MOST_AT_ONCE).cycle() {
+        let tags: Vec<String> = (0..size).map(|n| format!("write-{}", written + n)).collect();
+        written += size;
         let batch =
             tags.iter().map(|tag| set_phase_saying(id, EPOCH, Phase::Creating, tag)).collect();
         for (answer, tag) in conn.apply(batch).into_iter().zip(tags) {
@@ -290,11 +289,13 @@ fn a_writer_is_killed_two_hundred_times() {
         child.kill();
         told.extend(std::iter::from_fn(|| child.hear()));
         drop(child);
-        let told: BTreeMap<i64, String> = told
+        let rows: BTreeMap<i64, String> = told
             .iter()
             .map(|line| line.split_once(' ').unwrap())
             .map(|(version, tag)| (version.parse().unwrap(), tag.to_owned()))
             .collect();
+        assert_eq!(rows.len(), told.len(), "round {round}: a number was given twice");
+        let told = rows;
         let conn = home.plain();
         check_integrity(&conn);
         let stored = stored_rows(&conn, round);

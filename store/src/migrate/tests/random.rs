@@ -78,10 +78,11 @@ fn killed_at_random_moments_while_another_writes_all_the_time() {
         scenario.prepare(&db.files);
         let target = target(scenario);
         let (acknowledge, acknowledged) = channel();
-        let (stop, stopped) = channel();
         let writer_dice = Dice::seeded(dice.below(u64::MAX));
         let mut told = BTreeSet::new();
         std::thread::scope(|scope| {
+            // Made in here, so that the writer stops when a check fails.
+            let (stop, stopped) = channel();
             let (path, insert) = (&db.files.db, target.insert);
             scope.spawn(move || {
                 write_all_the_time(path, insert, writer_dice, &acknowledge, &stopped);
