@@ -7,16 +7,21 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use jiff::Timestamp;
+use matchlock_host::firewall::Firewall;
 use matchlock_host::guest_link::LinkConnector;
 use matchlock_host::hypervisor::Hypervisor;
+use matchlock_host::netlock::NetworkLocks;
 use matchlock_host::owner_lock::OwnerLocks;
 use matchlock_host::process::Processes;
 use matchlock_host::rootfs::{Rootfs, VmPaths};
+use matchlock_host::tap::Taps;
 use matchlock_model::failure::Failure;
 use matchlock_model::id::{InstallId, Mark, VmId};
+use matchlock_model::subnet::SubnetPool;
 use matchlock_store::ReadPool;
 
 use crate::db_writer::DbHandle;
+use crate::subnet_allocator::SubnetHandle;
 
 /// Answers on the owner's socket of a VM. The node implements it; the actors only say when.
 #[async_trait]
@@ -69,6 +74,16 @@ pub struct Deps {
     pub connector: Arc<dyn LinkConnector>,
     /// VMs' files.
     pub rootfs: Arc<dyn Rootfs>,
+    /// VMs' TAPs, and what this host uses of the IPv4 space.
+    pub taps: Arc<dyn Taps>,
+    /// VMs' firewall tables.
+    pub firewall: Arc<dyn Firewall>,
+    /// The lock for choosing subnets.
+    pub network_locks: Arc<dyn NetworkLocks>,
+    /// Where subnets are taken from.
+    pub subnet_pool: Arc<SubnetPool>,
+    /// Grants subnets.
+    pub subnets: SubnetHandle,
     /// Processes of this host.
     pub processes: Arc<dyn Processes>,
     /// VMs' owner locks.

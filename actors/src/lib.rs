@@ -4,6 +4,7 @@
 //! Root                     restarts the services below, each within its own budget
 //!  ├─ DbWriter             the only writer of state.db in this process; one thread, group commit
 //!  ├─ Reconciler           observes, plans, compensates: `gc`, `rm`, and VMs whose actor gave up
+//!  ├─ SubnetAllocator      grants a subnet after its row is committed, none that the host uses
 //!  ├─ Images               imports and removes images; the only writer of metadata.db here
 //!  └─ Fleet                supervises the VM actors, one for one; admission; keeps their scopes
 //!      └─ Vm(vm-…)         one VM: decides by `model::vm::step`, effects in spawned tasks
@@ -12,11 +13,14 @@
 //! | from | to | message | answer |
 //! |---|---|---|---|
 //! | node | Fleet | `CreateVm`, `StopVm`, `OpenLink`, `StopAll` | `VmHandle`, done, a link |
-//! | node | Reconciler | `Reconcile`, `Survey` | a report per VM |
+//! | node | Reconciler | `Reconcile`, `PruneHistory` | a report per VM, how many |
 //! | node | Images | `Import`, `Remove` | the image |
 //! | Fleet | Vm | `Stop` | – (the view says what happens) |
 //! | Vm's effects | Vm | `OpDone`, `OpStuck`, `MachineExited`, `LinkLost` | – |
-//! | Vm's effects, Fleet, Reconciler | DbWriter | `Write` | the outcome, after the commit |
+//! | Vm's effects, Fleet, Reconciler, SubnetAllocator | DbWriter | `Write` | the outcome, after the commit |
+//! | Vm's effects | SubnetAllocator | `Allocate`, `Release` | a subnet with the right to make its TAP |
+//! | SubnetAllocator | Reconciler | `Reconcile` | a report: a VM that left its TAP |
+//! | Reconciler | SubnetAllocator | `Release` | done |
 //! | Fleet | Reconciler | `Reconcile` with the VM's lock | a report: a VM that used up its budget |
 //!
 //! # Invariants
@@ -38,4 +42,5 @@ pub mod handle;
 pub mod images;
 pub mod reconciler;
 pub mod root;
+pub mod subnet_allocator;
 pub mod vm;

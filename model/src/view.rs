@@ -30,6 +30,8 @@ pub struct VmView {
 pub struct Timings {
     /// Making the directory and the writable disk.
     pub disk: Option<Duration>,
+    /// Taking a subnet, making TAP and firewall tables.
+    pub network: Option<Duration>,
     /// Starting the hypervisor's process.
     pub spawn: Option<Duration>,
     /// From there until the guest kernel started `/init`, by the guest's clock.

@@ -4,8 +4,11 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use matchlock_host::firewall::{filter_table, nat_table};
 use matchlock_host::guest_link::GuestLink;
+
 use matchlock_host::owner_lock::{HeldLock, OwnerLockError};
+use matchlock_host::tap::tap_name;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::id::{Generation, OwnerEpoch, VmId};
 use matchlock_model::phase::Phase;
@@ -537,7 +540,11 @@ fn new_vm(deps: &Deps, id: VmId, create: &CreateVm) -> Result<NewVm, Failure> {
     let owner = deps.processes.own_identity().map_err(look)?;
     let namespaces = deps.processes.own_namespaces().map_err(look)?;
     let text = |path: std::path::PathBuf| Some(path.to_string_lossy().into_owned());
+    let tap = create.spec.network.as_ref().map(|_| tap_name(id));
     let resources = Resources {
+        firewall_table: tap.as_deref().map(filter_table),
+        nat_table: tap.as_deref().map(nat_table),
+        tap_name: tap,
         state_dir: text(paths.dir.clone()),
         rootfs_path: text(paths.rootfs()),
         link_socket: text(paths.link_socket()),

@@ -1,7 +1,7 @@
 //! Compensates: looks at what VMs left on this host and removes what nobody owns.
 //!
 //! ```text
-//!  Reconcile ─► (task per VM) lock ─► epoch raised ─► observe: row, processes, files
+//!  Reconcile ─► (task per VM) lock ─► epoch raised ─► observe: row, processes, network, files
 //!                   │                                        │
 //!                   │ held: its owner lives, left alone      ▼
 //!                   └────────────────────────── model::reconcile::plan ─► actions, in order,
@@ -18,6 +18,7 @@
 //! 4. "Could not look" is a failed step named `observe`, never "clean".
 
 mod actor;
+mod network;
 mod report;
 mod work;
 

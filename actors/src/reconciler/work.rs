@@ -15,6 +15,7 @@ use matchlock_model::record::{
 use matchlock_store::{WriteOp, WriteOutcome};
 
 use super::actor::Target;
+use super::network;
 use super::report::{Outcome, VmReport};
 use crate::deps::Deps;
 
@@ -69,7 +70,8 @@ async fn all_ids(deps: &Deps) -> Result<BTreeSet<VmId>, Failure> {
     let dirs = deps.rootfs.list_dirs(&deps.vms_dir).map_err(|e| host(&e))?;
     let of_rows = rows.iter().map(|row| row.id);
     let of_processes = marked.iter().map(|process| process.mark.vm);
-    Ok(of_rows.chain(dirs).chain(of_processes).collect())
+    let of_network = network::marked_ids(deps).await?;
+    Ok(of_rows.chain(dirs).chain(of_processes).chain(of_network).collect())
 }
 
 async fn reconcile_one(
@@ -93,7 +95,7 @@ async fn reconcile_one(
         Some(_) => deps.reader.lifecycle_head(vm).await.map_err(|e| host(&e))?,
         None => None,
     };
-    let observed = observe(deps, vm, row.as_ref())?;
+    let observed = observe(deps, vm, row.as_ref(), head.as_ref()).await?;
     if row.is_none() && observed == Observed::default() {
         return Ok(Outcome::Unknown);
     }
@@ -109,7 +111,12 @@ async fn reconcile_one(
     Ok(work.carry_out(&actions).await)
 }
 
-fn observe(deps: &Deps, vm: VmId, row: Option<&VmRecord>) -> Result<Observed, Failure> {
+async fn observe(
+    deps: &Deps,
+    vm: VmId,
+    row: Option<&VmRecord>,
+    head: Option<&LifecycleRecord>,
+) -> Result<Observed, Failure> {
     let mut hypervisors: Vec<_> = marked(deps)?
         .iter()
         .filter(|process| process.mark.vm == vm)
@@ -123,9 +130,13 @@ fn observe(deps: &Deps, vm: VmId, row: Option<&VmRecord>) -> Result<Observed, Fa
         hypervisors.push(recorded.clone());
     }
     let files = deps.rootfs.observe(&deps.paths(vm)).map_err(|e| host(&e))?;
+    let (tap, firewall) = network::observe(deps, vm, row, head).await?;
     Ok(Observed {
         owner_lives: false,
         hypervisors,
+        tap,
+        firewall,
+        subnet: row.is_some_and(|row| row.holds_subnet),
         sockets: files.sockets,
         rootfs: files.rootfs,
         dir: files.dir,
@@ -233,6 +244,12 @@ impl<'a> Work<'a> {
                 let limit = self.deps.limits.kill;
                 self.deps.processes.kill(process, limit).await.map_err(|e| host(&e))
             }
+            Action::RemoveTap => network::remove_tap(self.deps, self.vm).await,
+            Action::RemoveFirewall => network::remove_firewall(self.deps, self.vm).await,
+            Action::ReleaseSubnet => {
+                let Some(epoch) = self.epoch().await? else { return Ok(()) };
+                self.deps.subnets.release(self.vm, epoch).await
+            }
             Action::RemoveSockets => rootfs.remove_sockets(&paths).await.map_err(|e| host(&e)),
             Action::RemoveDisk => rootfs.remove_disk(&paths).await.map_err(|e| host(&e)),
             Action::RemoveDir => rootfs.remove_dir(&paths).await.map_err(|e| host(&e)),
@@ -294,6 +311,9 @@ impl<'a> Work<'a> {
 const fn cleanup_step(action: &Action) -> Option<CleanupStep> {
     match action {
         Action::CloseMachine(_) => Some(CleanupStep::MachineClose),
+        Action::RemoveTap => Some(CleanupStep::TapDelete),
+        Action::RemoveFirewall => Some(CleanupStep::NftablesCleanup),
+        Action::ReleaseSubnet => Some(CleanupStep::SubnetRelease),
         Action::RemoveSockets => Some(CleanupStep::SocketsRemove),
         Action::RemoveDisk => Some(CleanupStep::RootfsRemove),
         Action::RemoveDir => Some(CleanupStep::StateDirRemove),

@@ -13,6 +13,7 @@ use crate::fleet::{Fleet, FleetArgs, FleetMsg, Registry};
 use crate::handle::{ServiceHandle, ServiceSlot};
 use crate::images::{Images, ImagesArgs, ImagesMsg};
 use crate::reconciler::{Reconciler, ReconcilerMsg};
+use crate::subnet_allocator::{SubnetAllocator, SubnetAllocatorArgs, SubnetAllocatorMsg};
 
 /// What the root is asked.
 #[derive(Debug)]
@@ -31,6 +32,8 @@ pub struct Services {
     pub db_writer: ServiceHandle<DbWriterMsg>,
     /// The reconciler.
     pub reconciler: ServiceHandle<ReconcilerMsg>,
+    /// The subnet allocator.
+    pub subnet_allocator: ServiceHandle<SubnetAllocatorMsg>,
     /// The images.
     pub images: ServiceHandle<ImagesMsg>,
     /// The fleet.
@@ -43,6 +46,7 @@ pub struct Services {
 pub struct Slots {
     db_writer: ServiceSlot<DbWriterMsg>,
     reconciler: ServiceSlot<ReconcilerMsg>,
+    subnet_allocator: ServiceSlot<SubnetAllocatorMsg>,
     images: ServiceSlot<ImagesMsg>,
     fleet: ServiceSlot<FleetMsg>,
 }
@@ -52,6 +56,7 @@ impl Default for Slots {
         Self {
             db_writer: ServiceSlot::new("the database writer"),
             reconciler: ServiceSlot::new("the reconciler"),
+            subnet_allocator: ServiceSlot::new("the subnet allocator"),
             images: ServiceSlot::new("the image service"),
             fleet: ServiceSlot::new("the fleet"),
         }
@@ -65,6 +70,7 @@ impl Slots {
         Services {
             db_writer: self.db_writer.handle(),
             reconciler: self.reconciler.handle(),
+            subnet_allocator: self.subnet_allocator.handle(),
             images: self.images.handle(),
             fleet: self.fleet.handle(),
         }
@@ -93,7 +99,7 @@ pub struct Root;
 pub struct RootState {
     args: RootArgs,
     registry: Registry,
-    budgets: [RestartBudget; 4],
+    budgets: [RestartBudget; Service::ALL.len()],
     closing: bool,
 }
 
@@ -102,8 +108,14 @@ pub struct RootState {
 enum Service {
     DbWriter,
     Reconciler,
+    SubnetAllocator,
     Images,
     Fleet,
+}
+
+impl Service {
+    const ALL: [Self; 5] =
+        [Self::DbWriter, Self::Reconciler, Self::SubnetAllocator, Self::Images, Self::Fleet];
 }
 
 /// How long a service may take to finish what it has.
@@ -121,7 +133,7 @@ impl Actor for Root {
     ) -> Result<RootState, ActorProcessingErr> {
         let budgets = std::array::from_fn(|_| RestartBudget::for_service());
         let state = RootState { args, registry: Registry::default(), budgets, closing: false };
-        for service in [Service::DbWriter, Service::Reconciler, Service::Images, Service::Fleet] {
+        for service in Service::ALL {
             state.start(&myself, service).await?;
         }
         Ok(state)
@@ -194,6 +206,14 @@ impl RootState {
                 let (actor, _) = Actor::spawn_linked(None, Reconciler, args, root).await?;
                 slots.reconciler.set(Some(actor));
             }
+            Service::SubnetAllocator => {
+                let args = SubnetAllocatorArgs {
+                    deps: self.args.deps.clone(),
+                    reconciler: slots.reconciler.handle(),
+                };
+                let (actor, _) = Actor::spawn_linked(None, SubnetAllocator, args, root).await?;
+                slots.subnet_allocator.set(Some(actor));
+            }
             Service::Images => {
                 let args = self.args.images.clone();
                 slots.images.set(Some(Actor::spawn_linked(None, Images, args, root).await?.0));
@@ -215,6 +235,7 @@ impl RootState {
         [
             (is(&slots.db_writer, id), Service::DbWriter),
             (is(&slots.reconciler, id), Service::Reconciler),
+            (is(&slots.subnet_allocator, id), Service::SubnetAllocator),
             (is(&slots.images, id), Service::Images),
             (is(&slots.fleet, id), Service::Fleet),
         ]
@@ -227,6 +248,7 @@ impl RootState {
         match service {
             Service::DbWriter => slots.db_writer.set(None),
             Service::Reconciler => slots.reconciler.set(None),
+            Service::SubnetAllocator => slots.subnet_allocator.set(None),
             Service::Images => slots.images.set(None),
             Service::Fleet => slots.fleet.set(None),
         }
@@ -237,6 +259,7 @@ impl RootState {
         let slots = &self.args.slots;
         stop(&slots.fleet).await;
         stop(&slots.images).await;
+        stop(&slots.subnet_allocator).await;
         stop(&slots.reconciler).await;
         // Drained, not stopped: a stop would overtake writes that wait in its mailbox.
         if let Some(writer) = slots.db_writer.get() {

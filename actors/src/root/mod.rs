@@ -1,9 +1,10 @@
 //! The root of the tree: starts the services in order, restarts them within their budgets.
 //!
 //! ```text
-//! boot:      DbWriter ─► Reconciler ─► Images ─► Fleet      (each: spawned, then published)
+//! boot:      DbWriter ─► Reconciler ─► SubnetAllocator ─► Images ─► Fleet
+//!            (each: spawned, then published)
 //! shutdown:  Fleet: StopAll, wait until every VM is settled ─► Fleet stopped
-//!            ─► Images, Reconciler stopped ─► DbWriter drained ─► root stopped ─► thread joined
+//!            ─► Images, SubnetAllocator, Reconciler stopped ─► DbWriter drained ─► root stopped ─► thread joined
 //! ```
 //!
 //! # Invariants

@@ -4,15 +4,18 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use matchlock_host::firewall::FirewallHandle;
 use matchlock_host::guest_link::GuestLink;
-use matchlock_host::hypervisor::{Machine, MachineSpec};
+use matchlock_host::hypervisor::{Machine, MachineSpec, Nic};
 use matchlock_host::image::BlobLease;
 use matchlock_host::rootfs::VmPaths;
+use matchlock_host::tap::TapHandle;
 use matchlock_model::failure::Failure;
 use matchlock_model::id::{Generation, OwnerEpoch, VmId};
 use matchlock_model::image::ImageConfig;
 use matchlock_model::record::{Cleanup, CleanupEntry, CleanupStatus, CleanupStep};
 use matchlock_model::spec::VmSpec;
+use matchlock_model::subnet::Subnet;
 use matchlock_model::view::{Timings, VmView};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -59,6 +62,11 @@ struct Held {
     launched_at: Option<Instant>,
     link: Option<Arc<dyn GuestLink>>,
     server: Option<ServeGuard>,
+    subnet: Option<Subnet>,
+    /// Until the hypervisor has it: then our descriptor is closed.
+    tap: Option<TapHandle>,
+    /// The kernel removes the tables when it is dropped.
+    firewall: Option<FirewallHandle>,
     /// Cleanup entries that are to be written with the next record.
     cleanup: Cleanup,
 }
@@ -122,6 +130,32 @@ impl VmContext {
         drop(old);
     }
 
+    /// The VM's subnet, once it has one.
+    #[must_use]
+    pub fn subnet(&self) -> Option<Subnet> {
+        self.held().subnet
+    }
+
+    pub(crate) fn set_network(&self, tap: TapHandle, subnet: Subnet) {
+        let mut held = self.held();
+        (held.tap, held.subnet) = (Some(tap), Some(subnet));
+    }
+
+    /// The TAP, if the hypervisor did not take it. Dropping it takes tens of milliseconds.
+    pub(crate) fn take_tap(&self) -> Option<TapHandle> {
+        self.held().tap.take()
+    }
+
+    pub(crate) fn set_firewall(&self, firewall: Option<FirewallHandle>) {
+        // Dropped outside the lock: closing the socket of tables takes a while.
+        let old = std::mem::replace(&mut self.held().firewall, firewall);
+        drop(old);
+    }
+
+    pub(crate) fn take_firewall(&self) -> Option<FirewallHandle> {
+        self.held().firewall.take()
+    }
+
     /// Notes how a step of cleaning up ended; written with the next record.
     pub(crate) fn note_cleanup(&self, step: CleanupStep, result: &Result<(), Failure>) {
         let (status, error) = match result {
@@ -142,9 +176,15 @@ impl VmContext {
         self.held().cleanup.retain(|step, entry| written.get(step) != Some(entry));
     }
 
-    /// The machine to launch.
-    #[must_use]
-    pub fn machine_spec(&self) -> MachineSpec {
+    /// The machine to launch. It takes the TAP's descriptor: whoever drops the specification after
+    /// the launch leaves the hypervisor as the only one that keeps the TAP there.
+    pub(crate) fn machine_spec(&self) -> MachineSpec {
+        let mtu = self.create.spec.network.as_ref().map(|network| network.mtu);
+        let nic = self.take_tap().zip(mtu).map(|(tap, mtu)| Nic {
+            mac: self.id.mac(),
+            mtu,
+            tap: Arc::new(tap.into_fd()),
+        });
         MachineSpec {
             mark: self.deps.mark(self.id),
             paths: self.paths.clone(),
@@ -153,6 +193,7 @@ impl VmContext {
             base_disk: self.create.base_disk.clone(),
             vcpus: self.create.spec.vcpus(),
             memory_mb: self.create.spec.memory_mb,
+            nic,
         }
     }
 

@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::actor::VmMsg;
 use super::context::VmContext;
+use super::network;
 
 /// How far an operation has come.
 #[derive(Debug)]
@@ -110,7 +111,15 @@ const fn may_be_recorded_later(effect: &Effect, failure: &Failure) -> bool {
 
 /// What follows it may be done even if it failed.
 const fn is_removal(effect: &Effect) -> bool {
-    matches!(effect, Effect::RemoveSockets | Effect::RemoveDisk)
+    matches!(
+        effect,
+        Effect::RemoveTap
+            | Effect::RemoveFirewall
+            | Effect::RemoveSockets
+            | Effect::RemoveDisk
+            // It sees for itself that the TAP is gone.
+            | Effect::ReleaseSubnet
+    )
 }
 
 /// Taking down is never cancelled; only the wait for the guest is.
@@ -120,6 +129,8 @@ const fn is_cancellable(effect: &Effect) -> bool {
         Effect::CreateDir
             | Effect::ServeOwner
             | Effect::CreateDisk
+            | Effect::CreateTap
+            | Effect::ApplyFirewall
             | Effect::Launch
             | Effect::ConnectGuest
             | Effect::ConfigureGuest
@@ -146,11 +157,16 @@ async fn carry_out(context: &Arc<VmContext>, effect: &Effect, recorded: Phase) -
             .create_disk(&context.paths, context.create.spec.disk_size_mb)
             .await
             .map_err(|e| host(&e)),
+        Effect::CreateTap => network::create_tap(context).await,
+        Effect::ApplyFirewall => network::apply_firewall(context).await,
         Effect::Launch => launch(context).await,
         Effect::ConnectGuest => connect_guest(context).await,
         Effect::ConfigureGuest => configure_guest(context).await,
         Effect::ShutdownGuest { grace } => shutdown_guest(context, *grace).await,
         Effect::CloseMachine => close_machine(context).await,
+        Effect::RemoveTap => network::remove_tap(context).await,
+        Effect::RemoveFirewall => network::remove_firewall(context).await,
+        Effect::ReleaseSubnet => network::release_subnet(context).await,
         Effect::RemoveSockets => {
             context.set_server(None);
             context.deps.rootfs.remove_sockets(&context.paths).await.map_err(|e| host(&e))
@@ -183,6 +199,10 @@ fn note(context: &VmContext, effect: &Effect, result: &OpResult, took: Duration)
             context.time(|timings| add(&mut timings.disk));
             None
         }
+        Effect::CreateTap | Effect::ApplyFirewall => {
+            context.time(|timings| add(&mut timings.network));
+            None
+        }
         Effect::Launch => {
             context.time(|timings| add(&mut timings.spawn));
             None
@@ -196,6 +216,9 @@ fn note(context: &VmContext, effect: &Effect, result: &OpResult, took: Duration)
             context.time(|timings| add(&mut timings.stop));
             Some(CleanupStep::MachineClose)
         }
+        Effect::RemoveTap => network_step(context, took, CleanupStep::TapDelete),
+        Effect::RemoveFirewall => network_step(context, took, CleanupStep::NftablesCleanup),
+        Effect::ReleaseSubnet => network_step(context, took, CleanupStep::SubnetRelease),
         Effect::RemoveSockets => {
             context.time(|timings| add(&mut timings.clean));
             Some(CleanupStep::SocketsRemove)
@@ -219,6 +242,13 @@ fn note(context: &VmContext, effect: &Effect, result: &OpResult, took: Duration)
     if let Some(step) = cleanup {
         context.note_cleanup(step, result);
     }
+}
+
+/// A step of a VM that has a network; the others have no such step.
+fn network_step(context: &VmContext, took: Duration, step: CleanupStep) -> Option<CleanupStep> {
+    context.create.spec.network.as_ref()?;
+    context.time(|timings| timings.clean = Some(timings.clean.unwrap_or_default() + took));
+    Some(step)
 }
 
 async fn record(context: &VmContext, phase: Phase, cause: Option<&Failure>) -> OpResult {
@@ -314,7 +344,7 @@ async fn configure_guest(context: &VmContext) -> OpResult {
     let link = context
         .link()
         .ok_or_else(|| Failure::new(FailureKind::Internal, "the guest is not connected"))?;
-    let config = context.create.spec.guest_config(context.id);
+    let config = context.create.spec.guest_config(context.id, context.subnet());
     link.configure(&config).await.map_err(|e| Failure::from_error(FailureKind::Guest, &e))
 }
 

@@ -26,6 +26,7 @@
 mod actor;
 mod context;
 mod effects;
+mod network;
 mod scope;
 
 pub use actor::{StartAs, Vm, VmArgs, VmMsg};

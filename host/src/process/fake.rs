@@ -33,6 +33,7 @@ struct Table {
     running: BTreeMap<i32, Entry>,
     immortal: BTreeSet<i32>,
     refused: BTreeSet<i32>,
+    gone_namespaces: BTreeSet<String>,
     hidden: BTreeSet<i32>,
     list_fails: bool,
     kills: Vec<ProcessIdentity>,
@@ -59,6 +60,7 @@ impl Default for FakeProcesses {
                 immortal: BTreeSet::new(),
                 refused: BTreeSet::new(),
                 hidden: BTreeSet::new(),
+                gone_namespaces: BTreeSet::new(),
                 list_fails: false,
                 kills: Vec::new(),
             })),
@@ -144,6 +146,11 @@ impl FakeProcesses {
         self.table().namespaces = namespaces;
     }
 
+    /// Says that this network namespace is gone.
+    pub fn end_network_namespace(&self, namespace: &str) {
+        self.table().gone_namespaces.insert(namespace.to_owned());
+    }
+
     /// Who got SIGKILL so far, in order.
     #[must_use]
     pub fn kills(&self) -> Vec<ProcessIdentity> {
@@ -176,6 +183,10 @@ impl Processes for FakeProcesses {
 
     fn sees_all_processes(&self) -> Result<bool, ProcessError> {
         Ok(false)
+    }
+
+    fn network_namespace_lives(&self, namespace: &str) -> Result<bool, ProcessError> {
+        Ok(!self.table().gone_namespaces.contains(namespace))
     }
 
     fn is_alive(&self, identity: &ProcessIdentity) -> Result<bool, ProcessError> {

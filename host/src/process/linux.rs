@@ -190,7 +190,29 @@ fn is_naming(option: &str) -> bool {
 /// `device:inode` of a namespace of this process.
 fn namespace(name: &str) -> Result<String, ProcessError> {
     let entry = fs::metadata(format!("/proc/self/ns/{name}")).map_err(ProcessError::List)?;
-    Ok(format!("{}:{}", entry.dev(), entry.ino()))
+    Ok(device_and_inode(&entry))
+}
+
+fn device_and_inode(found: &fs::Metadata) -> String {
+    format!("{}:{}", found.dev(), found.ino())
+}
+
+/// Whether a file keeps this network namespace, as `ip netns add` makes one.
+fn is_mounted(namespace: &str) -> Result<bool, ProcessError> {
+    let Some((_, inode)) = namespace.split_once(':') else { return Ok(false) };
+    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(ProcessError::List)?;
+    let root = format!(" net:[{inode}] ");
+    Ok(mounts.lines().any(|line| line.contains(&root)))
+}
+
+/// The processes that can be seen from here.
+fn pids() -> Result<Vec<i32>, ProcessError> {
+    let mut pids = Vec::new();
+    for entry in fs::read_dir("/proc").map_err(ProcessError::List)? {
+        let name = entry.map_err(ProcessError::List)?.file_name();
+        pids.extend(name.to_str().and_then(|name| name.parse::<i32>().ok()));
+    }
+    Ok(pids)
 }
 
 /// Waits until the process behind a pidfd has ended.
@@ -219,6 +241,22 @@ impl Processes for LinuxProcesses {
         Ok(std::os::unix::fs::MetadataExt::ino(&own) == FIRST_PID_NAMESPACE)
     }
 
+    fn network_namespace_lives(&self, namespace: &str) -> Result<bool, ProcessError> {
+        if !self.sees_all_processes()? || is_mounted(namespace)? {
+            return Ok(true);
+        }
+        for pid in pids()? {
+            match fs::metadata(format!("/proc/{pid}/ns/net")) {
+                Ok(found) if device_and_inode(&found) != namespace => {}
+                // It ended meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                // In it, or not ours to see.
+                Ok(_) | Err(_) => return Ok(true),
+            }
+        }
+        Ok(false)
+    }
+
     fn is_alive(&self, identity: &ProcessIdentity) -> Result<bool, ProcessError> {
         if identity.boot_id != self.boot_id {
             return Ok(false);
@@ -230,11 +268,7 @@ impl Processes for LinuxProcesses {
 
     fn find_marked(&self) -> Result<Vec<MarkedProcess>, ProcessError> {
         let mut found = Vec::new();
-        for entry in fs::read_dir("/proc").map_err(ProcessError::List)? {
-            let name = entry.map_err(ProcessError::List)?.file_name();
-            let Some(pid) = name.to_str().and_then(|name| name.parse::<i32>().ok()) else {
-                continue;
-            };
+        for pid in pids()? {
             found.extend(self.marked(pid)?);
         }
         Ok(found)

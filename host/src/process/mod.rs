@@ -119,6 +119,14 @@ pub trait Processes: Send + Sync {
     /// When `/proc` cannot be read.
     fn sees_all_processes(&self) -> Result<bool, ProcessError>;
 
+    /// Whether a network namespace, as `device:inode`, is still there or may be: a process is in it,
+    /// a file keeps it, or not everything could be seen from here. A number that was given to a new
+    /// namespace counts as there.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    fn network_namespace_lives(&self, namespace: &str) -> Result<bool, ProcessError>;
+
     /// Whether exactly this process still exists (a zombie counts as gone).
     ///
     /// # Errors

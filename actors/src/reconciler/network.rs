@@ -1,0 +1,92 @@
+//! What of a VM's network is left on this host, in this network namespace.
+
+use matchlock_host::firewall::{FirewallError, ObservedFirewall};
+use matchlock_host::tap::tap_name;
+use matchlock_model::failure::{Failure, FailureKind};
+use matchlock_model::id::{Mark, VmId};
+use matchlock_model::record::{LifecycleRecord, VmRecord};
+
+use crate::deps::Deps;
+
+fn host(error: &(dyn std::error::Error + 'static)) -> Failure {
+    Failure::from_error(FailureKind::Host, error)
+}
+
+/// The VMs of which a TAP or a table is here, whether they have a row or not.
+///
+/// Tables can be listed with a right only that it takes to make them: who lacks it is told, and sees
+/// the rest.
+pub(super) async fn marked_ids(deps: &Deps) -> Result<Vec<VmId>, Failure> {
+    let taps = deps.taps.list_marked(&deps.install).await.map_err(|e| host(&e))?;
+    let tables = match deps.firewall.list_marked(&deps.install).await {
+        Ok(tables) => tables,
+        Err(error @ FirewallError::NotPermitted { .. }) => {
+            tracing::warn!(%error, "firewall tables of VMs without a row were not looked for");
+            Vec::new()
+        }
+        Err(error) => return Err(host(&error)),
+    };
+    let marks = taps.into_iter().map(|tap| tap.mark).chain(tables.into_iter().map(|t| t.mark));
+    Ok(marks.flatten().map(|mark| mark.vm).collect())
+}
+
+/// Whether a TAP and whether a table of the VM is here.
+pub(super) async fn observe(
+    deps: &Deps,
+    vm: VmId,
+    row: Option<&VmRecord>,
+    head: Option<&LifecycleRecord>,
+) -> Result<(bool, bool), Failure> {
+    let had_network = head.is_some_and(|head| head.resources.tap_name.is_some())
+        || row.is_some_and(|row| row.holds_subnet);
+    if had_network && is_elsewhere(deps, row)? {
+        return Ok((false, false));
+    }
+    let (name, mark) = (tap_name(vm), deps.mark(vm));
+    let tap = deps.taps.observe(&name).await.map_err(|e| host(&e))?;
+    let tap = tap.is_some_and(|tap| tap.mark.as_ref() == Some(&mark));
+    let tables = match deps.firewall.observe(&name).await {
+        Ok(tables) => is_marked(&tables, &mark),
+        // Nobody without the right has made any.
+        Err(FirewallError::NotPermitted { .. }) if !had_network => false,
+        Err(error) => return Err(host(&error)),
+    };
+    Ok((tap, tables))
+}
+
+fn is_marked(tables: &ObservedFirewall, mark: &Mark) -> bool {
+    let tables = [&tables.filter, &tables.nat];
+    tables.into_iter().flatten().any(|table| table.mark.as_ref() == Some(mark))
+}
+
+/// Whether the VM's links and tables were in a network namespace that is gone by now: then they are
+/// gone with it. From any namespace but theirs that lives, the answer is "could not look".
+fn is_elsewhere(deps: &Deps, row: Option<&VmRecord>) -> Result<bool, Failure> {
+    let Some(recorded) = row.and_then(|row| row.namespaces.as_ref()) else { return Ok(false) };
+    let ours = deps.processes.own_namespaces().map_err(|e| host(&e))?;
+    if recorded.net == ours.net {
+        return Ok(false);
+    }
+    let boot_id = deps.processes.own_identity().map_err(|e| host(&e))?.boot_id;
+    let owner = row.and_then(|row| row.owner.as_ref());
+    if owner.is_some_and(|owner| owner.boot_id != boot_id) {
+        return Ok(true);
+    }
+    if !deps.processes.network_namespace_lives(&recorded.net).map_err(|e| host(&e))? {
+        return Ok(true);
+    }
+    let text = format!(
+        "could not look at its network: it is in another network namespace ({}, here {}); run \
+         `matchlock gc` there",
+        recorded.net, ours.net
+    );
+    Err(Failure::new(FailureKind::Host, text))
+}
+
+pub(super) async fn remove_tap(deps: &Deps, vm: VmId) -> Result<(), Failure> {
+    deps.taps.remove(&tap_name(vm), &deps.mark(vm)).await.map_err(|e| host(&e))
+}
+
+pub(super) async fn remove_firewall(deps: &Deps, vm: VmId) -> Result<(), Failure> {
+    deps.firewall.remove(&tap_name(vm), &deps.mark(vm)).await.map_err(|e| host(&e))
+}

@@ -1,0 +1,182 @@
+//! The actor.
+
+use std::fmt;
+use std::time::Duration;
+
+use matchlock_host::netlock::HeldNetworkLock;
+use matchlock_host::tap::tap_name;
+use matchlock_model::failure::{Failure, FailureKind};
+use matchlock_model::id::{OwnerEpoch, VmId};
+use matchlock_model::reconcile::Goal;
+use matchlock_model::subnet::{Ipv4Cidr, Subnet};
+use matchlock_store::{WriteOp, WriteOutcome};
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+
+use crate::deps::Deps;
+use crate::handle::ServiceHandle;
+use crate::reconciler::{ReconcilerMsg, Target};
+
+/// How long the namespace's lock is waited for.
+const LOCK_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long the reconciler may take for a stale TAP.
+const REAP_LIMIT: Duration = Duration::from_secs(20);
+
+/// A subnet whose row is committed, and the right to make its TAP.
+pub struct Grant {
+    /// The subnet.
+    pub subnet: Subnet,
+    /// Held until the TAP has its address and this host was looked at again.
+    pub lock: HeldNetworkLock,
+}
+
+impl fmt::Debug for Grant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Grant").field("subnet", &self.subnet).finish_non_exhaustive()
+    }
+}
+
+/// What the allocator is asked.
+pub enum SubnetAllocatorMsg {
+    /// Give a VM a subnet.
+    Allocate {
+        /// The VM.
+        vm: VmId,
+        /// Its owner's epoch.
+        epoch: OwnerEpoch,
+        /// Ranges not to give, besides those that this host is seen to use.
+        avoid: Vec<Ipv4Cidr>,
+        /// The grant.
+        reply: RpcReplyPort<Result<Grant, Failure>>,
+    },
+    /// Take a VM's subnet back.
+    Release {
+        /// The VM.
+        vm: VmId,
+        /// Its owner's epoch.
+        epoch: OwnerEpoch,
+        /// Done.
+        reply: RpcReplyPort<Result<(), Failure>>,
+    },
+}
+
+impl fmt::Debug for SubnetAllocatorMsg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (what, vm) = match self {
+            Self::Allocate { vm, .. } => ("Allocate", vm),
+            Self::Release { vm, .. } => ("Release", vm),
+        };
+        f.debug_tuple(what).field(vm).finish()
+    }
+}
+
+/// The allocator.
+#[derive(Debug)]
+pub struct SubnetAllocator;
+
+/// What the allocator is started with.
+#[derive(Debug, Clone)]
+pub struct SubnetAllocatorArgs {
+    /// The world.
+    pub deps: Deps,
+    /// Who removes stale TAPs.
+    pub reconciler: ServiceHandle<ReconcilerMsg>,
+}
+
+impl Actor for SubnetAllocator {
+    type Msg = SubnetAllocatorMsg;
+    type State = SubnetAllocatorArgs;
+    type Arguments = SubnetAllocatorArgs;
+
+    async fn pre_start(
+        &self,
+        _myself: ActorRef<SubnetAllocatorMsg>,
+        args: SubnetAllocatorArgs,
+    ) -> Result<SubnetAllocatorArgs, ActorProcessingErr> {
+        Ok(args)
+    }
+
+    async fn handle(
+        &self,
+        _myself: ActorRef<SubnetAllocatorMsg>,
+        message: SubnetAllocatorMsg,
+        state: &mut SubnetAllocatorArgs,
+    ) -> Result<(), ActorProcessingErr> {
+        let state = state.clone();
+        tokio::spawn(async move {
+            match message {
+                SubnetAllocatorMsg::Allocate { vm, epoch, avoid, reply } => {
+                    answer(reply, allocate(&state, vm, epoch, avoid).await);
+                }
+                SubnetAllocatorMsg::Release { vm, epoch, reply } => {
+                    answer(reply, release(&state.deps, vm, epoch).await);
+                }
+            }
+        });
+        Ok(())
+    }
+}
+
+fn answer<T>(reply: RpcReplyPort<Result<T, Failure>>, result: Result<T, Failure>) {
+    if reply.send(result).is_err() {
+        tracing::debug!("nobody waits for the subnet allocator's answer");
+    }
+}
+
+fn host(error: &(dyn std::error::Error + 'static)) -> Failure {
+    Failure::from_error(FailureKind::Host, error)
+}
+
+async fn allocate(
+    state: &SubnetAllocatorArgs,
+    vm: VmId,
+    epoch: OwnerEpoch,
+    mut avoid: Vec<Ipv4Cidr>,
+) -> Result<Grant, Failure> {
+    let deps = &state.deps;
+    reap_stale_taps(state, vm).await?;
+    let lock = deps.network_locks.acquire(LOCK_PATIENCE).await.map_err(|e| host(&e))?;
+    let used = deps.taps.host_subnets().await.map_err(|e| host(&e))?;
+    avoid.extend(used.iter().map(|used| Ipv4Cidr::containing(used.network, used.prefix)));
+    let pool = deps.subnet_pool.clone();
+    let op = WriteOp::AllocateSubnet { vm, epoch, pool, avoid, at: (deps.now)() };
+    match deps.db.write(op).await? {
+        WriteOutcome::Subnet(subnet) => Ok(Grant { subnet, lock }),
+        other => {
+            let text = format!("the store answered an allocation with {other:?}");
+            Err(Failure::new(FailureKind::Internal, text))
+        }
+    }
+}
+
+/// Two TAPs on one subnet lose each other's replies in silence: what crashed VMs of ours left (where
+/// the kernel could not take it along) is removed before a subnet is chosen.
+async fn reap_stale_taps(state: &SubnetAllocatorArgs, vm: VmId) -> Result<(), Failure> {
+    let deps = &state.deps;
+    let taps = deps.taps.list_marked(&deps.install).await.map_err(|e| host(&e))?;
+    for stale in taps.into_iter().filter_map(|tap| tap.mark).map(|mark| mark.vm) {
+        if stale == vm || deps.locks.is_held(stale).map_err(|e| host(&e))? {
+            continue;
+        }
+        let message = |reply| ReconcilerMsg::Reconcile {
+            target: Target::One(stale),
+            goal: Goal::Clean,
+            reply,
+        };
+        let report = state.reconciler.call(message, REAP_LIMIT).await;
+        tracing::warn!(vm_id = %stale, ?report, "a TAP that a crashed VM had left was reconciled");
+    }
+    Ok(())
+}
+
+async fn release(deps: &Deps, vm: VmId, epoch: OwnerEpoch) -> Result<(), Failure> {
+    let name = tap_name(vm);
+    if let Some(tap) = deps.taps.observe(&name).await.map_err(|e| host(&e))? {
+        let alias = tap.alias.unwrap_or_default();
+        let text =
+            format!("the TAP {name} is still there (alias {alias:?}), its subnet stays taken");
+        return Err(Failure::new(FailureKind::Host, text));
+    }
+    deps.db.write(WriteOp::ReleaseSubnet { vm, epoch }).await?;
+    Ok(())
+}
