@@ -153,6 +153,7 @@ impl VmContext {
             base_disk: self.create.base_disk.clone(),
             vcpus: self.create.spec.vcpus(),
             memory_mb: self.create.spec.memory_mb,
+            nic: None,
         }
     }
 
