@@ -14,7 +14,7 @@
 umask 022
 
 # Modules the guest needs; what they depend on is found out from the package itself.
-modules=(virtio_mmio virtio_blk virtio_console erofs overlay)
+modules=(virtio_mmio virtio_blk virtio_console virtio_net erofs overlay)
 
 kernels=$target/guest-kernel
 bundles=$target/guest-bundle

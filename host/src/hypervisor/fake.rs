@@ -15,7 +15,7 @@ use matchlock_model::identity::ProcessIdentity;
 use tokio::net::UnixStream;
 use tokio::sync::Notify;
 
-use super::{ExitReason, Hypervisor, HypervisorError, Machine, MachineExit, MachineSpec};
+use super::{ExitReason, Hypervisor, HypervisorError, Machine, MachineExit, MachineSpec, Nic};
 use crate::process::{FakeProcesses, Processes};
 
 /// What happens to a launch.
@@ -67,7 +67,8 @@ impl FakeHypervisor {
         lock(&self.state).missing = missing;
     }
 
-    /// What was asked to be launched so far, in order.
+    /// What was asked to be launched so far, in order. Without the NICs: a record of one would
+    /// hold its TAP open; see [`FakeMachine::nic`].
     #[must_use]
     pub fn launches(&self) -> Vec<MachineSpec> {
         lock(&self.state).launches.clone()
@@ -105,7 +106,7 @@ impl Hypervisor for FakeHypervisor {
     async fn launch(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>, HypervisorError> {
         let fault = {
             let mut state = lock(&self.state);
-            state.launches.push(spec.clone());
+            state.launches.push(without_nic(spec));
             state.fault
         };
         self.check()?;
@@ -122,8 +123,8 @@ impl Hypervisor for FakeHypervisor {
         let machine = Arc::new(FakeMachine {
             identity: self.processes.add(Some(spec.mark.clone()), cwd),
             processes: self.processes.clone(),
-            spec: spec.clone(),
-            inner: Mutex::default(),
+            spec: without_nic(spec),
+            inner: Mutex::new(Inner { nic: spec.nic.clone(), ..Inner::default() }),
             dialled: Notify::new(),
         });
         lock(&self.state).machines.push(Arc::clone(&machine));
@@ -132,6 +133,10 @@ impl Hypervisor for FakeHypervisor {
         }
         Ok(machine)
     }
+}
+
+fn without_nic(spec: &MachineSpec) -> MachineSpec {
+    MachineSpec { nic: None, ..spec.clone() }
 }
 
 /// A machine in memory. A test is its guest.
@@ -148,6 +153,7 @@ struct Inner {
     reason: Option<ExitReason>,
     exit: Option<MachineExit>,
     links: VecDeque<UnixStream>,
+    nic: Option<Nic>,
     console: Vec<String>,
 }
 
@@ -158,10 +164,16 @@ impl fmt::Debug for FakeMachine {
 }
 
 impl FakeMachine {
-    /// What it was made of.
+    /// What it was made of, but for its NIC.
     #[must_use]
     pub const fn spec(&self) -> &MachineSpec {
         &self.spec
+    }
+
+    /// Its NIC. It holds its TAP open until its end has been awaited.
+    #[must_use]
+    pub fn nic(&self) -> Option<Nic> {
+        lock(&self.inner).nic.clone()
     }
 
     /// Ends it by itself for this reason.
@@ -219,8 +231,9 @@ impl Machine for FakeMachine {
     async fn wait_exit(&self) -> MachineExit {
         self.processes.ended(&self.identity).await;
         let mut inner = lock(&self.inner);
-        // Connections that the guest never took end with it.
+        // Connections that the guest never took end with it, and so does its hold on the TAP.
         inner.links.clear();
+        inner.nic = None;
         let reason = inner.reason.clone().unwrap_or_else(|| ExitReason::Died(String::new()));
         let status = match reason {
             ExitReason::Killed | ExitReason::Died(_) => "signal: 9 (SIGKILL)",

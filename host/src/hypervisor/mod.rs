@@ -14,6 +14,7 @@
 //!    panic, from the console.
 //! 4. Nothing that a user supplied is on the guest's kernel command line.
 //! 5. `kill` of a machine that is gone is success.
+//! 6. A machine holds its TAP open as long as it lives, and nothing here does after the launch.
 //!
 //! # Failure
 //! A launch that fails leaves no process: what was spawned is killed before the error is returned.
@@ -21,6 +22,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,7 +42,7 @@ pub use fake::{FakeHypervisor, FakeMachine, LaunchFault};
 pub use qemu::{Acceleration, Qemu, QemuOptions};
 
 /// What a machine is made of.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct MachineSpec {
     /// The mark for its argv.
     pub mark: Mark,
@@ -56,6 +58,20 @@ pub struct MachineSpec {
     pub vcpus: u32,
     /// The guest's memory in MiB.
     pub memory_mb: u64,
+    /// The NIC, if it has one.
+    pub nic: Option<Nic>,
+}
+
+/// A NIC on a TAP that is open already: a hypervisor needs no privilege for it.
+#[derive(Debug, Clone)]
+pub struct Nic {
+    /// The guest's hardware address.
+    pub mac: [u8; 6],
+    /// The largest packet, in bytes: the guest's driver takes it over and accepts no larger one.
+    pub mtu: u16,
+    /// The TAP. The hypervisor gets a descriptor of its own, so a TAP that is not persistent
+    /// goes with it once all others are closed; this one is closed by dropping it.
+    pub tap: Arc<OwnedFd>,
 }
 
 /// How a machine ended.

@@ -1,6 +1,7 @@
 //! Hypervisors: one suite for QEMU and the fake, and the ways in which a real guest ends.
 
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +9,7 @@ use std::time::Duration;
 use matchlock_host::guest_bundle::GuestBundle;
 use matchlock_host::hypervisor::{
     Acceleration, ExitReason, FakeHypervisor, Hypervisor, HypervisorError, LaunchFault, Machine,
-    MachineExit, MachineSpec, Qemu, QemuOptions,
+    MachineExit, MachineSpec, Nic, Qemu, QemuOptions,
 };
 use matchlock_host::process::{FakeProcesses, LinuxProcesses, Processes, Spawner};
 use matchlock_host::rootfs::{LinuxRootfs, Rootfs, VmPaths};
@@ -61,7 +62,7 @@ async fn make_spec(home: &Path, mark: Mark, init: Init<'_>) -> MachineSpec {
     fs::write(&initramfs, archive(init)).expect("an initramfs");
     fs::write(&base_disk, vec![0; 1024 * 1024]).expect("a base disk");
     let kernel = kernel();
-    MachineSpec { mark, paths, kernel, initramfs, base_disk, vcpus: 1, memory_mb: 256 }
+    MachineSpec { mark, paths, kernel, initramfs, base_disk, vcpus: 1, memory_mb: 256, nic: None }
 }
 
 /// The kernel of the guest bundle that the tests are given.
@@ -135,6 +136,7 @@ async fn qemu_conforms() {
 async fn the_fake_conforms() {
     let processes = FakeProcesses::new();
     let paths = VmPaths::new(Path::new("/home/vms"), unique_mark().vm);
+    let tap = Arc::new(OwnedFd::from(fs::File::open("/dev/null").unwrap()));
     let spec = MachineSpec {
         mark: unique_mark(),
         paths,
@@ -143,6 +145,7 @@ async fn the_fake_conforms() {
         base_disk: "/b".into(),
         vcpus: 1,
         memory_mb: 64,
+        nic: Some(Nic { mac: [2, 0, 0, 0, 0, 1], mtu: 1500, tap: Arc::clone(&tap) }),
     };
     let fake = FakeHypervisor::new(processes.clone());
     hypervisor_conforms(&fake, &processes, &spec).await;
@@ -161,6 +164,9 @@ async fn the_fake_conforms() {
     fake.set_launch_fault(None);
     let machine = fake.launch(&spec).await.unwrap();
     let guest = fake.machine(spec.mark.vm).unwrap();
+    let nic = guest.nic().unwrap();
+    assert_eq!((nic.mac, nic.mtu), ([2, 0, 0, 0, 0, 1], 1500));
+    drop(nic);
     let mut host_end = machine.open_link().await.unwrap();
     let mut guest_end = soon("the link", guest.accept_link()).await;
     host_end.write_all(b"ping").await.unwrap();
@@ -177,6 +183,9 @@ async fn the_fake_conforms() {
     guest.end(ExitReason::PowerOff);
     assert_eq!(ended(&machine).await.reason, ExitReason::PowerOff);
     assert_eq!(fake.launches().len(), 6);
+    drop(spec);
+    assert!(guest.nic().is_none());
+    assert_eq!(Arc::strong_count(&tap), 1, "a machine that has ended holds its TAP");
 }
 
 /// Boots a guest that ends by itself.

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use matchlock_wire::{BASE_DISK_SERIAL, PORT_NAME, ROOTFS_DISK_SERIAL};
 
-use super::super::MachineSpec;
+use super::super::{MachineSpec, Nic};
 
 /// How guests are run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +40,8 @@ pub(super) struct Wiring {
     pub(super) link: RawFd,
     /// The listening socket of the control channel.
     pub(super) qmp: RawFd,
+    /// The TAP, if there is a NIC.
+    pub(super) tap: Option<RawFd>,
 }
 
 /// The guest kernel's command line. Nothing that a user supplied is on it.
@@ -95,7 +97,20 @@ pub(super) fn arguments(spec: &MachineSpec, base_disk: &Path, wiring: &Wiring) -
         .pair("-device", "virtio-serial-device,max_ports=2")
         .pair("-device", format!("virtserialport,chardev=link,nr=1,name={PORT_NAME}"));
     argv.pair("-device", "virtio-rng-device");
+    if let (Some(nic), Some(tap)) = (&spec.nic, wiring.tap) {
+        // With vhost the host's kernel itself would serve the guest's queues; that is not for
+        // guests that nobody trusts.
+        argv.pair("-netdev", format!("tap,id=net0,fd={tap},vhost=off"))
+            .pair("-device", network_device(nic));
+    }
     argv.0
+}
+
+/// The guest's side of the NIC. What is offloaded follows from the TAP: QEMU asks it.
+fn network_device(nic: &Nic) -> String {
+    let [a, b, c, d, e, f] = nic.mac;
+    let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+    format!("virtio-net-device,netdev=net0,mac={mac},host_mtu={}", nic.mtu)
 }
 
 /// A raw disk on a file. Its writes go to the host's page cache; the guest's flushes are obeyed.
@@ -152,11 +167,12 @@ mod tests {
             base_disk: "/c,d/base.erofs".into(),
             vcpus: 2,
             memory_mb: 256,
+            nic: None,
         }
     }
 
     fn wiring(acceleration: Acceleration) -> Wiring {
-        Wiring { acceleration, tsc_khz: Some(2_445_426), link: 7, qmp: 9 }
+        Wiring { acceleration, tsc_khz: Some(2_445_426), link: 7, qmp: 9, tap: None }
     }
 
     fn value<'a>(argv: &'a [OsString], option: &str) -> Vec<&'a str> {
@@ -185,6 +201,23 @@ mod tests {
         let argv = arguments(&spec, &spec.base_disk, &wiring(Acceleration::Kvm));
         assert!(argv.iter().all(|argument| !argument.to_string_lossy().contains("/h,ome")));
         assert!(value(&argv, "-blockdev")[1].ends_with(",file.filename=rootfs.ext4"));
+    }
+
+    #[test]
+    fn a_nic_is_on_the_descriptor_that_was_given() {
+        let mut spec = spec();
+        let none = arguments(&spec, &spec.base_disk, &wiring(Acceleration::Kvm));
+        assert!(value(&none, "-netdev").is_empty());
+        let tap = std::fs::File::open("/dev/null").unwrap();
+        let mac = VmId::new(0x0bad_cafe).mac();
+        spec.nic = Some(Nic { mac, mtu: 1400, tap: std::sync::Arc::new(tap.into()) });
+        let wiring = Wiring { tap: Some(11), ..wiring(Acceleration::Kvm) };
+        let argv = arguments(&spec, &spec.base_disk, &wiring);
+        assert_eq!(value(&argv, "-netdev"), ["tap,id=net0,fd=11,vhost=off"]);
+        let device = "virtio-net-device,netdev=net0,mac=aa:fc:0b:ad:ca:fe,host_mtu=1400";
+        assert_eq!(value(&argv, "-device").last(), Some(&device));
+        // Everything else is as it was.
+        assert_eq!(argv[..none.len()], none);
     }
 
     #[test]

@@ -222,8 +222,16 @@ fn prepare(
         .and_then(|stream| stream.set_nonblocking(true).map(|()| stream))
         .map_err(failed("connect to qmp.sock"))?;
 
-    let wiring =
-        Wiring { acceleration, tsc_khz, link: link.as_raw_fd(), qmp: qmp_listener.as_raw_fd() };
+    // A descriptor of the child's own: the caller may close its one at any moment.
+    let tap = spec.nic.as_ref().map(|nic| nic.tap.try_clone()).transpose();
+    let tap = tap.map_err(failed("hand the TAP over"))?;
+    let wiring = Wiring {
+        acceleration,
+        tsc_khz,
+        link: link.as_raw_fd(),
+        qmp: qmp_listener.as_raw_fd(),
+        tap: tap.as_ref().map(AsRawFd::as_raw_fd),
+    };
     let args = arguments(spec, &base_disk, &wiring);
     let log = open_log(&dir)?;
     // A descriptor of the spawner's own: given up, the launch closes ours at any moment.
@@ -236,7 +244,7 @@ fn prepare(
         cwd: format!("/proc/self/fd/{}", cwd_fd.as_raw_fd()).into(),
         cwd_fd: Some(cwd_fd),
         log,
-        inherit: vec![link.into(), qmp_listener.into()],
+        inherit: [link.into(), qmp_listener.into()].into_iter().chain(tap).collect(),
         max_file_bytes: Some(largest_file(disk_bytes)),
     };
     Ok(Prepared { dir, qmp, child })
