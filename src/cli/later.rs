@@ -70,10 +70,6 @@ pub(super) struct LaterRunFlags {
     #[arg(long, hide = true)]
     disk: Vec<String>,
     #[arg(long, hide = true)]
-    dns_servers: Vec<String>,
-    #[arg(long, hide = true)]
-    mtu: Option<String>,
-    #[arg(long, hide = true)]
     network_intercept: bool,
     #[arg(long, hide = true)]
     privileged: bool,
@@ -99,8 +95,6 @@ impl LaterRunFlags {
             ("--allow-host", !self.allow_host.is_empty()),
             ("--detach", self.detach),
             ("--disk", !self.disk.is_empty()),
-            ("--dns-servers", !self.dns_servers.is_empty()),
-            ("--mtu", self.mtu.is_some()),
             ("--network-intercept", self.network_intercept),
             ("--privileged", self.privileged),
             ("--publish", !self.publish.is_empty()),

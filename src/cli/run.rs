@@ -16,7 +16,7 @@ use matchlock_model::exec::ExecSpec;
 use matchlock_model::exit;
 use matchlock_model::failure::FailureKind;
 use matchlock_model::image::ImageRecord;
-use matchlock_model::spec::{EnvVar, VmSpec, VmSpecInput, env_file_lines, parse_env};
+use matchlock_model::spec::{EnvVar, NetworkInput, VmSpec, VmSpecInput, env_file_lines, parse_env};
 use matchlock_model::view::VmView;
 use matchlock_model::vm::StopMode;
 
@@ -89,9 +89,21 @@ pub(super) struct RunArgs {
     /// Give the command our stdin
     #[arg(short, long)]
     interactive: bool,
-    /// No network (in this version no VM has one; this says that you know)
+    /// No NIC at all: needs no privilege
     #[arg(long)]
     no_network: bool,
+    /// Largest packet in bytes, on both ends [default: 1500]
+    #[arg(long, value_name = "BYTES")]
+    mtu: Option<u64>,
+    /// Name servers of the guest, IPv4 [default: 8.8.8.8,8.8.4.4]
+    #[arg(long, value_name = "IP", value_delimiter = ',')]
+    dns_servers: Vec<String>,
+    /// Let the guest reach private networks too (10/8, 172.16/12, 192.168/16, 100.64/10)
+    #[arg(long)]
+    allow_private: bool,
+    /// Let the guest reach this host's own addresses too
+    #[arg(long)]
+    allow_host_access: bool,
     /// Hypervisor
     #[arg(long, value_enum, default_value = "auto", env = "MATCHLOCK_HYPERVISOR")]
     hypervisor: HypervisorChoice,
@@ -126,7 +138,7 @@ fn parse_duration(text: &str) -> Result<Duration, humantime::DurationError> {
 
 pub(super) async fn run(args: RunArgs, config: NodeConfig) -> Result<u8, CliError> {
     let mut watch = Stopwatch::start();
-    let (timings, no_network) = (args.timings, args.no_network);
+    let timings = args.timings;
     let mut interrupts = Interrupts::install().map_err(|e| CliError::failure(&e))?;
     let spec = check(args)?;
     let image = find_image(&config, &spec.image)?;
@@ -137,11 +149,6 @@ pub(super) async fn run(args: RunArgs, config: NodeConfig) -> Result<u8, CliErro
     let node = Node::boot(config).await?;
     node.deps().hypervisor.check().map_err(|e| CliError::failure(&e))?;
     watch.image = Some(watch.elapsed());
-    if !no_network {
-        render::note(
-            "this version has no networking yet: the VM has no network (--no-network says that you know)",
-        );
-    }
     let create = CreateVm {
         spec: spec.clone(),
         image: image.config,
@@ -178,6 +185,13 @@ fn check(args: RunArgs) -> Result<VmSpec, CliError> {
         user: args.user,
         hostname: args.hostname,
         add_hosts: args.add_host,
+        network: NetworkInput {
+            no_network: args.no_network,
+            mtu: args.mtu,
+            dns_servers: args.dns_servers,
+            allow_private: args.allow_private,
+            allow_host_access: args.allow_host_access,
+        },
         cpus: args.cpus,
         memory_mb: args.memory,
         disk_size_mb: args.disk_size,

@@ -41,6 +41,7 @@ impl Stopwatch {
         let rows = [
             ("image", self.image, "found the image, booted the node"),
             ("disk", timings.disk, "made directory and disk"),
+            ("network", timings.network, "took a subnet, made TAP and firewall tables"),
             ("spawn", timings.spawn, "started the hypervisor"),
             ("kernel", timings.kernel, "guest kernel, until /init, by the guest's clock"),
             (

@@ -9,6 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use matchlock_model::subnet::{InvalidPool, SubnetPool};
 use serde::Deserialize;
 
 /// The environment variable of the state directory.
@@ -19,6 +20,8 @@ pub const CACHE_VARIABLE: &str = "MATCHLOCK_CACHE";
 pub const BOOT_TIMEOUT_VARIABLE: &str = "MATCHLOCK_BOOT_TIMEOUT";
 /// The environment variable of the time that removed VMs are remembered, in days.
 pub const HISTORY_DAYS_VARIABLE: &str = "MATCHLOCK_HISTORY_DAYS";
+/// The environment variable of the pool that subnets are taken from.
+pub const SUBNET_POOL_VARIABLE: &str = "MATCHLOCK_SUBNET_POOL";
 /// The name of the file with settings, in the state directory.
 pub const CONFIG_FILE: &str = "config.toml";
 
@@ -37,6 +40,8 @@ pub struct NodeConfig {
     pub boot_timeout: Option<Duration>,
     /// How many days the history of a removed VM is kept.
     pub history_days: u32,
+    /// Where subnets are taken from.
+    pub subnet_pool: SubnetPool,
 }
 
 /// The settings in the file, named as in it.
@@ -47,6 +52,7 @@ struct FileConfig {
     kernel: Option<PathBuf>,
     boot_timeout: Option<u64>,
     history_days: Option<u32>,
+    subnet_pool: Option<String>,
 }
 
 /// Why there is no configuration.
@@ -75,6 +81,14 @@ pub enum ConfigError {
         value: OsString,
         /// What is counted.
         unit: &'static str,
+    },
+    /// A subnet pool is none.
+    #[error("{setting}: {source}")]
+    SubnetPool {
+        /// Which setting, and where it stands.
+        setting: String,
+        /// What is wrong with it.
+        source: InvalidPool,
     },
     /// The file cannot be read.
     #[error("cannot read {}", path.display())]
@@ -137,7 +151,15 @@ impl NodeConfig {
         let history_days = set(HISTORY_DAYS_VARIABLE)
             .map(|(setting, value)| parsed(setting, value, DAYS, |_: &u32| true))
             .transpose()?;
+        let subnet_pool = set(SUBNET_POOL_VARIABLE)
+            .or(file.subnet_pool.map(|pool| (said("subnet_pool"), pool.into())))
+            .map(|(setting, pool)| {
+                let parsed = pool.to_string_lossy().parse();
+                parsed.map_err(|source| ConfigError::SubnetPool { setting, source })
+            })
+            .transpose()?;
         Ok(Self {
+            subnet_pool: subnet_pool.unwrap_or_default(),
             kernel: path(matchlock_host::guest_bundle::KERNEL_VARIABLE, "kernel", file.kernel)?,
             boot_timeout: boot_timeout.map(Duration::from_secs),
             history_days: history_days.or(file.history_days).unwrap_or(DEFAULT_HISTORY_DAYS),
@@ -218,23 +240,27 @@ mod tests {
     #[test]
     fn the_file_says_more_and_the_environment_has_the_last_word() {
         let home = tempfile::tempdir().unwrap();
-        let text = "cache = '/c'\nkernel = '/k'\nboot_timeout = 7\nhistory_days = 3\n";
+        let text = "cache = '/c'\nkernel = '/k'\nboot_timeout = 7\nhistory_days = 3\n\
+                    subnet_pool = 'base=10.9.0.0/16,size=30'\n";
         std::fs::write(home.path().join(CONFIG_FILE), text).unwrap();
         let home = home.path().to_str().unwrap();
         let told = config(&[("MATCHLOCK_HOME", home)]).unwrap();
         assert_eq!((told.cache, told.kernel), ("/c".into(), Some("/k".into())));
         assert_eq!((told.boot_timeout, told.history_days), (Some(Duration::from_secs(7)), 3));
+        assert_eq!(told.subnet_pool, "base=10.9.0.0/16,size=30".parse().unwrap());
         let overruled = config(&[
             ("MATCHLOCK_HOME", home),
             ("MATCHLOCK_CACHE", "/d"),
             ("MATCHLOCK_KERNEL", "/l"),
             ("MATCHLOCK_BOOT_TIMEOUT", "8"),
             ("MATCHLOCK_HISTORY_DAYS", "0"),
+            ("MATCHLOCK_SUBNET_POOL", "base=10.8.0.0/16,size=29"),
         ])
         .unwrap();
         assert_eq!((overruled.cache, overruled.kernel), ("/d".into(), Some("/l".into())));
         let eight = Some(Duration::from_secs(8));
         assert_eq!((overruled.boot_timeout, overruled.history_days), (eight, 0));
+        assert_eq!(overruled.subnet_pool, "base=10.8.0.0/16,size=29".parse().unwrap());
     }
 
     #[test]
@@ -247,8 +273,11 @@ mod tests {
             ("MATCHLOCK_BOOT_TIMEOUT", "1.5"),
             ("MATCHLOCK_HISTORY_DAYS", "-1"),
             ("MATCHLOCK_HISTORY_DAYS", "month"),
+            ("MATCHLOCK_SUBNET_POOL", "10.0.0.0/8"),
+            ("MATCHLOCK_SUBNET_POOL", "base=10.0.0.0/8,size=31"),
         ] {
             let text = config(&[("HOME", "/h"), (name, value)]).unwrap_err().to_string();
+            let value = value.rsplit('=').next().unwrap();
             assert!(text.contains(name) && text.contains(value), "{text}");
         }
     }
@@ -263,6 +292,7 @@ mod tests {
             ("history_days = -3", "line 1"),
             ("boot_timeout = 0", "boot_timeout in "),
             ("cache = 'relative'", "cache in "),
+            ("subnet_pool = 'base=10.0.0.0/8'", "subnet_pool in "),
             ("a b", "line 1"),
         ] {
             std::fs::write(&file, text).unwrap();

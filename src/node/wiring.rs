@@ -5,12 +5,16 @@ use std::sync::Arc;
 use matchlock_actors::db_writer::DbHandle;
 use matchlock_actors::deps::{Deps, Limits};
 use matchlock_actors::root::Services;
+use matchlock_actors::subnet_allocator::SubnetHandle;
 use matchlock_host::facts;
+use matchlock_host::firewall::LinuxFirewall;
 use matchlock_host::guest_link::YamuxConnector;
 use matchlock_host::hypervisor::{Qemu, QemuOptions};
+use matchlock_host::netlock::LinuxNetworkLocks;
 use matchlock_host::owner_lock::{LinuxOwnerLocks, OwnerLocks};
 use matchlock_host::process::{LinuxProcesses, Spawner};
 use matchlock_host::rootfs::LinuxRootfs;
+use matchlock_host::tap::LinuxTaps;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::id::InstallId;
 use matchlock_store::ReadPool;
@@ -50,6 +54,11 @@ pub(super) fn deps(
         hypervisor: Arc::new(Qemu::new(spawner, options)),
         connector: Arc::new(YamuxConnector),
         rootfs: Arc::new(LinuxRootfs::new()),
+        taps: Arc::new(LinuxTaps::new()),
+        firewall: Arc::new(LinuxFirewall::new()),
+        network_locks: Arc::new(LinuxNetworkLocks::new()),
+        subnet_pool: Arc::new(config.subnet_pool.clone()),
+        subnets: SubnetHandle(services.subnet_allocator.clone()),
         processes: Arc::new(LinuxProcesses::new().map_err(|e| host(&e))?),
         locks: owner_locks(config)?,
         owner_server: Arc::new(OwnerSockets::new(NodeClient::new(services.clone()))),

@@ -12,19 +12,24 @@ use matchlock_actors::fleet::{FleetMsg, VmHandle};
 use matchlock_actors::images::ImagesArgs;
 use matchlock_actors::reconciler::{ReconcilerMsg, Target, VmReport};
 use matchlock_actors::root::{Root, RootArgs, RootMsg, Services, Slots};
+use matchlock_actors::subnet_allocator::SubnetHandle;
 use matchlock_actors::vm::CreateVm;
+use matchlock_host::firewall::FakeFirewall;
 use matchlock_host::guest_link::{FakeConnector, LinkError};
 use matchlock_host::hypervisor::{ExitReason, FakeHypervisor};
 use matchlock_host::image::{ImageDirs, ImportLimits};
+use matchlock_host::netlock::FakeNetworkLocks;
 use matchlock_host::owner_lock::FakeOwnerLocks;
 use matchlock_host::process::FakeProcesses;
 use matchlock_host::rootfs::{FakeRootfs, VmPaths};
+use matchlock_host::tap::FakeTaps;
 use matchlock_model::failure::Failure;
 use matchlock_model::id::{InstallId, VmId};
 use matchlock_model::image::ImageConfig;
 use matchlock_model::phase::Phase;
 use matchlock_model::reconcile::Goal;
-use matchlock_model::spec::{VmSpec, VmSpecInput};
+use matchlock_model::spec::{NetworkInput, VmSpec, VmSpecInput};
+use matchlock_model::subnet::SubnetPool;
 use matchlock_model::view::VmView;
 use matchlock_model::vm::StopMode;
 use matchlock_store::{ReadPool, open_state};
@@ -52,6 +57,8 @@ pub(crate) struct World {
     pub(crate) hypervisor: FakeHypervisor,
     pub(crate) connector: FakeConnector,
     pub(crate) rootfs: FakeRootfs,
+    pub(crate) taps: FakeTaps,
+    pub(crate) firewall: FakeFirewall,
     pub(crate) processes: FakeProcesses,
     pub(crate) locks: FakeOwnerLocks,
     pub(crate) deps: Deps,
@@ -84,6 +91,7 @@ impl World {
         let processes = FakeProcesses::new();
         let hypervisor = FakeHypervisor::new(processes.clone());
         let connector = FakeConnector::default();
+        let (taps, firewall) = (FakeTaps::default(), FakeFirewall::default());
         let (rootfs, locks) = (FakeRootfs::new(), FakeOwnerLocks::default());
         power_off_on_shutdown(&connector, &hypervisor);
         let ids = AtomicU32::new(1);
@@ -94,6 +102,11 @@ impl World {
             connector: Arc::new(connector.clone()),
             rootfs: Arc::new(rootfs.clone()),
             processes: Arc::new(processes.clone()),
+            taps: Arc::new(taps.clone()),
+            firewall: Arc::new(firewall.clone()),
+            network_locks: Arc::new(FakeNetworkLocks::default()),
+            subnet_pool: Arc::new(SubnetPool::default()),
+            subnets: SubnetHandle(services.subnet_allocator.clone()),
             locks: Arc::new(locks.clone()),
             owner_server: Arc::new(NoServer),
             db: DbHandle(services.db_writer.clone()),
@@ -127,6 +140,8 @@ impl World {
             hypervisor,
             connector,
             rootfs,
+            taps,
+            firewall,
             processes,
             locks,
             deps,
@@ -188,10 +203,14 @@ impl World {
         self.deps.paths(id)
     }
 
-    /// Nothing of any VM is left: no process, no file, no lock, no row.
+    /// Nothing of any VM is left: no process, no link, no table, no file, no lock, no row.
     pub(crate) async fn assert_nothing_left(&self) {
+        use matchlock_host::firewall::Firewall as _;
         use matchlock_host::process::Processes as _;
+        use matchlock_host::tap::Taps as _;
         assert_eq!(self.processes.find_marked().unwrap(), []);
+        assert_eq!(self.taps.list_marked(&self.deps.install).await.unwrap(), []);
+        assert_eq!(self.firewall.list_marked(&self.deps.install).await.unwrap(), []);
         assert_eq!(self.rootfs.existing(), Vec::<PathBuf>::new());
         assert!(self.deps.reader.vms().await.unwrap().is_empty());
         for number in 1..20 {
@@ -253,6 +272,7 @@ fn spec(ephemeral: bool) -> VmSpec {
         user: None,
         hostname: None,
         add_hosts: Vec::new(),
+        network: NetworkInput::default(),
         cpus: 1.0,
         memory_mb: 256,
         disk_size_mb: 64,
