@@ -61,6 +61,9 @@ const BANNED: &[(&str, &[&str], &str)] = &[
             "LinuxRootfs",
             "LinuxProcesses",
             "LinuxOwnerLocks",
+            "LinuxTaps",
+            "LinuxFirewall",
+            "LinuxNetworkLocks",
             "YamuxConnector",
             "Qemu",
         ],
@@ -71,7 +74,16 @@ const BANNED: &[(&str, &[&str], &str)] = &[
     ("wire/src", &["matchlock_model", "std::fs"], "wire knows nothing of the model"),
     (
         "src/cli",
-        &["LinuxRootfs", "LinuxProcesses", "LinuxOwnerLocks", "YamuxConnector", "Qemu::"],
+        &[
+            "LinuxRootfs",
+            "LinuxProcesses",
+            "LinuxOwnerLocks",
+            "LinuxTaps",
+            "LinuxFirewall",
+            "LinuxNetworkLocks",
+            "YamuxConnector",
+            "Qemu::",
+        ],
         "only src/node/wiring.rs names implementations",
     ),
 ];

@@ -4,27 +4,31 @@ use std::io;
 use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-enum State<T> {
-    Waiting,
+enum State<W, T> {
+    Waiting(W),
     Done(T),
-    Cancelled,
+    /// Begun and not done (it panicked), cancelled, or its result was taken.
+    Over,
 }
 
-struct Slot<T>(Mutex<State<T>>);
+struct Slot<W, T>(Mutex<State<W, T>>);
 
-impl<T> Slot<T> {
-    fn state(&self) -> MutexGuard<'_, State<T>> {
+impl<W, T> Slot<W, T> {
+    fn state(&self) -> MutexGuard<'_, State<W, T>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self) -> State<W, T> {
+        mem::replace(&mut *self.state(), State::Over)
     }
 }
 
 /// Cancels what was not begun; waits for what was, and drops its result.
-struct CancelOnDrop<T>(Arc<Slot<T>>);
+struct CancelOnDrop<W, T>(Arc<Slot<W, T>>);
 
-impl<T> Drop for CancelOnDrop<T> {
+impl<W, T> Drop for CancelOnDrop<W, T> {
     fn drop(&mut self) {
-        let result = mem::replace(&mut *self.0.state(), State::Cancelled);
-        drop(result);
+        drop(self.0.take());
     }
 }
 
@@ -39,18 +43,19 @@ impl<T> Drop for CancelOnDrop<T> {
 pub(crate) async fn fenced<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<T> {
-    let slot = Arc::new(Slot(Mutex::new(State::Waiting)));
+    let slot = Arc::new(Slot(Mutex::new(State::Waiting(work))));
     let guard = CancelOnDrop(Arc::clone(&slot));
     let run = move || {
+        // Locked while the work is done: who cancels waits here.
         let mut state = slot.state();
-        if matches!(*state, State::Waiting) {
+        if let State::Waiting(work) = mem::replace(&mut *state, State::Over) {
             *state = State::Done(work());
         }
     };
     tokio::task::spawn_blocking(run).await.map_err(io::Error::other)?;
-    match mem::replace(&mut *guard.0.state(), State::Cancelled) {
+    match guard.0.take() {
         State::Done(result) => Ok(result),
-        State::Waiting | State::Cancelled => Err(io::Error::other("the work was not done")),
+        State::Waiting(_) | State::Over => Err(io::Error::other("the work was not done")),
     }
 }
 

@@ -281,18 +281,13 @@ fn each_permission_opens_what_it_says_and_nothing_else() {
     let held = world.firewalls(true, false);
     all(&world.guest, &[&[INTERNET], PRIVATE], &masqueraded());
     all(&world.guest, &[NEVER, HOST, GUESTS], &Outcome::Refused);
-    drop(held);
-
-    let _held = loop {
-        // The old tables may take a moment: see `CLOSING`.
-        let gone = world.host.block_on(|| async {
-            LinuxFirewall::new().observe("fc-0badcafe").await.unwrap().is_gone()
-                && LinuxFirewall::new().observe("fc-0badcaff").await.unwrap().is_gone()
-        });
-        if gone {
-            break world.firewalls(false, true);
+    world.host.block_on(|| async move {
+        for handle in held {
+            LinuxFirewall::new().release(handle).await.unwrap();
         }
-    };
+    });
+
+    let _held = world.firewalls(false, true);
     all(&world.guest, &[HOST], &reached("192.168.100.2"));
     assert_eq!(call(&world.guest, INTERNET, PORT), masqueraded());
     all(&world.guest, &[PRIVATE, NEVER, GUESTS], &Outcome::Refused);

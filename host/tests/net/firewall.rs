@@ -283,6 +283,41 @@ fn without_privilege_nothing_is_taken_for_gone() {
     });
 }
 
+#[test]
+fn a_list_is_complete_while_others_come_and_go() {
+    const HELD: u32 = 150;
+    let namespace = Namespace::new();
+    namespace.run(|| {
+        let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        // Threads of the namespace's thread are in the namespace too.
+        std::thread::scope(|scope| {
+            let churn = async {
+                let mut vm = 1_000;
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    vm += 1;
+                    drop(LinuxFirewall::new().apply(&spec(&mark(2, vm))).await.unwrap());
+                }
+                assert!(vm > 1_003);
+            };
+            runtime().unwrap().block_on(async {
+                let (firewall, ours) = (LinuxFirewall::new(), mark(1, 0));
+                let mut held = Vec::new();
+                for vm in 0..HELD {
+                    held.push(firewall.apply(&spec(&mark(1, vm))).await.unwrap());
+                }
+                let churning = scope.spawn(|| runtime().unwrap().block_on(churn));
+                for _ in 0..200 {
+                    let listed = firewall.list_marked(&ours.install).await.unwrap();
+                    assert_eq!(listed.len(), held.len() * 2);
+                }
+                done.store(true, std::sync::atomic::Ordering::Relaxed);
+                churning.join().unwrap();
+            });
+        });
+    });
+}
+
 /// `cargo test -p matchlock-host --test net -- --ignored --nocapture measure`
 #[test]
 #[ignore = "a measurement"]

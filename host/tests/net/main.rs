@@ -8,6 +8,8 @@ mod data_path;
 #[cfg(test)]
 mod firewall;
 #[cfg(test)]
+mod killed;
+#[cfg(test)]
 mod namespace;
 #[cfg(test)]
 mod netlock;
