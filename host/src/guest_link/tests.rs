@@ -128,7 +128,7 @@ async fn another_version_is_named() {
         std::future::pending::<()>().await;
     });
     let error = refused(&machine, SOON).await;
-    assert!(matches!(error, LinkError::Version { guest: 7, host: 1 }), "{error:?}");
+    assert!(matches!(error, LinkError::Version { guest: 7, host: 2 }), "{error:?}");
 }
 
 #[tokio::test]

@@ -110,7 +110,9 @@ pub(super) fn arguments(spec: &MachineSpec, base_disk: &Path, wiring: &Wiring) -
 fn network_device(nic: &Nic) -> String {
     let [a, b, c, d, e, f] = nic.mac;
     let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
-    format!("virtio-net-device,netdev=net0,mac={mac},host_mtu={}", nic.mtu)
+    // A cable that can be pulled is first seen unplugged: Linux then says NO-CARRIER for up to a
+    // second after the NIC is up. Nobody here ever pulls it.
+    format!("virtio-net-device,netdev=net0,mac={mac},host_mtu={},status=off", nic.mtu)
 }
 
 /// A raw disk on a file. Its writes go to the host's page cache; the guest's flushes are obeyed.
@@ -214,7 +216,7 @@ mod tests {
         let wiring = Wiring { tap: Some(11), ..wiring(Acceleration::Kvm) };
         let argv = arguments(&spec, &spec.base_disk, &wiring);
         assert_eq!(value(&argv, "-netdev"), ["tap,id=net0,fd=11,vhost=off"]);
-        let device = "virtio-net-device,netdev=net0,mac=aa:fc:0b:ad:ca:fe,host_mtu=1400";
+        let device = "virtio-net-device,netdev=net0,mac=aa:fc:0b:ad:ca:fe,host_mtu=1400,status=off";
         assert_eq!(value(&argv, "-device").last(), Some(&device));
         // Everything else is as it was.
         assert_eq!(argv[..none.len()], none);
