@@ -8,6 +8,7 @@ mod commands;
 mod errors;
 mod images;
 mod lifecycle;
+mod network;
 mod secrets;
 mod signals;
 

@@ -108,8 +108,13 @@ impl Installation {
     /// When the environment does not name the program.
     pub fn command(&self, args: &[&str]) -> Result<Command> {
         let mut command = Command::new(program()?);
+        self.prepare(command.args(args));
+        Ok(command)
+    }
+
+    /// Gives a command that starts the program this installation's environment, and no stdin.
+    pub fn prepare<'a>(&self, command: &'a mut Command) -> &'a mut Command {
         command
-            .args(args)
             .env("MATCHLOCK_HOME", self.home())
             .env("MATCHLOCK_CACHE", &self.cache)
             .env_remove("MATCHLOCK_KERNEL")
@@ -117,8 +122,8 @@ impl Installation {
             .env_remove("MATCHLOCK_QEMU")
             .env_remove("MATCHLOCK_HYPERVISOR")
             .env_remove("MATCHLOCK_LOG")
-            .stdin(Stdio::null());
-        Ok(command)
+            .env_remove("MATCHLOCK_SUBNET_POOL")
+            .stdin(Stdio::null())
     }
 
     /// Runs the program to its end.

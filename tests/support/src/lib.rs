@@ -7,6 +7,7 @@
 
 mod host;
 mod installation;
+pub mod netns;
 mod running;
 
 pub use host::Remains;
