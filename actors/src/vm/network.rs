@@ -1,6 +1,6 @@
 //! The effects on a VM's network. Each does nothing for a VM without one.
 
-use matchlock_host::firewall::FirewallSpec;
+use matchlock_host::firewall::{FirewallError, FirewallSpec};
 use matchlock_host::tap::{HostSubnet, TapError, TapHandle, TapSpec, tap_name};
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::spec::NetworkSpec;
@@ -116,11 +116,17 @@ pub(super) async fn remove_firewall(context: &VmContext) -> OpResult {
         return Ok(());
     }
     let firewall = &context.deps.firewall;
-    if let Some(tables) = context.take_firewall() {
+    let applied = context.take_firewall();
+    let never_applied = applied.is_none();
+    if let Some(tables) = applied {
         firewall.release(tables).await.map_err(|e| host(&e))?;
     }
     let mark = context.deps.mark(context.id);
-    firewall.remove(&tap_name(context.id), &mark).await.map_err(|e| host(&e))
+    match firewall.remove(&tap_name(context.id), &mark).await {
+        // To look takes the same right as to make them: who lacks it has made none.
+        Err(FirewallError::NotPermitted { .. }) if never_applied => Ok(()),
+        result => result.map_err(|e| host(&e)),
+    }
 }
 
 /// Gives the subnet back, once the TAP is gone.

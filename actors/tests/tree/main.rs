@@ -6,6 +6,7 @@
 mod db_writer;
 mod faults;
 mod life;
+mod network;
 mod reconciling;
 mod supervision;
 mod world;

@@ -69,6 +69,9 @@ fn make_tap(name: &str) -> Result<OwnedFd, TapError> {
     Ok(fd)
 }
 
+/// The smallest MTU with which a link has IPv6.
+const LEAST_IPV6_MTU: u32 = 1280;
+
 /// Writes one setting of a link below `/proc/sys/net`. A kernel without that protocol has none.
 fn write_setting(family: &str, name: &str, setting: &str, value: &str) -> Result<(), TapError> {
     let path = format!("/proc/sys/net/{family}/conf/{name}/{setting}");
@@ -256,7 +259,10 @@ async fn set_up(route: &Route, name: &str, index: u32, spec: &TapSpec) -> Result
     let mtu = LinkUnspec::new_with_index(index).mtu(spec.mtu).build();
     let doing = format!("set the MTU {} of", spec.mtu);
     route.order(RouteNetlinkMessage::SetLink(mtu)).await.map_err(failed(&doing))?;
-    write_setting("ipv6", name, "disable_ipv6", "1")?;
+    // A link with an MTU below 1280 has no IPv6, and no settings of it.
+    if spec.mtu >= LEAST_IPV6_MTU {
+        write_setting("ipv6", name, "disable_ipv6", "1")?;
+    }
     // Without this, the guest could ask by ARP for every address of the host and be told.
     write_setting("ipv4", name, "arp_ignore", "1")?;
     let address = rtnetlink::AddressMessageBuilder::<Ipv4Addr>::new()

@@ -90,8 +90,9 @@ pub struct TestNet {
 
 impl TestNet {
     /// A host that reaches the internet, with strict reverse-path filtering, and servers there: on
-    /// every address, port 80 tells who asked (HTTP), port 81 sends as many megabytes as one byte
-    /// asks for, port 53 answers that every name is [`PUBLIC`].
+    /// every address, port 80 tells who asked (HTTP) and port 81 sends as many megabytes as one byte
+    /// asks for; port 53 of [`PUBLIC`] and the first of [`FORBIDDEN`] answers that every name is
+    /// [`PUBLIC`].
     ///
     /// # Errors
     /// When the namespaces cannot be made: it takes root.
@@ -159,12 +160,17 @@ impl TestNet {
         let (web, bulk, dns) = in_namespace(&self.internet, || {
             let any = Ipv4Addr::UNSPECIFIED;
             let (web, bulk) = (TcpListener::bind((any, 80))?, TcpListener::bind((any, 81))?);
-            Ok((web, bulk, UdpSocket::bind((any, 53))?))
+            // An answer comes from the address that was asked.
+            let dns = [PUBLIC, FORBIDDEN[0]].map(|address| UdpSocket::bind((address, 53)));
+            Ok((web, bulk, dns))
         })?;
         let peers = Arc::clone(&self.peers);
         std::thread::spawn(move || end_of("web", answer_web(&web, &peers)));
         std::thread::spawn(move || end_of("bulk", send_bulk(&bulk)));
-        std::thread::spawn(move || end_of("dns", answer_dns(&dns)));
+        for socket in dns {
+            let socket = socket?;
+            std::thread::spawn(move || end_of("dns", answer_dns(&socket)));
+        }
         Ok(())
     }
 }

@@ -1,0 +1,173 @@
+//! A VM's network on fakes of links and tables: one subnet each, given back only once its TAP is gone,
+//! whatever fails on the way.
+
+use std::net::Ipv4Addr;
+
+use matchlock_actors::reconciler::{Outcome, Target};
+use matchlock_host::fault::Fault;
+use matchlock_host::firewall::FirewallOp;
+use matchlock_host::process::Processes as _;
+use matchlock_host::tap::{TapOp, Taps as _, tap_name};
+use matchlock_model::id::VmId;
+use matchlock_model::identity::Namespaces;
+use matchlock_model::phase::Phase;
+use matchlock_model::reconcile::Goal;
+use matchlock_model::vm::StopMode;
+
+use super::world::{World, settled};
+
+async fn subnet(world: &World, vm: VmId) -> Option<String> {
+    let head = world.deps.reader.lifecycle_head(vm).await.unwrap().unwrap();
+    head.resources.subnet_cidr
+}
+
+#[tokio::test]
+async fn a_vm_has_its_network_as_asked_and_gives_it_back_in_order() {
+    let world = World::new().await;
+    let mut vm = world.running(false).await;
+    let name = tap_name(vm.id);
+    let tap = world.taps.observe(&name).await.unwrap().unwrap();
+    assert_eq!(tap.addresses, [(Ipv4Addr::new(192, 168, 100, 1), 24)]);
+    assert_eq!(tap.mark, Some(world.deps.mark(vm.id)));
+    let rules = world.firewall.applied(&name).unwrap();
+    assert_eq!(rules.guest, Ipv4Addr::new(192, 168, 100, 2));
+    assert!(!rules.allow_private && !rules.allow_host_access);
+    let nic = world.hypervisor.machine(vm.id).unwrap().nic().unwrap();
+    assert_eq!((nic.mac, nic.mtu), (vm.id.mac(), 1500));
+    drop(nic);
+    let told = world.connector.configured().pop().unwrap().network.unwrap();
+    assert_eq!((told.address, told.gateway), (rules.guest, Ipv4Addr::new(192, 168, 100, 1)));
+    assert_eq!(told.mac, vm.id.mac());
+    let head = world.deps.reader.lifecycle_head(vm.id).await.unwrap().unwrap().resources;
+    assert_eq!(head.tap_name, Some(name.clone()));
+    assert_eq!(head.firewall_table, Some(format!("matchlock_{name}")));
+    assert_eq!(head.nat_table, Some(format!("matchlock_nat_{name}")));
+    world.stop(vm.id, StopMode::Force).await.unwrap();
+    assert_eq!(settled(&mut vm).await.phase, Phase::Cleaned);
+    let head = world.deps.reader.lifecycle_head(vm.id).await.unwrap().unwrap();
+    for step in ["tap_delete", "nftables_cleanup", "subnet_release"] {
+        assert!(head.cleanup.contains_key(step), "{:?}", head.cleanup);
+    }
+    assert!(!world.deps.reader.vm(vm.id).await.unwrap().unwrap().holds_subnet);
+    world.reconcile(Target::One(vm.id), Goal::Remove).await;
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[tokio::test]
+async fn what_cannot_be_made_is_told_and_leaves_nothing() {
+    type Spoil = fn(&World);
+    let cases: [Spoil; 6] = [
+        |world| world.taps.set_fault(TapOp::Create, Some(Fault::Fails)),
+        |world| world.taps.set_fault(TapOp::Create, Some(Fault::FailsAfterwards)),
+        |world| world.taps.set_fault(TapOp::HostSubnets, Some(Fault::Fails)),
+        |world| world.firewall.set_fault(FirewallOp::Apply, Some(Fault::Fails)),
+        |world| world.firewall.set_fault(FirewallOp::Apply, Some(Fault::FailsAfterwards)),
+        |world| world.firewall.set_fault(FirewallOp::Obstacles, Some(Fault::Fails)),
+    ];
+    for (index, spoil) in cases.into_iter().enumerate() {
+        let world = World::new().await;
+        spoil(&world);
+        let mut vm = world.create(true).await.unwrap();
+        let view = settled(&mut vm).await;
+        assert!(view.cause.is_some() && view.cleaned_up, "{index}: {view:?}");
+        assert!(world.phases(vm.id).await.contains(&Phase::CreateFailed), "{index}");
+        world.assert_nothing_left().await;
+        world.shutdown().await;
+    }
+}
+
+#[tokio::test]
+async fn a_stop_beats_a_network_that_hangs() {
+    type Spoil = fn(&World);
+    let cases: [Spoil; 3] = [
+        |world| world.taps.set_fault(TapOp::HostSubnets, Some(Fault::Never)),
+        |world| world.taps.set_fault(TapOp::Create, Some(Fault::Never)),
+        |world| world.firewall.set_fault(FirewallOp::Apply, Some(Fault::Never)),
+    ];
+    for spoil in cases {
+        let world = World::new().await;
+        spoil(&world);
+        let mut vm = world.create(true).await.unwrap();
+        world.stop(vm.id, StopMode::Force).await.unwrap();
+        assert!(settled(&mut vm).await.cleaned_up);
+        world.taps.set_fault(TapOp::HostSubnets, None);
+        world.assert_nothing_left().await;
+        world.shutdown().await;
+    }
+}
+
+#[tokio::test]
+async fn a_subnet_stays_taken_while_its_tap_is_there() {
+    let world = World::new().await;
+    let mut vm = world.running(true).await;
+    // It is there because the removal fails, and because somebody else holds its descriptor.
+    let held = world.hypervisor.machine(vm.id).unwrap().nic().unwrap();
+    world.taps.set_fault(TapOp::Remove, Some(Fault::Fails));
+    world.stop(vm.id, StopMode::Force).await.unwrap();
+    let view = settled(&mut vm).await;
+    assert_eq!(view.phase, Phase::CleanupFailed);
+    assert!(world.deps.reader.vm(vm.id).await.unwrap().unwrap().holds_subnet);
+    let head = world.deps.reader.lifecycle_head(vm.id).await.unwrap().unwrap();
+    assert!(head.cleanup["tap_delete"].error.is_some() && !head.last_error.is_empty(), "{head:?}");
+    // The next VM gets another.
+    let mut next = world.running(true).await;
+    assert_eq!(subnet(&world, next.id).await.as_deref(), Some("192.168.101.0/24"));
+    world.stop(next.id, StopMode::Force).await.unwrap();
+    world.taps.set_fault(TapOp::Remove, None);
+    settled(&mut next).await;
+    drop(held);
+    world.lock_is_free(vm.id).await;
+    let reports = world.reconcile(Target::One(vm.id), Goal::Clean).await;
+    assert!(matches!(reports[0].outcome, Outcome::Cleaned { .. }), "{reports:?}");
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[tokio::test]
+async fn what_this_host_uses_is_avoided_and_what_we_left_on_it_is_reaped() {
+    let world = World::new().await;
+    world.taps.add_link("eth0", None, &[(Ipv4Addr::new(192, 168, 100, 77), 24)]);
+    world.taps.add_route(Ipv4Addr::new(192, 168, 102, 0), 23, "eth0");
+    // A TAP of a VM of ours that nobody owns and that has no row, on the subnet that is free.
+    let stale = VmId::new(0xbad);
+    let mark = world.deps.mark(stale).to_string();
+    let address = (Ipv4Addr::new(192, 168, 101, 1), 24);
+    world.taps.add_link(&tap_name(stale), Some(&mark), &[address]);
+    let first = world.running(true).await;
+    assert_eq!(subnet(&world, first.id).await.as_deref(), Some("192.168.101.0/24"));
+    assert_eq!(world.taps.observe(&tap_name(stale)).await.unwrap(), None);
+    let second = world.running(true).await;
+    assert_eq!(subnet(&world, second.id).await.as_deref(), Some("192.168.104.0/24"));
+    for mut vm in [first, second] {
+        world.stop(vm.id, StopMode::Force).await.unwrap();
+        settled(&mut vm).await;
+    }
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_network_in_another_namespace_could_not_be_looked_at_until_that_is_gone() {
+    let world = World::new().await;
+    let mut vm = world.running(false).await;
+    let ours = world.processes.own_namespaces().unwrap();
+    let held = world.hypervisor.machine(vm.id).unwrap().nic().unwrap();
+    world.taps.set_fault(TapOp::Remove, Some(Fault::Fails));
+    world.stop(vm.id, StopMode::Force).await.unwrap();
+    settled(&mut vm).await;
+    world.taps.set_fault(TapOp::Remove, None);
+    drop(held);
+    world.lock_is_free(vm.id).await;
+    world.processes.set_namespaces(Namespaces { net: "4:999".into(), ..ours.clone() });
+    let reports = world.reconcile(Target::One(vm.id), Goal::Remove).await;
+    let Outcome::Failed { step, error, .. } = &reports[0].outcome else { panic!("{reports:?}") };
+    assert_eq!(step, "observe");
+    assert!(error.contains("another network namespace"), "{error}");
+    assert!(world.deps.reader.vm(vm.id).await.unwrap().unwrap().holds_subnet);
+    world.processes.end_network_namespace(&ours.net);
+    let reports = world.reconcile(Target::One(vm.id), Goal::Remove).await;
+    assert!(matches!(reports[0].outcome, Outcome::Cleaned { .. }), "{reports:?}");
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
