@@ -98,6 +98,7 @@ fn private_ranges_and_the_host_are_opened_each_alone_and_dns_works_wherever_it_i
         "nslookup -type=a any.test {private} | tail -n 2; probe {private} 80
          probe 169.254.169.254 80; probe 192.168.100.1 9"
     );
+    net.listen_on_host(9).unwrap();
     let dns = format!("--dns-servers={private}");
     let closed = format!("Address: {PUBLIC}\n\n{private}:80 refused\n");
     let opened = format!("Address: {PUBLIC}\n\n{private}:80 open\n");
@@ -106,9 +107,7 @@ fn private_ranges_and_the_host_are_opened_each_alone_and_dns_works_wherever_it_i
         (vec![&*dns, "--allow-private"], &opened, "refused"),
         (vec![&*dns, "--allow-host-access"], &closed, "open"),
     ] {
-        let listener = net.listen_on_host(9).unwrap();
         let said = run(&net, &installation, &flags, &script);
-        drop(listener);
         let expected = format!("{expected}169.254.169.254:80 refused\n192.168.100.1:9 {host}\n");
         assert_eq!(stdout(&said), expected, "{flags:?}: {}", stderr(&said));
     }

@@ -130,12 +130,19 @@ impl TestNet {
         self.host.sh(script)
     }
 
-    /// Listens on a port of all of the host's addresses until what is returned is dropped.
+    /// Takes connections on a port of all of the host's addresses, and ends each at once.
     ///
     /// # Errors
-    /// When it cannot.
-    pub fn listen_on_host(&self, port: u16) -> Result<TcpListener> {
-        in_namespace(&self.host, move || Ok(TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))?))
+    /// When the port cannot be had.
+    pub fn listen_on_host(&self, port: u16) -> Result<()> {
+        let listener = in_namespace(&self.host, move || {
+            Ok(TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))?)
+        })?;
+        std::thread::spawn(move || {
+            let ended = listener.incoming().try_for_each(|stream| stream.map(drop));
+            end_of("host's", ended.map_err(Into::into));
+        });
+        Ok(())
     }
 
     /// Who asked the servers, in order.
