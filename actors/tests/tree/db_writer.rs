@@ -4,11 +4,12 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use futures::future::join_all;
 use matchlock_actors::db_writer::{
-    BATCH_OPS, DbError, DbHandle, DbWriter, DbWriterArgs, DbWriterMsg, QUEUE_OPS, Store,
-    ThreadSlot, join_thread,
+    BATCH_OPS, DbError, DbHandle, DbWriter, DbWriterArgs, DbWriterMsg, QUEUE_OPS, QUEUE_WAIT,
+    Store, ThreadSlot, join_thread,
 };
 use matchlock_actors::handle::{CallError, ServiceSlot};
 use matchlock_model::id::{OwnerEpoch, VmId};
@@ -54,6 +55,10 @@ struct Gated {
 
 impl Gated {
     async fn new() -> Self {
+        Self::patient(QUEUE_WAIT).await
+    }
+
+    async fn patient(queue_wait: Duration) -> Self {
         let home = tempfile::tempdir().unwrap();
         let (asked_tx, asked) = channel();
         let (open, let_through) = channel();
@@ -63,6 +68,7 @@ impl Gated {
         let args = DbWriterArgs {
             open: Arc::new(move || Ok(Box::new(gate.lock().unwrap().take().unwrap()))),
             thread: Arc::clone(&thread),
+            queue_wait,
         };
         let (actor, joined) = Actor::spawn(None, DbWriter, args).await.unwrap();
         let slot = ServiceSlot::new("the database writer");
@@ -199,6 +205,52 @@ async fn draining_writes_everything_that_was_sent() {
     }
     let reader = ReadPool::open(gated.home.path()).unwrap().unwrap();
     assert_eq!(reader.vms().await.unwrap().len(), 300);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_has_waited_too_long_is_not_written_any_more() {
+    let gated = Gated::patient(Duration::from_millis(50)).await;
+    let first = gated.send(insert(1));
+    assert_eq!(gated.asked.recv_timeout(PATIENCE), Ok(1));
+    let late = gated.send(insert(2));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    gated.open.send(()).unwrap();
+    assert!(first.await.unwrap().is_ok());
+    let late = late.await.unwrap();
+    assert!(matches!(&late, Err(e @ DbError::Delayed) if e.retryable()), "{late:?}");
+    gated.actor.stop_and_wait(None, Some(PATIENCE)).await.unwrap();
+    drop(gated.open);
+    assert_eq!(gated.asked.try_iter().sum::<usize>(), 0);
+    let reader = ReadPool::open(gated.home.path()).unwrap().unwrap();
+    assert_eq!(reader.vms().await.unwrap().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_next_life_waits_until_the_last_one_has_written() {
+    let gated = Gated::new().await;
+    let first = gated.send(insert(1));
+    assert_eq!(gated.asked.recv_timeout(PATIENCE), Ok(1));
+    gated.actor.kill();
+    gated.joined.await.unwrap();
+    let opened = Arc::new(AtomicBool::new(false));
+    let (home, seen) = (gated.home.path().to_owned(), Arc::clone(&opened));
+    let args = DbWriterArgs {
+        open: Arc::new(move || {
+            seen.store(true, Ordering::Relaxed);
+            Ok(Box::new(open_state(&home)?))
+        }),
+        thread: Arc::clone(&gated.thread),
+        queue_wait: QUEUE_WAIT,
+    };
+    let next = tokio::spawn(Actor::spawn(None, DbWriter, args));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!opened.load(Ordering::Relaxed) && !next.is_finished(), "two threads write");
+    gated.open.send(()).unwrap();
+    assert!(first.await.unwrap().is_ok());
+    let (actor, joined) = next.await.unwrap().unwrap();
+    assert!(opened.load(Ordering::Relaxed));
+    actor.stop(None);
+    joined.await.unwrap();
 }
 
 static PANIC_BEFORE: AtomicBool = AtomicBool::new(false);
