@@ -237,6 +237,8 @@ fn what_the_reference_left_is_migrated_by_the_first_that_writes() {
     let collected = installation.output(&["gc"]).unwrap();
     let text = String::from_utf8(collected.stdout).unwrap();
     assert!(text.contains("Reconciled 4 VMs"), "{text}");
+    // Their links are gone (or never were): so their subnets are free.
+    assert_eq!(installation.sql("select count(*) from subnet_allocations").unwrap(), "0\n");
     let listed = installation.output(&["list"]).unwrap();
     let text = String::from_utf8(listed.stdout).unwrap();
     for id in ["vm-0000000a", "vm-0000000b", "vm-0000000c", "vm-0000000d"] {

@@ -1,6 +1,7 @@
 //! Real guests on real networks, in network namespaces of the test's own: what they reach, what they
 //! do not, and what is left when somebody dies.
 
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
@@ -168,6 +169,10 @@ fn a_killed_owner_leaves_neither_link_nor_table_and_gc_gives_the_subnet_back() {
         format!("table ip matchlock_nat_fc-{suffix}"),
     ];
     assert_eq!(there, expected);
+    // The hypervisor alone keeps the TAP there: our own descriptor is closed.
+    let owners = std::fs::read_dir(format!("/proc/{}/fd", owner.pid().unwrap())).unwrap();
+    let mut open = owners.filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok());
+    assert!(!open.any(|file| file == Path::new("/dev/net/tun")));
     owner.signal(Signal::KILL).unwrap();
     drop(owner.wait(PATIENCE).unwrap());
     wait_until(SOON, "the kernel to take everything along", || {
