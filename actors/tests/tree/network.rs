@@ -14,7 +14,7 @@ use matchlock_model::phase::Phase;
 use matchlock_model::reconcile::Goal;
 use matchlock_model::vm::StopMode;
 
-use super::world::{World, settled};
+use super::world::{World, reaches, settled};
 
 async fn subnet(world: &World, vm: VmId) -> Option<String> {
     let head = world.deps.reader.lifecycle_head(vm).await.unwrap().unwrap();
@@ -143,6 +143,28 @@ async fn what_this_host_uses_is_avoided_and_what_we_left_on_it_is_reaped() {
         world.stop(vm.id, StopMode::Force).await.unwrap();
         settled(&mut vm).await;
     }
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+/// Somebody who does not take the lock addresses the same subnet while the TAP is being made.
+#[tokio::test]
+async fn a_subnet_that_somebody_takes_meanwhile_is_given_back_and_the_next_one_taken() {
+    let world = World::new().await;
+    let late = std::time::Duration::from_millis(200);
+    world.taps.set_fault(TapOp::Create, Some(Fault::Late(late)));
+    let mut vm = world.create(true).await.unwrap();
+    while !world.taps.calls().contains(&TapOp::Create) {
+        tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+    }
+    world.taps.add_link("lan0", None, &[(Ipv4Addr::new(192, 168, 100, 9), 24)]);
+    let view = reaches(&mut vm, |view| view.phase == Phase::Running || view.settled).await;
+    assert_eq!(view.cause, None);
+    assert_eq!(subnet(&world, vm.id).await.as_deref(), Some("192.168.101.0/24"));
+    let tap = world.taps.observe(&tap_name(vm.id)).await.unwrap().unwrap();
+    assert_eq!(tap.addresses, [(Ipv4Addr::new(192, 168, 101, 1), 24)]);
+    world.stop(vm.id, StopMode::Force).await.unwrap();
+    settled(&mut vm).await;
     world.assert_nothing_left().await;
     world.shutdown().await;
 }
