@@ -27,7 +27,7 @@ pub struct Ipv4Cidr {
 /// A text or a pair that is not a range.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{text:?} is not an IPv4 range: expected an address and a prefix, for example 10.64.0.0/12"
+    "{text:?} is not an IPv4 range: expected its first address and a prefix, for example 10.64.0.0/12"
 )]
 pub struct InvalidCidr {
     /// What was given.

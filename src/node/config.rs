@@ -83,12 +83,12 @@ pub enum ConfigError {
         unit: &'static str,
     },
     /// A subnet pool is none.
-    #[error("{setting}: {source}")]
+    #[error("{setting}: {reason}")]
     SubnetPool {
         /// Which setting, and where it stands.
         setting: String,
         /// What is wrong with it.
-        source: InvalidPool,
+        reason: InvalidPool,
     },
     /// The file cannot be read.
     #[error("cannot read {}", path.display())]
@@ -155,7 +155,7 @@ impl NodeConfig {
             .or(file.subnet_pool.map(|pool| (said("subnet_pool"), pool.into())))
             .map(|(setting, pool)| {
                 let parsed = pool.to_string_lossy().parse();
-                parsed.map_err(|source| ConfigError::SubnetPool { setting, source })
+                parsed.map_err(|reason| ConfigError::SubnetPool { setting, reason })
             })
             .transpose()?;
         Ok(Self {

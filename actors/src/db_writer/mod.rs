@@ -91,7 +91,12 @@ impl From<DbError> for Failure {
             DbError::Write(_) | DbError::Overloaded | DbError::Delayed => FailureKind::Host,
             DbError::Ended | DbError::Lost | DbError::Call(_) => FailureKind::Internal,
         };
-        Self::from_error(kind, &error).context("could not write the VM's state")
+        let failure = Self::from_error(kind, &error);
+        match &error {
+            // It is not about writing.
+            DbError::Write(WriteError::NoFreeSubnet { .. }) => failure,
+            _ => failure.context("could not write the VM's state"),
+        }
     }
 }
 

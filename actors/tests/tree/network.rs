@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use matchlock_actors::reconciler::{Outcome, Target};
 use matchlock_host::fault::Fault;
 use matchlock_host::firewall::FirewallOp;
-use matchlock_host::process::Processes as _;
+use matchlock_host::process::{NamespaceSighting, Processes as _};
 use matchlock_host::tap::{TapOp, Taps as _, tap_name};
 use matchlock_model::id::VmId;
 use matchlock_model::identity::Namespaces;
@@ -171,6 +171,12 @@ async fn a_subnet_that_somebody_takes_meanwhile_is_given_back_and_the_next_one_t
 
 #[tokio::test]
 async fn a_network_in_another_namespace_could_not_be_looked_at_until_that_is_gone() {
+    for sighting in [NamespaceSighting::Gone, NamespaceSighting::Unseen] {
+        elsewhere_until(sighting).await;
+    }
+}
+
+async fn elsewhere_until(sighting: NamespaceSighting) {
     let world = World::new().await;
     let mut vm = world.running(false).await;
     let ours = world.processes.own_namespaces().unwrap();
@@ -187,7 +193,7 @@ async fn a_network_in_another_namespace_could_not_be_looked_at_until_that_is_gon
     assert_eq!(step, "observe");
     assert!(error.contains("another network namespace"), "{error}");
     assert!(world.deps.reader.vm(vm.id).await.unwrap().unwrap().holds_subnet);
-    world.processes.end_network_namespace(&ours.net);
+    world.processes.set_sighting(&ours.net, sighting);
     let reports = world.reconcile(Target::One(vm.id), Goal::Remove).await;
     assert!(matches!(reports[0].outcome, Outcome::Cleaned { .. }), "{reports:?}");
     world.assert_nothing_left().await;
