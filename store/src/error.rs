@@ -472,7 +472,7 @@ impl BadRow {
     }
 
     /// The bad row that travels in this error, or the error again.
-    fn taken_from(error: rusqlite::Error) -> Result<Self, rusqlite::Error> {
+    pub(crate) fn taken_from(error: rusqlite::Error) -> Result<Self, rusqlite::Error> {
         match error {
             rusqlite::Error::FromSqlConversionFailure(column, kind, inner) => inner
                 .downcast::<Self>()

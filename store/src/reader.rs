@@ -13,12 +13,12 @@ use std::path::{Path, PathBuf};
 
 use deadpool_sqlite::{Config, Hook, HookError, Pool, Runtime};
 use matchlock_model::id::VmId;
-use matchlock_model::record::{LifecycleRecord, VmRecord};
+use matchlock_model::record::{LifecycleRecord, VmRecord, VmRemains, VmSummary};
 use rusqlite::Connection;
 
 use crate::busy::LOCK_WAIT;
 use crate::connect::{self, Access};
-use crate::error::{OpenError, ReadError};
+use crate::error::{BadRow, OpenError, ReadError};
 use crate::files::DbFiles;
 use crate::migrate;
 use crate::migrations;
@@ -77,12 +77,36 @@ impl ReadPool {
         self.read(move |conn| vms::find(conn, vm)).await
     }
 
-    /// All VMs, newest first.
+    /// All VMs, newest first; those that cannot be read each with its own error, last.
     ///
     /// # Errors
-    /// When they could not be read.
-    pub async fn vms(&self) -> Result<Vec<VmRecord>, ReadError> {
+    /// When none could be read.
+    pub async fn vms(&self) -> Result<Vec<Result<VmSummary, BadRow>>, ReadError> {
         self.read(vms::all).await
+    }
+
+    /// One VM as [`Self::vms`] tells it.
+    ///
+    /// # Errors
+    /// When it could not be read.
+    pub async fn summary(&self, vm: VmId) -> Result<Option<VmSummary>, ReadError> {
+        self.read(move |conn| vms::summary(conn, vm)).await
+    }
+
+    /// The ids of all VMs; whatever else their rows say need not be readable.
+    ///
+    /// # Errors
+    /// When none could be read.
+    pub async fn vm_ids(&self) -> Result<Vec<Result<VmId, BadRow>>, ReadError> {
+        self.read(vms::ids).await
+    }
+
+    /// What cleaning the VM up needs to know of it.
+    ///
+    /// # Errors
+    /// When that could not be read; what else of its rows cannot be is no error.
+    pub async fn remains(&self, vm: VmId) -> Result<Option<VmRemains>, ReadError> {
+        self.read(move |conn| vms::remains(conn, vm)).await
     }
 
     /// The VM's latest lifecycle row.
