@@ -4,7 +4,7 @@
 //! * Looking has no side effects: no database is made, none is migrated, nothing can be written.
 //!   (SQLite makes the empty `-wal` and the `-shm` beside a database that nobody has open, private
 //!   like the database, and a reader cannot remove them again. They hold nothing.)
-//! * Each answer is of one moment: one statement.
+//! * Each answer is of one moment: one statement, or one transaction.
 //!
 //! # On error
 //! A row that cannot be read is named. A future that is dropped lets its statement finish.
@@ -123,6 +123,23 @@ impl ReadPool {
     /// When they could not be read.
     pub async fn history(&self, vm: VmId) -> Result<Vec<LifecycleRecord>, ReadError> {
         self.read(move |conn| lifecycle::history(conn, vm)).await
+    }
+
+    /// The VM's row, and all its lifecycle rows, oldest first, both of the same moment.
+    ///
+    /// # Errors
+    /// When they could not be read.
+    pub async fn vm_and_history(
+        &self,
+        vm: VmId,
+    ) -> Result<(Option<VmRecord>, Vec<LifecycleRecord>), ReadError> {
+        self.read(move |conn| {
+            let moment = conn.unchecked_transaction()?;
+            let answer = (vms::find(&moment, vm)?, lifecycle::history(&moment, vm)?);
+            moment.commit()?;
+            Ok(answer)
+        })
+        .await
     }
 
     async fn read<T: Send + 'static>(
