@@ -10,6 +10,7 @@
 //! A row that cannot be read is named. A future that is dropped lets its statement finish.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use deadpool_sqlite::{Config, Hook, HookError, Pool, Runtime};
 use matchlock_model::id::VmId;
@@ -34,6 +35,7 @@ const MOST_CONNECTIONS: usize = 4;
 #[derive(Debug, Clone)]
 pub struct ReadPool {
     pool: Pool,
+    path: Arc<Path>,
 }
 
 impl ReadPool {
@@ -49,6 +51,7 @@ impl ReadPool {
             return Ok(None);
         }
         // deadpool opens with the default flags; the address says that nothing is to be written.
+        let path = Arc::from(files.db.as_path());
         let address = PathBuf::from(connect::uri(&files.db, Access::ReadOnly));
         let pool = Config::new(address)
             .builder(Runtime::Tokio1)
@@ -66,7 +69,7 @@ impl ReadPool {
             }))
             .build()
             .map_err(|source| OpenError::Pool { path: files.db, source })?;
-        Ok(Some(Self { pool }))
+        Ok(Some(Self { pool, path }))
     }
 
     /// The VM's row.
@@ -151,7 +154,7 @@ impl ReadPool {
             .interact(move |conn| query(conn))
             .await
             .map_err(|source| ReadError::Interrupted { source })?;
-        Ok(read?)
+        read.map_err(|e| ReadError::of(&self.path, e))
     }
 }
 
@@ -176,9 +179,10 @@ mod tests {
         ];
         for sql in attempts {
             let refused = pool.read(move |conn| conn.execute_batch(sql)).await;
-            let Err(ReadError::Database { fault, .. }) = refused else {
+            let Err(ReadError::Database { fault, path, .. }) = refused else {
                 panic!("{sql}: {refused:?}");
             };
+            assert_eq!(path, home.path().join(STATE_DB));
             assert_eq!(fault, DbFault::ReadOnly, "{sql}");
         }
     }

@@ -101,7 +101,13 @@ async fn reconcile_one(
         .map_err(|refusal| Failure::from_error(FailureKind::Internal, &refusal))?;
     let mut work = Work::new(deps, vm, recorded);
     if row.is_some() && !actions.is_empty() {
-        work.take_over().await?;
+        // Whoever waited for the database in vain would wait again for each further record.
+        match work.take_over().await {
+            Err(failure) if failure.kind == FailureKind::Busy => {
+                return Ok(work.stopped("record", failure));
+            }
+            taken => taken?,
+        }
     }
     Ok(work.carry_out(&actions).await)
 }
@@ -169,8 +175,8 @@ struct Work<'a> {
     deps: &'a Deps,
     vm: VmId,
     has_row: bool,
-    /// `None` as long as the take-over could not be written (a full disk, a locked database):
-    /// what is removed may be what keeps it from being written. The lock is held all the same.
+    /// `None` as long as the take-over could not be written because the disk is full: what is removed
+    /// may be what fills it. The lock is held all the same.
     epoch: Option<OwnerEpoch>,
     /// The phase in the row.
     phase: Phase,
@@ -209,6 +215,9 @@ impl<'a> Work<'a> {
             let Some(step) = cleanup_step(action) else {
                 match result {
                     Ok(()) => continue,
+                    Err(failure) if failure.kind == FailureKind::Busy => {
+                        return self.stopped("record", failure);
+                    }
                     // Written with the next record, after the removals.
                     Err(failure) if *action == Action::RecordCleaning => {
                         tracing::warn!(vm_id = %self.vm, %failure, "cleaning is recorded later");
@@ -291,8 +300,16 @@ impl<'a> Work<'a> {
         Ok(())
     }
 
+    /// The end, where nothing more can be recorded.
+    fn stopped(self, step: &str, failure: Failure) -> Outcome {
+        Outcome::Failed { removed: self.removed, step: step.to_owned(), error: failure.message }
+    }
+
     /// Records the failure in the row, if there is one and it can be written.
     async fn fail(mut self, step: &str, failure: Failure) -> Outcome {
+        if failure.kind == FailureKind::Busy {
+            return self.stopped(step, failure);
+        }
         let mut error = failure.message;
         let text = format!("{step}: {error}");
         for phase in after_failed_removal(self.phase) {
