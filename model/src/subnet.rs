@@ -128,6 +128,13 @@ impl Subnet {
     }
 }
 
+/// Loopback, link-local, multicast and the like.
+const UNUSABLE: [Ipv4Cidr; 4] = [
+    Ipv4Cidr { network: Ipv4Addr::new(0, 0, 0, 0), prefix: 8 },
+    Ipv4Cidr { network: Ipv4Addr::new(127, 0, 0, 0), prefix: 8 },
+    Ipv4Cidr { network: Ipv4Addr::new(169, 254, 0, 0), prefix: 16 },
+    Ipv4Cidr { network: Ipv4Addr::new(224, 0, 0, 0), prefix: 3 },
+];
 /// The longest prefix that has room for a gateway and a guest.
 const LONGEST_PREFIX: u8 = 30;
 /// The first octet of ranges other than the reference's; below are its own.
@@ -200,6 +207,14 @@ pub enum InvalidPool {
         /// The prefix of each subnet.
         size: u8,
     },
+    /// Some of it has a meaning of its own on every host.
+    #[error(
+        "{base} holds addresses that no link can have (0/8, 127/8, 169.254/16, 224/3): use another range"
+    )]
+    Unusable {
+        /// The range.
+        base: Ipv4Cidr,
+    },
     /// There would be more subnets than anybody can number.
     #[error(
         "{base} cut into /{size} makes more than 2^24 subnets: use a smaller range or a shorter prefix"
@@ -227,6 +242,9 @@ impl SubnetPool {
     /// # Errors
     /// When it cannot be cut so.
     pub fn cut(base: Ipv4Cidr, size: u8) -> Result<Self, InvalidPool> {
+        if UNUSABLE.iter().any(|range| range.overlaps(base)) {
+            return Err(InvalidPool::Unusable { base });
+        }
         if size < base.prefix || size > LONGEST_PREFIX {
             return Err(InvalidPool::Size { base, size });
         }
@@ -356,6 +374,10 @@ mod tests {
         }
         for (base, size) in [("10.0.0.0/24", 23), ("10.0.0.0/24", 31), ("10.0.0.0/24", 200)] {
             assert!(matches!(SubnetPool::cut(cidr(base), size), Err(InvalidPool::Size { .. })));
+        }
+        for base in ["0.0.0.0/0", "0.0.0.0/8", "127.0.0.0/16", "169.254.1.0/24", "240.0.0.0/4"] {
+            let refused = SubnetPool::cut(cidr(base), 30);
+            assert!(matches!(refused, Err(InvalidPool::Unusable { .. })), "{base}");
         }
         assert!(matches!(SubnetPool::cut(cidr("8.0.0.0/5"), 30), Err(InvalidPool::TooMany { .. })));
     }

@@ -140,6 +140,21 @@ fn two_vms_have_networks_of_their_own_and_do_not_meet() {
     assert_nothing_left(&net, &installation);
 }
 
+/// The host remembers a connection longer than the VM lives that made it.
+#[test]
+fn what_was_sent_to_an_earlier_vm_does_not_reach_the_next() {
+    let (net, installation) = (TestNet::new().unwrap(), Installation::new().unwrap());
+    let first =
+        run(&net, &installation, &[], "nslookup -type=a stream.test >/dev/null; echo asked");
+    assert_eq!(stdout(&first), "asked\n", "{}", stderr(&first));
+    let script =
+        "ip route | grep -o 'src .*'; sleep 2; grep Udp: /proc/net/snmp | cut -d ' ' -f 2,3";
+    let second = run(&net, &installation, &[], script);
+    let expected = "src 192.168.100.2 \nInDatagrams NoPorts\n0 0\n";
+    assert_eq!(stdout(&second), expected, "{}", stderr(&second));
+    assert_nothing_left(&net, &installation);
+}
+
 #[test]
 fn packets_of_any_size_pass_with_a_small_mtu() {
     const MEGABYTES: u8 = 5;

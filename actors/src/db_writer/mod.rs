@@ -88,6 +88,7 @@ impl From<DbError> for Failure {
             DbError::Write(WriteError::NotFound { .. }) => FailureKind::NotFound,
             DbError::Call(CallError::Timeout { .. }) => FailureKind::Timeout,
             DbError::Write(WriteError::Panicked { .. }) => FailureKind::Internal,
+            DbError::Write(error) if error.is_busy() => FailureKind::Busy,
             DbError::Write(_) | DbError::Overloaded | DbError::Delayed => FailureKind::Host,
             DbError::Ended | DbError::Lost | DbError::Call(_) => FailureKind::Internal,
         };

@@ -5,7 +5,7 @@ use matchlock_host::process::NamespaceSighting;
 use matchlock_host::tap::tap_name;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::id::{Mark, VmId};
-use matchlock_model::record::{LifecycleRecord, VmRecord};
+use matchlock_model::record::VmRemains;
 
 use crate::deps::Deps;
 
@@ -35,11 +35,9 @@ pub(super) async fn marked_ids(deps: &Deps) -> Result<Vec<VmId>, Failure> {
 pub(super) async fn observe(
     deps: &Deps,
     vm: VmId,
-    row: Option<&VmRecord>,
-    head: Option<&LifecycleRecord>,
+    row: Option<&VmRemains>,
 ) -> Result<(bool, bool), Failure> {
-    let had_network = head.is_some_and(|head| head.resources.tap_name.is_some())
-        || row.is_some_and(|row| row.holds_subnet);
+    let had_network = row.is_some_and(|row| row.had_network);
     if had_network && is_elsewhere(deps, row)? {
         return Ok((false, false));
     }
@@ -63,7 +61,7 @@ fn is_marked(tables: &ObservedFirewall, mark: &Mark) -> bool {
 /// Whether the VM's link and tables were in another network namespace and are gone by now: with that
 /// namespace, or, where not everybody's namespace can be seen, with their owner, as the kernel does
 /// it: its lock is ours. While that namespace is seen to be there, the answer is "could not look".
-fn is_elsewhere(deps: &Deps, row: Option<&VmRecord>) -> Result<bool, Failure> {
+fn is_elsewhere(deps: &Deps, row: Option<&VmRemains>) -> Result<bool, Failure> {
     let Some(recorded) = row.and_then(|row| row.namespaces.as_ref()) else { return Ok(false) };
     let ours = deps.processes.own_namespaces().map_err(|e| host(&e))?;
     if recorded.net == ours.net {

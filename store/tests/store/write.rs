@@ -331,6 +331,7 @@ async fn times_are_written_with_the_digits_they_need() {
         assert_eq!(stored, time);
     }
     // Newest first, which as text they are not.
-    let order: Vec<_> = home.reader().vms().await.unwrap().into_iter().map(|v| v.id).collect();
+    let order: Vec<_> =
+        home.reader().vms().await.unwrap().into_iter().map(|v| v.unwrap().id).collect();
     assert_eq!(order, [vm(2), vm(3), vm(1)]);
 }
