@@ -159,6 +159,12 @@ pub enum OpenError {
         /// What it should be.
         wanted: &'static str,
     },
+    /// It is a symbolic link, and what it names is not there.
+    #[error("{} is a symbolic link to something that is not there: put that back, or remove the link", path.display())]
+    LeadsNowhere {
+        /// The link.
+        path: PathBuf,
+    },
     /// It belongs to another user.
     #[error("{} belongs to user {owner}, but this is user {us}: use another directory, or run as its owner", path.display())]
     NotOurs {
@@ -302,6 +308,7 @@ impl OpenError {
             Self::Migration { source, .. } | Self::Restore { source, .. } => DbFault::of(source),
             Self::Directory { source, .. } | Self::File { source, .. } => DbFault::of_file(source),
             Self::WrongKind { .. }
+            | Self::LeadsNowhere { .. }
             | Self::Foreign { .. }
             | Self::NotOurs { .. }
             | Self::Newer { .. }

@@ -41,7 +41,15 @@ pub(super) async fn reconcile(
 /// Drops the history of VMs that were removed before this moment; of how many.
 pub(super) async fn prune_history(deps: &Deps, before: Timestamp) -> Result<usize, Failure> {
     match deps.db.write(WriteOp::PruneHistory { before }).await? {
-        WriteOutcome::Pruned { vms } => Ok(vms),
+        WriteOutcome::Pruned { vms, unreadable } => {
+            if unreadable > 0 {
+                tracing::warn!(
+                    vms = unreadable,
+                    "history is kept for ever: vm_lifecycle.updated_at of its latest row cannot be read"
+                );
+            }
+            Ok(vms)
+        }
         other => Err(unexpected("a prune", other)),
     }
 }

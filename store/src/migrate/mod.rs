@@ -100,7 +100,7 @@ fn open_to_read_within(
     known: &[Migration],
     lock_wait: Duration,
 ) -> Result<Option<Connection>, OpenError> {
-    if !files::is_there(&files.db)? {
+    if !files.is_there_to_read()? {
         return Ok(None);
     }
     let conn = connect::connect(&files.db, Access::ReadOnly)

@@ -16,7 +16,7 @@ use matchlock_model::subnet::Subnet;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use serde_json::{Map, Value};
 
-use super::{Reading, readable, stored, vms};
+use super::{Reading, each, readable, stored, vms};
 use crate::error::WriteError;
 use crate::op::WriteOutcome;
 
@@ -252,25 +252,25 @@ fn read(row: &Row<'_>) -> rusqlite::Result<LifecycleRecord> {
     })
 }
 
-/// Drops the history of VMs without a row that was last added to before this moment.
+/// Drops the history of VMs without a row that was last added to before this moment; one whose time
+/// cannot be read stays, and is counted.
 pub(crate) fn prune(conn: &Connection, before: Timestamp) -> Result<WriteOutcome, WriteError> {
     let mut query = conn.prepare_cached(
         "SELECT l.vm_id, l.updated_at FROM vm_lifecycle AS l
          WHERE NOT EXISTS (SELECT 1 FROM vms WHERE vms.id = l.vm_id)
            AND l.version = (SELECT max(version) FROM vm_lifecycle WHERE vm_id = l.vm_id)",
     )?;
-    let removed = query
-        .query_map([], |row| {
-            let row = Reading::new(row, "vm_lifecycle", "vm_id")?;
-            Ok((row.text("vm_id")?, row.parsed::<Timestamp>("updated_at")?))
-        })?
-        .collect::<rusqlite::Result<Vec<_>>>()?;
+    let removed = each(query.query_map([], |row| {
+        let row = Reading::new(row, "vm_lifecycle", "vm_id")?;
+        Ok((row.text("vm_id")?, row.parsed::<Timestamp>("updated_at")?))
+    })?)?;
+    let unreadable = removed.iter().filter(|row| row.is_err()).count();
     let mut vms = 0;
-    for (id, _) in removed.iter().filter(|(_, last)| *last < before) {
+    for (id, _) in removed.iter().flatten().filter(|(_, last)| *last < before) {
         for table in ["vm_lifecycle", "vm_lifecycle_head"] {
             conn.prepare_cached(&format!("DELETE FROM {table} WHERE vm_id = ?1"))?.execute([id])?;
         }
         vms += 1;
     }
-    Ok(WriteOutcome::Pruned { vms })
+    Ok(WriteOutcome::Pruned { vms, unreadable })
 }

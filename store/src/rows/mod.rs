@@ -47,7 +47,7 @@ impl<'a> Reading<'a> {
         Self { row: self.row, table, key: self.key.clone() }
     }
 
-    fn bad(&self, column: &'static str, reason: impl Display) -> rusqlite::Error {
+    pub(crate) fn bad(&self, column: &'static str, reason: impl Display) -> rusqlite::Error {
         BadRow { table: self.table, column, key: self.key.clone(), reason: reason.to_string() }
             .into_sqlite()
     }

@@ -177,3 +177,27 @@ async fn what_goes_wrong_names_the_file_and_quotes_no_statement() {
         assert!(told.contains("no such table") && !told.contains("SELECT"), "{told}");
     }
 }
+
+#[test]
+fn what_is_no_regular_file_is_refused_alike_by_writers_and_readers() {
+    let makers: [(&str, fn(&std::path::Path)); 3] = [
+        ("is not a regular file", |path| fs::create_dir(path).unwrap()),
+        ("is not a regular file", |path| {
+            let mode = nix::sys::stat::Mode::S_IRWXU;
+            nix::unistd::mkfifo(path, mode).unwrap();
+        }),
+        ("is a symbolic link to something that is not there", |path| {
+            std::os::unix::fs::symlink("nowhere", path).unwrap();
+        }),
+    ];
+    for (wanted, make) in makers {
+        let home = Home::new();
+        fs::create_dir(&home.path).unwrap();
+        let path = home.path.join(STATE_DB);
+        make(&path);
+        let reading = ReadPool::open(&home.path).unwrap_err().to_string();
+        let writing = open_state(&home.path).unwrap_err().to_string();
+        assert!(reading.starts_with(&format!("{} {wanted}", path.display())), "{reading}");
+        assert_eq!(reading, writing);
+    }
+}

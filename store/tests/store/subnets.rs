@@ -186,3 +186,24 @@ fn eight_processes_that_take_a_thousand_subnets_share_none() {
         query.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect();
     assert_eq!(stored, held);
 }
+
+#[test]
+fn a_row_that_cannot_be_read_keeps_its_subnet_and_stops_nobody() {
+    for bad in ["rubbish", "255.255.255.255/32"] {
+        let home = Home::new();
+        let mut conn = home.writer();
+        for number in [1, 2] {
+            apply_one(&mut conn, insert(vm(number))).unwrap();
+        }
+        let default = Arc::new(SubnetPool::default());
+        given(&mut conn, allocate_from(&default, 1, &[]));
+        home.plain().execute("UPDATE subnet_allocations SET subnet = ?1", [bad]).unwrap();
+        let next = given(&mut conn, allocate_from(&default, 2, &[]));
+        assert_eq!((next.octet, &*next.cidr.to_string()), (101, "192.168.101.0/24"));
+        let own = apply_one(&mut conn, allocate_from(&default, 1, &[])).unwrap_err().to_string();
+        assert!(
+            own.starts_with("subnet_allocations.subnet of vm-00000001 cannot be read"),
+            "{own}"
+        );
+    }
+}

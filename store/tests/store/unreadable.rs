@@ -3,7 +3,7 @@
 use matchlock_model::phase::Phase;
 use matchlock_store::{WriteError, WriteOp, WriteOutcome};
 
-use super::support::{EPOCH, Home, apply_one, at, insert, set_phase, vm};
+use super::support::{EPOCH, Home, apply_one, at, clean, insert, set_phase, vm};
 
 /// VMs 1 and 2, where this was done to the second.
 fn home_with(damage: &str) -> Home {
@@ -63,7 +63,11 @@ async fn a_vm_with_an_unreadable_row_is_cleaned_and_removed_and_nothing_else() {
         let remove = WriteOp::RemoveVm { vm: vm(2), epoch: EPOCH };
         assert_eq!(apply_one(&mut conn, remove), Ok(WriteOutcome::Removed), "{set}");
         let prune = WriteOp::PruneHistory { before: at(1_000) };
-        assert_eq!(apply_one(&mut conn, prune), Ok(WriteOutcome::Pruned { vms: 1 }), "{set}");
+        assert_eq!(
+            apply_one(&mut conn, prune),
+            Ok(WriteOutcome::Pruned { vms: 1, unreadable: 0 }),
+            "{set}"
+        );
     }
 }
 
@@ -84,4 +88,25 @@ async fn a_hypervisor_that_cannot_be_read_is_not_nobody() {
     let home = home_with("UPDATE vm_nodes SET hypervisor_json = '{' WHERE vm_id = 'vm-00000002'");
     let told = home.reader().remains(vm(2)).await.unwrap_err().to_string();
     assert!(told.starts_with("vm_nodes.hypervisor_json of vm-00000002 cannot be read"), "{told}");
+}
+
+#[test]
+fn a_time_that_cannot_be_read_keeps_its_own_history_only() {
+    let home = home_with("");
+    let mut conn = home.writer();
+    for number in [1, 2] {
+        clean(&mut conn, vm(number));
+        apply_one(&mut conn, WriteOp::RemoveVm { vm: vm(number), epoch: EPOCH }).unwrap();
+    }
+    home.plain()
+        .execute(&format!("UPDATE vm_lifecycle SET updated_at = 'soon' {LATEST}"), [])
+        .unwrap();
+    let prune = WriteOp::PruneHistory { before: at(1_000) };
+    let pruned = apply_one(&mut conn, prune);
+    assert_eq!(pruned, Ok(WriteOutcome::Pruned { vms: 1, unreadable: 1 }));
+    let kept: String = home
+        .plain()
+        .query_row("SELECT group_concat(DISTINCT vm_id) FROM vm_lifecycle", [], |row| row.get(0))
+        .unwrap();
+    assert_eq!(kept, "vm-00000002");
 }

@@ -262,7 +262,7 @@ async fn only_old_history_of_removed_vms_is_pruned() {
         apply_one(&mut writer, remove).unwrap();
     }
     let prune = |before: Timestamp| WriteOp::PruneHistory { before };
-    let pruned = |vms| Ok(WriteOutcome::Pruned { vms });
+    let pruned = |vms| Ok(WriteOutcome::Pruned { vms, unreadable: 0 });
     assert_eq!(apply_one(&mut writer, prune(at(10))), pruned(0));
     assert_eq!(apply_one(&mut writer, prune(at(500))), pruned(1));
     let reader = home.reader();
