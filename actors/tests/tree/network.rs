@@ -113,8 +113,8 @@ async fn a_subnet_stays_taken_while_its_tap_is_there() {
     // The next VM gets another.
     let mut next = world.running(true).await;
     assert_eq!(subnet(&world, next.id).await.as_deref(), Some("192.168.101.0/24"));
-    world.stop(next.id, StopMode::Force).await.unwrap();
     world.taps.set_fault(TapOp::Remove, None);
+    world.stop(next.id, StopMode::Force).await.unwrap();
     settled(&mut next).await;
     drop(held);
     world.lock_is_free(vm.id).await;

@@ -180,7 +180,8 @@ async fn what_goes_wrong_names_the_file_and_quotes_no_statement() {
 
 #[test]
 fn what_is_no_regular_file_is_refused_alike_by_writers_and_readers() {
-    let makers: [(&str, fn(&std::path::Path)); 3] = [
+    type Make = fn(&std::path::Path);
+    let makers: [(&str, Make); 3] = [
         ("is not a regular file", |path| fs::create_dir(path).unwrap()),
         ("is not a regular file", |path| {
             let mode = nix::sys::stat::Mode::S_IRWXU;
