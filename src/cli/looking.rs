@@ -5,6 +5,7 @@
 //!   Whoever finds no owner reads the row again, which then says how it ended.
 //! * A row that cannot be read keeps no other VM from being told.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use matchlock_host::owner_lock::OwnerLocks;
@@ -121,14 +122,31 @@ impl Looking {
     /// All VMs with the status that is true now.
     pub(super) async fn at_all(&self) -> Result<AllVms, CliError> {
         let mut all = AllVms::default();
+        let mut looked = Vec::new();
         for row in self.reader.vms().await.map_err(failed)? {
             match row {
                 Ok(row) => {
-                    let again = self.reader.summary(row.id);
-                    all.shown.extend(settled(&*self.locks, row, again).await?);
+                    let held = self.locks.is_held(row.id).map_err(|e| CliError::failure(&e))?;
+                    looked.push((row, held));
                 }
                 Err(bad) => all.unreadable.push(bad),
             }
+        }
+        // One more look at all rows, after the last lock: not one for each that has no owner.
+        let unsure = |(row, held): &(VmSummary, bool)| !held && row.phase != Phase::Cleaned;
+        let later: HashMap<VmId, VmSummary> = if looked.iter().any(unsure) {
+            let rows = self.reader.vms().await.map_err(failed)?;
+            rows.into_iter().flatten().map(|row| (row.id, row)).collect()
+        } else {
+            HashMap::new()
+        };
+        for (row, held) in looked {
+            let record =
+                if unsure(&(row.clone(), held)) { later.get(&row.id).cloned() } else { Some(row) };
+            // One that is not there any more was removed meanwhile.
+            all.shown.extend(
+                record.map(|record| Shown { status: Status::derive(record.phase, held), record }),
+            );
         }
         Ok(all)
     }
