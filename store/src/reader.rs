@@ -88,14 +88,6 @@ impl ReadPool {
         self.read(vms::all).await
     }
 
-    /// One VM as [`Self::vms`] tells it.
-    ///
-    /// # Errors
-    /// When it could not be read.
-    pub async fn summary(&self, vm: VmId) -> Result<Option<VmSummary>, ReadError> {
-        self.read(move |conn| vms::summary(conn, vm)).await
-    }
-
     /// The ids of all VMs; whatever else their rows say need not be readable.
     ///
     /// # Errors

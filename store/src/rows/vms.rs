@@ -63,13 +63,6 @@ pub(crate) fn all(conn: &Connection) -> rusqlite::Result<Vec<Result<VmSummary, B
     Ok(vms)
 }
 
-/// One VM as `all` tells it.
-pub(crate) fn summary(conn: &Connection, vm: VmId) -> rusqlite::Result<Option<VmSummary>> {
-    conn.prepare_cached(&format!("{SUMMARY} WHERE v.id = ?1"))?
-        .query_row([vm.to_string()], summarize)
-        .optional()
-}
-
 fn summarize(row: &Row<'_>) -> rusqlite::Result<VmSummary> {
     let row = Reading::new(row, "vms", "id")?;
     Ok(VmSummary {
