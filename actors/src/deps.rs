@@ -41,6 +41,8 @@ pub type ServeGuard = Box<dyn Send + Sync>;
 pub struct Limits {
     /// From the hypervisor's start to the agent's answer.
     pub boot: Duration,
+    /// From a ping to the record that the guest does not answer.
+    pub hang: Duration,
     /// From SIGKILL to the process being gone.
     pub kill: Duration,
     /// Beyond the guest's own grace: syncing, unmounting, powering off.
@@ -54,6 +56,7 @@ impl Default for Limits {
         Self {
             // Software emulation on a loaded machine: a boot takes 3 s of CPU, 20 may share two.
             boot: Duration::from_secs(120),
+            hang: Duration::from_secs(30),
             kill: Duration::from_secs(10),
             power_off: Duration::from_secs(10),
             cancel: Duration::from_secs(15),

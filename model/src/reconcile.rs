@@ -130,6 +130,26 @@ pub fn after_failed_removal(recorded: Phase) -> &'static [Phase] {
     }
 }
 
+/// The phases to record, in order, for a VM in this phase that its owner gives up: how its life
+/// failed, before it is cleaned up.
+#[must_use]
+pub fn after_given_up(recorded: Phase) -> &'static [Phase] {
+    match recorded {
+        Phase::Creating => &[Phase::CreateFailed],
+        Phase::Created => &[Phase::Starting, Phase::StartFailed],
+        Phase::Starting => &[Phase::StartFailed],
+        Phase::Running => &[Phase::Stopping, Phase::StopFailed],
+        Phase::Stopping => &[Phase::StopFailed],
+        Phase::Cleaning => &[Phase::CleanupFailed],
+        Phase::Stopped
+        | Phase::Cleaned
+        | Phase::CreateFailed
+        | Phase::StartFailed
+        | Phase::StopFailed
+        | Phase::CleanupFailed => &[],
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -213,6 +233,18 @@ mod tests {
                 Action::RemoveDir,
             ]
         );
+    }
+
+    #[test]
+    fn a_vm_that_is_given_up_goes_through_legal_phases() {
+        for phase in Phase::ALL {
+            let mut now = phase;
+            for next in after_given_up(phase) {
+                now.check_transition(*next).unwrap();
+                now = *next;
+            }
+            assert!(now.may_become(Phase::Cleaning) || now == Phase::Cleaned, "{phase}: {now}");
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use matchlock_model::vm::StopMode;
 use matchlock_store::BadRow;
 
 use super::error::CliError;
-use super::kill::take_down;
+use super::kill::{take_down, take_over_with};
 use super::list::without_id;
 use super::looking::Looking;
 use super::render;
@@ -105,15 +105,10 @@ async fn reconcile(
         return Ok(reports);
     }
     for report in reports.iter_mut().filter(|report| report.outcome == Outcome::Running) {
-        if let Err(error) = take_down(config, report.vm, true).await {
-            report.outcome = Outcome::Failed {
-                removed: Vec::new(),
-                step: "stop".into(),
-                error: error.to_string(),
-            };
-            continue;
-        }
-        let again = node.client().reconcile(Some(report.vm), Goal::Clean).await?.pop();
+        let again = match take_down(config, report.vm, true).await {
+            Ok(()) => node.client().reconcile(Some(report.vm), Goal::Clean).await?.pop(),
+            Err(error) => Some(take_over_with(node, report.vm, Goal::Clean, error).await?),
+        };
         report.outcome = match again.map(|report| report.outcome) {
             // Its owner has cleaned up, or even removed it.
             Some(Outcome::Unknown) | None => Outcome::Cleaned { removed: vec![STOPPED.into()] },

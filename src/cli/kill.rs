@@ -3,13 +3,17 @@
 use std::time::Duration;
 
 use clap::Args;
+use matchlock_actors::reconciler::{Outcome, VmReport};
 use matchlock_model::id::VmId;
+use matchlock_model::reconcile::Goal;
 use matchlock_model::view::Status;
+use matchlock_model::vm::StopMode;
 use tokio::time::{Instant, sleep};
 
 use super::error::CliError;
 use super::looking::{AllVms, not_found, not_running, status_of, statuses};
 use super::render;
+use crate::node::boot::Node;
 use crate::node::config::NodeConfig;
 use crate::node::owner;
 use crate::node::wiring;
@@ -33,7 +37,7 @@ pub(super) struct KillArgs {
 const OWNER_LIMIT: Duration = Duration::from_secs(120);
 
 /// How long an owner may take that asks nobody.
-const FORCE_LIMIT: Duration = Duration::from_secs(20);
+const FORCE_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long an owner may take to let go of its VM after its last word.
 const RELEASE_LIMIT: Duration = Duration::from_secs(10);
@@ -60,7 +64,11 @@ pub(super) async fn kill(args: KillArgs, config: NodeConfig) -> Result<u8, CliEr
         }
     };
     for id in ids {
-        match take_down(&config, id, args.force).await {
+        let taken = match take_down(&config, id, args.force).await {
+            Err(error) if args.force => take_over(&config, id, error).await,
+            taken => taken,
+        };
+        match taken {
             Ok(()) => render::lines([format!("Killed {id}")])?,
             Err(error) => tell_all_but_the_last(&mut failed, error),
         }
@@ -77,6 +85,34 @@ fn tell_all_but_the_last(failed: &mut Option<CliError>, error: CliError) {
 
 const fn is_owned(status: Status) -> bool {
     matches!(status, Status::Starting | Status::Running | Status::Stopping)
+}
+
+/// Cleans up after a VM whose owner did not do it.
+async fn take_over(config: &NodeConfig, id: VmId, why: CliError) -> Result<(), CliError> {
+    let node = Node::boot(config.clone()).await?;
+    let report = take_over_with(&node, id, Goal::Clean, why).await;
+    node.shutdown(StopMode::Force).await?;
+    match report?.outcome {
+        Outcome::Cleaned { .. } | Outcome::Unknown => Ok(()),
+        Outcome::Running => {
+            Err(CliError::message(format_args!("VM {id} is being cleaned up by another matchlock")))
+        }
+        Outcome::Failed { step, error, .. } => Err(CliError::message(format_args!(
+            "VM {id} was not cleaned up: {step}: {error}; run `matchlock gc {id}`"
+        ))),
+    }
+}
+
+/// As [`NodeClient::take_over`](crate::node::client::NodeClient::take_over), and says so.
+pub(super) async fn take_over_with(
+    node: &Node,
+    id: VmId,
+    goal: Goal,
+    why: CliError,
+) -> Result<VmReport, CliError> {
+    render::note(&format!("{why}; taking {id} over"));
+    let mut reports = node.client().take_over(id, goal).await?;
+    reports.pop().ok_or_else(|| CliError::message(format_args!("no report about VM {id}")))
 }
 
 /// Asks the owner, and sees that it has let go and that nothing was left.

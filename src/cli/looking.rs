@@ -249,6 +249,10 @@ mod tests {
             Err(OwnerLockError::Held { vm })
         }
 
+        fn try_acquire_cleaner(&self, vm: VmId) -> Result<HeldLock, OwnerLockError> {
+            Err(OwnerLockError::Held { vm })
+        }
+
         fn is_held(&self, _vm: VmId) -> Result<bool, OwnerLockError> {
             let mut row = self.row.lock().unwrap();
             let before = row.take();

@@ -55,13 +55,14 @@ Environment:
   MATCHLOCK_KERNEL        a guest kernel instead of the installed one
   MATCHLOCK_QEMU          the QEMU program (default qemu-system-x86_64)
   MATCHLOCK_BOOT_TIMEOUT  seconds until a guest that does not get ready is given up (default 120)
+  MATCHLOCK_HANG_TIMEOUT  seconds without an answer until a guest's hang is recorded (default 30)
   MATCHLOCK_HISTORY_DAYS  days for which removed microVMs are remembered (default 30)
   MATCHLOCK_SUBNET_POOL   range that subnets are cut from, e.g. base=10.64.0.0/12,size=30 (default
                           192.168.100.0/24 to 192.168.254.0/24, then that one)
   MATCHLOCK_LOG           what is logged on stderr, e.g. debug (default warn)
 
-$MATCHLOCK_HOME/config.toml may set cache, kernel, boot_timeout, history_days
-and subnet_pool."
+$MATCHLOCK_HOME/config.toml may set cache, kernel, boot_timeout, hang_timeout,
+history_days and subnet_pool."
 )]
 struct Cli {
     #[command(subcommand)]

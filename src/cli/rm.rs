@@ -8,7 +8,7 @@ use matchlock_model::reconcile::Goal;
 use matchlock_model::vm::StopMode;
 
 use super::error::CliError;
-use super::kill::take_down;
+use super::kill::{take_down, take_over_with};
 use super::looking::{Looking, not_found};
 use super::render;
 use crate::node::boot::Node;
@@ -37,8 +37,10 @@ pub(super) async fn rm(args: RmArgs, config: NodeConfig) -> Result<u8, CliError>
     let node = Node::boot(config.clone()).await?;
     let mut report = remove(&node, id).await;
     if args.force && matches!(&report, Ok(VmReport { outcome: Outcome::Running, .. })) {
-        take_down(&config, id, true).await?;
-        report = remove(&node, id).await;
+        report = match take_down(&config, id, true).await {
+            Ok(()) => remove(&node, id).await,
+            Err(error) => take_over_with(&node, id, Goal::Remove, error).await,
+        };
     }
     node.shutdown(StopMode::Force).await?;
     match report?.outcome {

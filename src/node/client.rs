@@ -142,6 +142,16 @@ impl NodeClient {
             .await?
     }
 
+    /// Cleans up after a VM whose owner lives and does not answer.
+    ///
+    /// # Errors
+    /// When it could not look at all; what could not be done is in the report.
+    pub async fn take_over(&self, vm: VmId, goal: Goal) -> Result<Vec<VmReport>, Failure> {
+        let message =
+            |reply| ReconcilerMsg::Reconcile { target: Target::TakeOver(vm), goal, reply };
+        self.services.reconciler.call(message, RECONCILE_LIMIT).await?
+    }
+
     /// Drops the history of VMs that were removed before this moment; of how many.
     ///
     /// # Errors

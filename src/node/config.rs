@@ -22,6 +22,8 @@ pub const HOME_VARIABLE: &str = "MATCHLOCK_HOME";
 pub const CACHE_VARIABLE: &str = "MATCHLOCK_CACHE";
 /// The environment variable of the time that a guest has to get ready, in seconds.
 pub const BOOT_TIMEOUT_VARIABLE: &str = "MATCHLOCK_BOOT_TIMEOUT";
+/// Names the environment variable of `hang_timeout`.
+pub const HANG_TIMEOUT_VARIABLE: &str = "MATCHLOCK_HANG_TIMEOUT";
 /// The environment variable of the time that removed VMs are remembered, in days.
 pub const HISTORY_DAYS_VARIABLE: &str = "MATCHLOCK_HISTORY_DAYS";
 /// The environment variable of the pool that subnets are taken from.
@@ -42,6 +44,8 @@ pub struct NodeConfig {
     pub kernel: Option<PathBuf>,
     /// How long a guest may take to get ready; `None` means the default.
     pub boot_timeout: Option<Duration>,
+    /// How long a guest may not answer before that is recorded; `None` means the default.
+    pub hang_timeout: Option<Duration>,
     /// How many days the history of a removed VM is kept.
     pub history_days: u32,
     /// Where subnets are taken from.
@@ -55,6 +59,7 @@ struct FileConfig {
     cache: Option<PathBuf>,
     kernel: Option<PathBuf>,
     boot_timeout: Option<u64>,
+    hang_timeout: Option<u64>,
     history_days: Option<u32>,
     subnet_pool: Option<String>,
 }
@@ -148,10 +153,15 @@ impl NodeConfig {
             Some(cache) => cache,
             None => in_user_home(CACHE_VARIABLE, ".cache/matchlock")?,
         };
-        let boot_timeout = set(BOOT_TIMEOUT_VARIABLE)
-            .or(file.boot_timeout.map(|seconds| (said("boot_timeout"), number(seconds))))
-            .map(|(setting, value)| parsed(setting, value, SECONDS, |seconds: &u64| *seconds > 0))
-            .transpose()?;
+        let seconds = |variable, key: &str, in_file: Option<u64>| {
+            set(variable)
+                .or(in_file.map(|seconds| (said(key), number(seconds))))
+                .map(|(setting, value)| parsed(setting, value, SECONDS, |seconds| *seconds > 0))
+                .transpose()
+                .map(|seconds| seconds.map(Duration::from_secs))
+        };
+        let boot_timeout = seconds(BOOT_TIMEOUT_VARIABLE, "boot_timeout", file.boot_timeout)?;
+        let hang_timeout = seconds(HANG_TIMEOUT_VARIABLE, "hang_timeout", file.hang_timeout)?;
         let history_days = set(HISTORY_DAYS_VARIABLE)
             .map(|(setting, value)| parsed(setting, value, DAYS, |_: &u32| true))
             .transpose()?;
@@ -165,7 +175,8 @@ impl NodeConfig {
         Ok(Self {
             subnet_pool: subnet_pool.unwrap_or_default(),
             kernel: path(matchlock_host::guest_bundle::KERNEL_VARIABLE, "kernel", file.kernel)?,
-            boot_timeout: boot_timeout.map(Duration::from_secs),
+            boot_timeout,
+            hang_timeout,
             history_days: history_days.or(file.history_days).unwrap_or(DEFAULT_HISTORY_DAYS),
             home,
             cache,
@@ -278,19 +289,21 @@ mod tests {
     #[test]
     fn the_file_says_more_and_the_environment_has_the_last_word() {
         let home = tempfile::tempdir().unwrap();
-        let text = "cache = '/c'\nkernel = '/k'\nboot_timeout = 7\nhistory_days = 3\n\
+        let text = "cache = '/c'\nkernel = '/k'\nboot_timeout = 7\nhang_timeout = 9\nhistory_days = 3\n\
                     subnet_pool = 'base=10.9.0.0/16,size=30'\n";
         std::fs::write(home.path().join(CONFIG_FILE), text).unwrap();
         let home = home.path().to_str().unwrap();
         let told = config(&[("MATCHLOCK_HOME", home)]).unwrap();
         assert_eq!((told.cache, told.kernel), ("/c".into(), Some("/k".into())));
         assert_eq!((told.boot_timeout, told.history_days), (Some(Duration::from_secs(7)), 3));
+        assert_eq!(told.hang_timeout, Some(Duration::from_secs(9)));
         assert_eq!(told.subnet_pool, "base=10.9.0.0/16,size=30".parse().unwrap());
         let overruled = config(&[
             ("MATCHLOCK_HOME", home),
             ("MATCHLOCK_CACHE", "/d"),
             ("MATCHLOCK_KERNEL", "/l"),
             ("MATCHLOCK_BOOT_TIMEOUT", "8"),
+            ("MATCHLOCK_HANG_TIMEOUT", "8"),
             ("MATCHLOCK_HISTORY_DAYS", "0"),
             ("MATCHLOCK_SUBNET_POOL", "base=10.8.0.0/16,size=29"),
         ])
@@ -298,6 +311,7 @@ mod tests {
         assert_eq!((overruled.cache, overruled.kernel), ("/d".into(), Some("/l".into())));
         let eight = Some(Duration::from_secs(8));
         assert_eq!((overruled.boot_timeout, overruled.history_days), (eight, 0));
+        assert_eq!(overruled.hang_timeout, eight);
         assert_eq!(overruled.subnet_pool, "base=10.8.0.0/16,size=29".parse().unwrap());
     }
 
@@ -309,6 +323,7 @@ mod tests {
             ("MATCHLOCK_CACHE", "x"),
             ("MATCHLOCK_BOOT_TIMEOUT", "0"),
             ("MATCHLOCK_BOOT_TIMEOUT", "1.5"),
+            ("MATCHLOCK_HANG_TIMEOUT", "0"),
             ("MATCHLOCK_HISTORY_DAYS", "-1"),
             ("MATCHLOCK_HISTORY_DAYS", "month"),
             ("MATCHLOCK_SUBNET_POOL", "10.0.0.0/8"),

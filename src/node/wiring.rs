@@ -48,6 +48,9 @@ pub(super) fn deps(
     if let Some(boot) = config.boot_timeout {
         limits.boot = boot;
     }
+    if let Some(hang) = config.hang_timeout {
+        limits.hang = hang;
+    }
     Ok(Deps {
         install,
         vms_dir: config.vms_dir(),

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use deadpool_sqlite::{Config, Hook, HookError, Pool, Runtime};
-use matchlock_model::id::VmId;
+use matchlock_model::id::{OwnerEpoch, VmId};
 use matchlock_model::record::{LifecycleRecord, VmRecord, VmRemains, VmSummary};
 use rusqlite::Connection;
 
@@ -102,6 +102,14 @@ impl ReadPool {
     /// When that could not be read; what else of its rows cannot be is no error.
     pub async fn remains(&self, vm: VmId) -> Result<Option<VmRemains>, ReadError> {
         self.read(move |conn| vms::remains(conn, vm)).await
+    }
+
+    /// Which owner the VM has; `None` when it has no row.
+    ///
+    /// # Errors
+    /// When it could not be read.
+    pub async fn owner_epoch(&self, vm: VmId) -> Result<Option<OwnerEpoch>, ReadError> {
+        self.read(move |conn| vms::owner_epoch(conn, vm)).await
     }
 
     /// The VM's latest lifecycle row.

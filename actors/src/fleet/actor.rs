@@ -28,7 +28,7 @@ use crate::db_writer::DbError;
 use crate::deps::Deps;
 use crate::handle::ServiceHandle;
 use crate::reconciler::{ReconcilerMsg, Target};
-use crate::vm::{CreateVm, EffectScope, StartAs, Vm, VmArgs, VmContext, VmMsg};
+use crate::vm::{CreateVm, EffectScope, StartAs, Vm, VmArgs, VmContext, VmMsg, abandon};
 
 type Reply<T> = RpcReplyPort<Result<T, Failure>>;
 
@@ -123,6 +123,8 @@ pub struct ScopeOutcome {
     cause: Failure,
     /// The phase in the row, once all effects have ended; or why there is none.
     phase: Result<Phase, Failure>,
+    /// Whether the VM's budget allows another life.
+    may_restart: bool,
 }
 
 /// What Fleet is started with.
@@ -299,6 +301,7 @@ impl FleetState {
             context: Arc::clone(&context),
             scope: scope.clone(),
             actor: None,
+            stop: None,
             budget: RestartBudget::for_vm(),
             lock: Some(lock),
         };
@@ -342,13 +345,15 @@ impl FleetState {
     }
 
     fn stop(&self, id: VmId, mode: StopMode) -> Result<VmHandle, Failure> {
-        let registry = self.registry.lock();
-        let entry = registry.get(&id).ok_or_else(|| unknown(id))?;
+        let mut registry = self.registry.lock();
+        let entry = registry.get_mut(&id).ok_or_else(|| unknown(id))?;
+        if entry.stop != Some(StopMode::Force) {
+            entry.stop = Some(mode);
+        }
         if let Some(actor) = &entry.actor
             && actor.cast(VmMsg::Stop(mode)).is_err()
         {
-            // It is being recovered; a recovered VM is taken down anyway.
-            tracing::debug!(vm_id = %id, "stop of a VM whose actor has just ended");
+            tracing::debug!(vm_id = %id, "its next life is told to stop");
         }
         Ok(VmHandle { id, view: entry.context.watch() })
     }
@@ -377,7 +382,7 @@ impl FleetState {
             .get(&id)
             .is_some_and(|entry| entry.context.watch().borrow().settled);
         if settled {
-            self.retire(id);
+            self.registry.retire(id);
             return;
         }
         let reason = reason.unwrap_or_else(|| "no reason".to_owned());
@@ -388,16 +393,22 @@ impl FleetState {
 
     /// Ends what a failed life left running, then reads where the VM stands.
     fn close_scope(&self, myself: &ActorRef<FleetMsg>, id: VmId, cause: Failure) {
-        let Some(scope) = self.registry.lock().get(&id).map(|entry| entry.scope.clone()) else {
+        let Some((scope, wait)) = self.registry.lock().get_mut(&id).map(|entry| {
+            entry.actor = None;
+            (entry.scope.clone(), entry.budget.spend(Instant::now()))
+        }) else {
             return;
         };
         let (deps, myself) = (self.deps.clone(), myself.clone());
         tokio::spawn(async move {
             let phase = match scope.close(deps.limits.cancel).await {
-                Ok(()) => recorded_phase(&deps, id).await,
+                Ok(()) => {
+                    tokio::time::sleep(wait.unwrap_or_default()).await;
+                    recorded_phase(&deps, id).await
+                }
                 Err(stuck) => Err(Failure::from_error(FailureKind::Internal, &stuck)),
             };
-            let outcome = ScopeOutcome { cause, phase };
+            let outcome = ScopeOutcome { cause, phase, may_restart: wait.is_some() };
             if myself.cast(FleetMsg::ScopeClosed { id, outcome }).is_err() {
                 tracing::error!(vm_id = %id, "the fleet was gone before a VM was recovered");
             }
@@ -420,13 +431,17 @@ impl FleetState {
         let mut restart = None;
         let mut lock = None;
         if let Some(entry) = self.registry.lock().get_mut(&id) {
-            if entry.budget.spend(Instant::now()) {
+            if outcome.may_restart {
                 entry.scope = EffectScope::default();
                 restart = Some(VmArgs {
                     context: Arc::clone(&entry.context),
                     scope: entry.scope.clone(),
                     generation: entry.context.generation().next(),
-                    start: StartAs::Recover { phase, cause: outcome.cause.clone() },
+                    start: StartAs::Recover {
+                        phase,
+                        cause: outcome.cause.clone(),
+                        stop: entry.stop,
+                    },
                 });
             } else {
                 lock = entry.lock.take();
@@ -454,9 +469,14 @@ impl FleetState {
         cause: Failure,
     ) {
         let (reconciler, myself) = (self.reconciler.clone(), myself.clone());
+        let context = self.registry.lock().get(&id).map(|entry| Arc::clone(&entry.context));
+        let why = cause.clone();
         tokio::spawn(async move {
+            if let Some(context) = context {
+                abandon(&context).await;
+            }
             let message = |reply| ReconcilerMsg::Reconcile {
-                target: Target::Owned { vm: id, lock },
+                target: Target::Owned { vm: id, lock, cause: why },
                 goal: Goal::Clean,
                 reply,
             };
@@ -468,16 +488,6 @@ impl FleetState {
         });
     }
 
-    /// Forgets a VM. Its lock is released once none of its effects runs any more: until then
-    /// nobody else may touch what they could.
-    fn retire(&self, id: VmId) {
-        let Some(entry) = self.registry.lock().remove(&id) else { return };
-        tokio::spawn(async move {
-            entry.scope.ended().await;
-            drop(entry);
-        });
-    }
-
     /// Publishes the end of a VM that has no actor any more, and forgets it.
     fn give_up(&self, id: VmId, cause: Failure) {
         let Some(context) = self.registry.lock().get(&id).map(|entry| Arc::clone(&entry.context))
@@ -485,11 +495,15 @@ impl FleetState {
             return;
         };
         tracing::error!(vm_id = %id, %cause, "a VM was given up");
-        context.publish(|view| {
-            view.cause = Some(cause);
-            view.settled = true;
+        let registry = self.registry.clone();
+        tokio::spawn(async move {
+            abandon(&context).await;
+            context.publish(|view| {
+                view.cause = Some(cause);
+                view.settled = true;
+            });
+            registry.retire(id);
         });
-        self.retire(id);
     }
 }
 

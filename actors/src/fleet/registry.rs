@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use matchlock_host::owner_lock::HeldLock;
 use matchlock_model::id::VmId;
 use matchlock_model::view::VmView;
+use matchlock_model::vm::StopMode;
 use ractor::{ActorId, ActorRef};
 use tokio::sync::watch;
 
@@ -26,6 +27,9 @@ pub(super) struct Entry {
     pub(super) context: Arc<VmContext>,
     pub(super) scope: EffectScope,
     pub(super) actor: Option<ActorRef<VmMsg>>,
+    /// What was asked last: an actor that fails before it has done it is asked again in its next
+    /// life.
+    pub(super) stop: Option<StopMode>,
     pub(super) budget: RestartBudget,
     /// Held for the VM's whole life; dropping it tells every process that the owner is gone.
     pub(super) lock: Option<HeldLock>,
@@ -60,6 +64,16 @@ impl Registry {
             .iter()
             .map(|(id, entry)| VmHandle { id: *id, view: entry.context.watch() })
             .collect()
+    }
+
+    /// Forgets a VM. Its lock is released once none of its effects runs any more: until then
+    /// nobody else may touch what they could.
+    pub(super) fn retire(&self, id: VmId) {
+        let Some(entry) = self.lock().remove(&id) else { return };
+        tokio::spawn(async move {
+            entry.scope.ended().await;
+            drop(entry);
+        });
     }
 
     pub(super) fn by_actor(&self, actor: ActorId) -> Option<VmId> {

@@ -19,12 +19,17 @@ pub enum Target {
     One(VmId),
     /// Every VM that has a row, a directory or a marked process.
     All,
+    /// One whose owner holds its lock and does not answer: it is stopped, or hangs. What it may still
+    /// do when it goes on is refused by the epoch.
+    TakeOver(VmId),
     /// One whose lock the caller hands over.
     Owned {
         /// Which.
         vm: VmId,
         /// Its lock; `None` takes it.
         lock: Option<HeldLock>,
+        /// Why its owner gave it up.
+        cause: Failure,
     },
 }
 

@@ -8,7 +8,9 @@ use matchlock_host::process::MarkedProcess;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::id::{OwnerEpoch, VmId};
 use matchlock_model::phase::Phase;
-use matchlock_model::reconcile::{Action, Goal, Observed, after_failed_removal, plan};
+use matchlock_model::reconcile::{
+    Action, Goal, Observed, after_failed_removal, after_given_up, plan,
+};
 use matchlock_model::record::{CleanupEntry, CleanupStatus, CleanupStep, VmRemains};
 use matchlock_store::{WriteOp, WriteOutcome};
 
@@ -23,16 +25,25 @@ pub(super) async fn reconcile(
     goal: Goal,
 ) -> Result<Vec<VmReport>, Failure> {
     let (ids, mut given) = match target {
-        Target::One(vm) => (BTreeSet::from([vm]), None),
-        Target::Owned { vm, lock } => (BTreeSet::from([vm]), lock),
-        Target::All => (all_ids(deps).await?, None),
+        Target::One(vm) => (BTreeSet::from([vm]), Given::default()),
+        Target::Owned { vm, lock, cause } => {
+            (BTreeSet::from([vm]), Given { lock, cause: Some(cause), ..Given::default() })
+        }
+        Target::TakeOver(vm) => {
+            (BTreeSet::from([vm]), Given { from_owner: true, ..Given::default() })
+        }
+        Target::All => (all_ids(deps).await?, Given::default()),
     };
     let mut reports = Vec::with_capacity(ids.len());
     for vm in ids {
         // One VM that cannot be looked at keeps no other from being cleaned.
-        let outcome = reconcile_one(deps, vm, goal, given.take()).await.unwrap_or_else(|failure| {
-            Outcome::Failed { removed: Vec::new(), step: "observe".into(), error: failure.message }
-        });
+        let outcome = reconcile_one(deps, vm, goal, std::mem::take(&mut given))
+            .await
+            .unwrap_or_else(|failure| Outcome::Failed {
+                removed: Vec::new(),
+                step: "observe".into(),
+                error: failure.message,
+            });
         reports.push(VmReport { vm, outcome });
     }
     Ok(reports)
@@ -81,20 +92,35 @@ async fn all_ids(deps: &Deps) -> Result<BTreeSet<VmId>, Failure> {
     Ok(of_rows.chain(dirs).chain(of_processes).chain(of_network).collect())
 }
 
+/// What a reconciliation starts with.
+#[derive(Default)]
+struct Given {
+    /// The owner's lock, handed over.
+    lock: Option<HeldLock>,
+    /// Whether the VM is taken from an owner that holds its lock and does not answer.
+    from_owner: bool,
+    /// Why the VM's owner gave it up.
+    cause: Option<Failure>,
+}
+
 async fn reconcile_one(
     deps: &Deps,
     vm: VmId,
     goal: Goal,
-    lock: Option<HeldLock>,
+    given: Given,
 ) -> Result<Outcome, Failure> {
-    // Held until the VM is done: nobody else touches it meanwhile.
-    let _lock = match lock {
-        Some(lock) => lock,
-        None => match deps.locks.try_acquire(vm) {
-            Ok(lock) => lock,
-            Err(OwnerLockError::Held { .. }) => return Ok(Outcome::Running),
-            Err(error) => return Err(host(&error)),
-        },
+    // Held until the VM is done: nobody else cleans it up meanwhile.
+    let _cleaner = match deps.locks.try_acquire_cleaner(vm) {
+        Ok(lock) => lock,
+        Err(OwnerLockError::Held { .. }) => return Ok(Outcome::Running),
+        Err(error) => return Err(host(&error)),
+    };
+    let _owner = match (given.lock, deps.locks.try_acquire(vm)) {
+        (Some(lock), _) | (None, Ok(lock)) => Some(lock),
+        // It is stopped, or hangs. It is fenced by the epoch, and so are we if it was not.
+        (None, Err(OwnerLockError::Held { .. })) if given.from_owner => None,
+        (None, Err(OwnerLockError::Held { .. })) => return Ok(Outcome::Running),
+        (None, Err(error)) => return Err(host(&error)),
     };
     // Looked at with the lock held: what was seen before may have changed.
     let row = deps.reader.remains(vm).await.map_err(|e| host(&e))?;
@@ -116,6 +142,13 @@ async fn reconcile_one(
             }
             taken => taken?,
         }
+        if given.from_owner && work.epoch.is_none() {
+            let text = "the take-over could not be written: its owner would not be kept out";
+            return Ok(work.stopped("record", Failure::new(FailureKind::Host, text)));
+        }
+    }
+    if let Some(cause) = given.cause {
+        work.give_up(cause).await;
     }
     Ok(work.carry_out(&actions).await)
 }
@@ -189,6 +222,8 @@ struct Work<'a> {
     /// The phase in the row.
     phase: Phase,
     removed: Vec<String>,
+    /// Why the VM's owner gave it up; the rows say it from then on.
+    cause: Option<String>,
     cleanup: Vec<(String, CleanupEntry)>,
 }
 
@@ -201,6 +236,7 @@ impl<'a> Work<'a> {
             epoch: None,
             phase: recorded.unwrap_or(Phase::Creating),
             removed: Vec::new(),
+            cause: None,
             cleanup: Vec::new(),
         }
     }
@@ -215,6 +251,17 @@ impl<'a> Work<'a> {
             Err(failure) => return Err(failure),
         }
         Ok(())
+    }
+
+    /// Records how the VM's life failed. What cannot be written is no reason to leave it lying.
+    async fn give_up(&mut self, cause: Failure) {
+        self.cause = Some(cause.message);
+        for phase in after_given_up(self.phase) {
+            if let Err(failure) = self.record(*phase, None).await {
+                tracing::warn!(vm_id = %self.vm, %failure, "why a VM was given up is not recorded");
+                return;
+            }
+        }
     }
 
     async fn carry_out(mut self, actions: &[Action]) -> Outcome {
@@ -297,7 +344,7 @@ impl<'a> Work<'a> {
             vm: self.vm,
             epoch,
             phase,
-            last_error,
+            last_error: last_error.or_else(|| self.cause.clone()),
             backend: None,
             resources: None,
             cleanup: self.cleanup.clone(),

@@ -23,6 +23,11 @@ pub enum RootMsg {
         /// Answered when they have ended. The writer's thread ends once the root itself is gone.
         reply: RpcReplyPort<()>,
     },
+    /// Start a service again that has failed, now that it has waited.
+    Start {
+        /// Which.
+        service: Service,
+    },
 }
 
 /// How the services are reached.
@@ -105,7 +110,7 @@ pub struct RootState {
 
 /// The services, in the order of their start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Service {
+pub enum Service {
     DbWriter,
     Reconciler,
     SubnetAllocator,
@@ -145,7 +150,14 @@ impl Actor for Root {
         message: RootMsg,
         state: &mut RootState,
     ) -> Result<(), ActorProcessingErr> {
-        let RootMsg::Shutdown { reply } = message;
+        let reply = match message {
+            RootMsg::Shutdown { reply } => reply,
+            RootMsg::Start { service } if state.closing => {
+                tracing::debug!(?service, "not started again: all are being ended");
+                return Ok(());
+            }
+            RootMsg::Start { service } => return state.start(&myself, service).await,
+        };
         state.shut_down().await;
         if reply.send(()).is_err() {
             tracing::debug!("nobody waits for the shutdown");
@@ -178,10 +190,14 @@ impl Actor for Root {
             return Ok(());
         }
         tracing::error!(?service, %why, "a service failed");
-        if !state.budgets[service as usize].spend(Instant::now()) {
-            return Err(format!("{service:?} keeps failing: {why}").into());
+        match state.budgets[service as usize].spend(Instant::now()) {
+            None => Err(format!("{service:?} keeps failing: {why}").into()),
+            Some(Duration::ZERO) => state.start(&myself, service).await,
+            Some(wait) => {
+                drop(myself.send_after(wait, move || RootMsg::Start { service }));
+                Ok(())
+            }
         }
-        state.start(&myself, service).await
     }
 }
 

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::context::VmContext;
 use super::effects::{self, Progress};
 use super::scope::EffectScope;
+use super::watch;
 
 /// What a VM's actor is told.
 #[derive(Debug)]
@@ -37,8 +38,10 @@ pub enum VmMsg {
     },
     /// The hypervisor has ended by itself.
     MachineExited(Failure),
-    /// The guest cannot be reached any more.
+    /// The guest cannot be reached any more, though the hypervisor is there.
     LinkLost(Failure),
+    /// The guest does not answer, or (`None`) does so again.
+    Hung(Option<Failure>),
 }
 
 /// How a life of the actor begins.
@@ -46,12 +49,15 @@ pub enum VmMsg {
 pub enum StartAs {
     /// The VM's row was just inserted.
     New,
-    /// An earlier life failed; finish the shutdown from the row.
+    /// An earlier life failed. A VM that runs goes on; in any other phase the shutdown is finished
+    /// from the row.
     Recover {
         /// The phase in the row.
         phase: Phase,
         /// Why the earlier life ended.
         cause: Failure,
+        /// What somebody asked of the earlier life, or in between.
+        stop: Option<StopMode>,
     },
 }
 
@@ -111,9 +117,9 @@ impl Actor for Vm {
         };
         let mut vm = VmState::new(args.context.create.spec.ephemeral);
         vm.phase = recorded;
-        let event = match args.start {
-            StartAs::New => VmEvent::Begin,
-            StartAs::Recover { phase, cause } => VmEvent::Recover { phase, cause },
+        let (event, stop) = match args.start {
+            StartAs::New => (VmEvent::Begin, None),
+            StartAs::Recover { phase, cause, stop } => (VmEvent::Recover { phase, cause }, stop),
         };
         let mut state = VmActorState {
             context: args.context,
@@ -126,6 +132,9 @@ impl Actor for Vm {
             watching: false,
         };
         state.apply(&myself, event)?;
+        if let Some(mode) = stop {
+            state.apply(&myself, VmEvent::Stop(mode))?;
+        }
         Ok(state)
     }
 
@@ -137,8 +146,15 @@ impl Actor for Vm {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             VmMsg::Stop(mode) => state.apply(&myself, VmEvent::Stop(mode)),
-            VmMsg::MachineExited(cause) => state.apply(&myself, VmEvent::MachineExited(cause)),
-            VmMsg::LinkLost(cause) => state.apply(&myself, VmEvent::LinkLost(cause)),
+            VmMsg::MachineExited(cause) => {
+                state.watching = false;
+                state.apply(&myself, VmEvent::MachineExited(cause))
+            }
+            VmMsg::LinkLost(cause) => {
+                state.watching = false;
+                state.apply(&myself, VmEvent::LinkLost(cause))
+            }
+            VmMsg::Hung(cause) => state.apply(&myself, VmEvent::Hung(cause)),
             VmMsg::OpDone { op, recorded, result } => {
                 if !state.is_current(op) {
                     tracing::warn!(vm_id = %state.context.id, op, "answer of an old operation");
@@ -242,12 +258,14 @@ impl VmActorState {
         let (context, scope, myself) =
             (Arc::clone(&self.context), self.scope.clone(), myself.clone());
         self.scope.spawn(async move {
-            let message = tokio::select! {
-                () = scope.closed() => return,
-                message = effects::watch(&context) => message,
+            let tell = |message| {
+                if myself.cast(message).is_err() {
+                    tracing::debug!(vm_id = %context.id, "the actor was gone before the VM's end");
+                }
             };
-            if myself.cast(message).is_err() {
-                tracing::debug!(vm_id = %context.id, "the actor was gone before the VM's end");
+            tokio::select! {
+                () = scope.closed() => {}
+                last = watch::watch(&context, &tell) => tell(last),
             }
         });
     }

@@ -21,6 +21,7 @@ use matchlock_model::view::{Timings, VmView};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::budget::RestartBudget;
 use crate::deps::{Deps, ServeGuard};
 
 /// A VM to create.
@@ -57,7 +58,6 @@ pub struct VmContext {
 }
 
 /// What is held at the moment.
-#[derive(Default)]
 struct Held {
     machine: Option<Arc<dyn Machine>>,
     launched_at: Option<Instant>,
@@ -68,8 +68,25 @@ struct Held {
     tap: Option<TapHandle>,
     /// The kernel removes the tables when it is dropped.
     firewall: Option<FirewallHandle>,
+    relinks: RestartBudget,
     /// Cleanup entries that are to be written with the next record.
     cleanup: Cleanup,
+}
+
+impl Default for Held {
+    fn default() -> Self {
+        Self {
+            machine: None,
+            launched_at: None,
+            link: None,
+            server: None,
+            subnet: None,
+            tap: None,
+            firewall: None,
+            relinks: RestartBudget::for_link(),
+            cleanup: Cleanup::default(),
+        }
+    }
 }
 
 impl fmt::Debug for VmContext {
@@ -122,7 +139,16 @@ impl VmContext {
     }
 
     pub(crate) fn set_link(&self, link: Option<Arc<dyn GuestLink>>) {
-        self.held().link = link;
+        let old = std::mem::replace(&mut self.held().link, link);
+        if let Some(old) = old {
+            // Whoever still holds it waits for no other session.
+            old.give_up();
+        }
+    }
+
+    /// Whether the link may be begun anew once more.
+    pub(crate) fn may_relink(&self) -> bool {
+        self.held().relinks.spend(Instant::now()).is_some()
     }
 
     pub(crate) fn set_server(&self, server: Option<ServeGuard>) {

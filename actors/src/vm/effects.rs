@@ -14,9 +14,9 @@ use matchlock_store::WriteOp;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::actor::VmMsg;
 use super::context::VmContext;
 use super::network;
+use super::watch;
 
 /// How far an operation has come.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ impl Progress {
 }
 
 /// How long a lost link may wait for the machine's own, better reason.
-const EXIT_AFTER_LINK_LOSS: Duration = Duration::from_secs(2);
+pub(super) const EXIT_AFTER_LINK_LOSS: Duration = Duration::from_secs(2);
 
 /// How many lines of the console an error shows.
 const CONSOLE_LINES: usize = 5;
@@ -62,14 +62,18 @@ pub(super) async fn run(
         progress.lock().unwrap_or_else(PoisonError::into_inner).effect = effect.name();
         let started = Instant::now();
         let recorded = progress.lock().unwrap_or_else(PoisonError::into_inner).recorded;
+        let fenced_and_carried_out = async {
+            check_fence(context, effect).await?;
+            carry_out(context, effect, recorded).await
+        };
         let result = if is_cancellable(effect) {
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => Err(cancelled(effect)),
-                result = carry_out(context, effect, recorded) => result,
+                result = fenced_and_carried_out => result,
             }
         } else {
-            carry_out(context, effect, recorded).await
+            fenced_and_carried_out.await
         };
         tracing::debug!(
             vm_id = %context.id, %effect, took_us = started.elapsed().as_micros(), ok = result.is_ok(),
@@ -81,10 +85,14 @@ pub(super) async fn run(
                 progress.lock().unwrap_or_else(PoisonError::into_inner).recorded = *phase;
             }
             (Ok(()), _) => {}
+            (Err(failure), _) if failure.kind == FailureKind::Fenced => {
+                abandon(context).await;
+                return Err(failure);
+            }
             (Err(failure), effect) if is_removal(effect) => {
                 failed.get_or_insert(failure);
             }
-            (Err(failure), effect) if may_be_recorded_later(effect, &failure) => {
+            (Err(failure), effect) if may_be_recorded_later(effect) => {
                 tracing::warn!(vm_id = %context.id, %failure, "a phase is recorded later");
             }
             (Err(failure), _) => return Err(failure),
@@ -98,15 +106,72 @@ fn cancelled(effect: &Effect) -> Failure {
 }
 
 /// A record of the way down but the last.
-const fn may_be_recorded_later(effect: &Effect, failure: &Failure) -> bool {
-    let down = matches!(
+const fn may_be_recorded_later(effect: &Effect) -> bool {
+    matches!(
         effect,
         Effect::Record {
             phase: Phase::Stopping | Phase::Cleaning | Phase::CreateFailed | Phase::StartFailed,
             ..
         }
-    );
-    down && !matches!(failure.kind, FailureKind::Fenced)
+    )
+}
+
+/// Sees, just before an effect touches this host, that nobody has taken the VM over: an owner that
+/// was stopped and goes on again must not do what it was about to do.
+///
+/// Writes carry the epoch themselves. Talking to the guest and ending our own hypervisor harm
+/// nobody: whoever took the VM over has ended it.
+async fn check_fence(context: &VmContext, effect: &Effect) -> OpResult {
+    match effect {
+        Effect::CreateDir
+        | Effect::ServeOwner
+        | Effect::CreateDisk
+        | Effect::CreateTap
+        | Effect::ApplyFirewall
+        | Effect::Launch
+        | Effect::RemoveTap
+        | Effect::RemoveFirewall
+        | Effect::RemoveSockets
+        | Effect::RemoveDisk
+        | Effect::RemoveDir => see_epoch(context).await,
+        Effect::CloseMachine if context.machine().is_none() => see_epoch(context).await,
+        Effect::CloseMachine
+        | Effect::Record { .. }
+        | Effect::ConnectGuest
+        | Effect::ConfigureGuest
+        | Effect::Reattach { .. }
+        | Effect::Note { .. }
+        | Effect::ShutdownGuest { .. }
+        | Effect::ReleaseSubnet
+        | Effect::RemoveRow
+        | Effect::Cancel
+        | Effect::Settle => Ok(()),
+    }
+}
+
+async fn see_epoch(context: &VmContext) -> OpResult {
+    let current = context.deps.reader.owner_epoch(context.id).await.map_err(|e| host(&e))?;
+    match current {
+        Some(epoch) if epoch == context.epoch => Ok(()),
+        _ => {
+            let text = format!("{} was taken over by another matchlock", context.id);
+            Err(Failure::new(FailureKind::Fenced, text))
+        }
+    }
+}
+
+/// Lets go of a VM that is somebody else's to clean up: ends what is our own child, closes our
+/// descriptors (with which the kernel takes links and tables along), and touches nothing else.
+pub(crate) async fn abandon(context: &VmContext) {
+    context.set_link(None);
+    context.set_server(None);
+    drop(context.take_tap());
+    drop(context.take_firewall());
+    if let Some(machine) = context.machine()
+        && let Err(error) = machine.kill(context.deps.limits.kill).await
+    {
+        tracing::error!(vm_id = %context.id, %error, "the hypervisor of a VM that is let go of");
+    }
 }
 
 /// What follows it may be done even if it failed.
@@ -134,6 +199,7 @@ const fn is_cancellable(effect: &Effect) -> bool {
             | Effect::Launch
             | Effect::ConnectGuest
             | Effect::ConfigureGuest
+            | Effect::Reattach { .. }
             | Effect::ShutdownGuest { .. }
     )
 }
@@ -162,6 +228,8 @@ async fn carry_out(context: &Arc<VmContext>, effect: &Effect, recorded: Phase) -
         Effect::Launch => launch(context).await,
         Effect::ConnectGuest => connect_guest(context).await,
         Effect::ConfigureGuest => configure_guest(context).await,
+        Effect::Reattach { cause } => watch::reattach(context, cause).await,
+        Effect::Note { cause } => watch::note(context, cause.as_ref()).await,
         Effect::ShutdownGuest { grace } => shutdown_guest(context, *grace).await,
         Effect::CloseMachine => close_machine(context).await,
         Effect::RemoveTap => network::remove_tap(context).await,
@@ -235,6 +303,8 @@ fn note(context: &VmContext, effect: &Effect, result: &OpResult, took: Duration)
         | Effect::ServeOwner
         | Effect::ConnectGuest
         | Effect::ConfigureGuest
+        | Effect::Reattach { .. }
+        | Effect::Note { .. }
         | Effect::RemoveRow
         | Effect::Cancel
         | Effect::Settle => None,
@@ -251,7 +321,7 @@ fn network_step(context: &VmContext, took: Duration, step: CleanupStep) -> Optio
     Some(step)
 }
 
-async fn record(context: &VmContext, phase: Phase, cause: Option<&Failure>) -> OpResult {
+pub(super) async fn record(context: &VmContext, phase: Phase, cause: Option<&Failure>) -> OpResult {
     let cleanup = context.noted_cleanup();
     let op = WriteOp::SetPhase {
         vm: context.id,
@@ -292,7 +362,7 @@ async fn launch(context: &VmContext) -> OpResult {
     context.deps.db.write(op).await.map(drop).map_err(Failure::from)
 }
 
-fn no_machine() -> Failure {
+pub(super) fn no_machine() -> Failure {
     Failure::new(FailureKind::Internal, "the hypervisor was not launched")
 }
 
@@ -390,23 +460,4 @@ async fn close_machine(context: &VmContext) -> OpResult {
         }
     }
     Ok(())
-}
-
-/// Waits until the machine ends or its link is lost, and says which.
-pub(super) async fn watch(context: &VmContext) -> VmMsg {
-    let (Some(machine), Some(link)) = (context.machine(), context.link()) else {
-        return VmMsg::MachineExited(no_machine());
-    };
-    let exited = |exit: MachineExit| {
-        VmMsg::MachineExited(Failure::new(FailureKind::Guest, exit.to_string()))
-    };
-    let lost = tokio::select! {
-        biased;
-        exit = machine.wait_exit() => return exited(exit),
-        lost = link.closed() => lost,
-    };
-    match timeout(EXIT_AFTER_LINK_LOSS, machine.wait_exit()).await {
-        Ok(exit) => exited(exit),
-        Err(_) => VmMsg::LinkLost(Failure::from_error(FailureKind::Guest, &lost)),
-    }
 }

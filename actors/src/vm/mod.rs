@@ -5,7 +5,7 @@
 //!                                     │ one operation at a time, spawned in the VM's scope
 //!                                     ▼
 //!              OpDone / OpStuck ◄── effects::run ─► host traits, DbWriter
-//!   MachineExited / LinkLost ◄───── watch task, while running
+//!   MachineExited / LinkLost / Hung ◄── watch task, while running
 //! ```
 //!
 //! # Invariants
@@ -13,12 +13,13 @@
 //! 2. What outlives an actor's life (machine, link, scope) is in its [`VmContext`], which Fleet
 //!    keeps; a new life gets the same context and a new [`Generation`].
 //! 3. Answers of an older operation or life are dropped.
-//! 4. An effect checks its scope just before it touches the host; a closed scope means that
-//!    another life, or another owner, is in charge.
+//! 4. An effect of a closed scope does not go on to the next; before each that touches the host the
+//!    row's epoch is read: another one means that another owner is in charge.
 //!
 //! # Failure
-//! An actor that panics is restarted by Fleet, after its scope was closed, and finishes the
-//! shutdown from the phase in the row ([`StartAs::Recover`]). A cancelled operation that does not
+//! An actor that panics is restarted by Fleet, after its scope was closed ([`StartAs::Recover`]). In
+//! phase running with a hypervisor that lives the VM goes on: machine, link and the guest's commands
+//! are not the actor's. In any other phase the new life finishes the shutdown from the row. A cancelled operation that does not
 //! end within [`crate::deps::Limits::cancel`] leads to a `*_failed` phase that names the effect.
 //!
 //! [`Generation`]: matchlock_model::id::Generation
@@ -28,6 +29,9 @@ mod context;
 mod effects;
 mod network;
 mod scope;
+mod watch;
+
+pub(crate) use effects::abandon;
 
 pub use actor::{StartAs, Vm, VmArgs, VmMsg};
 pub use context::{CreateVm, VmContext};

@@ -88,9 +88,10 @@ async fn a_machine_that_ends_by_itself_is_told_with_its_reason() {
 }
 
 #[tokio::test]
-async fn a_lost_link_ends_the_vm() {
+async fn a_link_that_cannot_be_begun_anew_ends_the_vm() {
     let world = World::new().await;
     let mut vm = world.running(true).await;
+    world.connector.set_readiness(FakeReadiness::Fails(lost()));
     world.connector.lose(&lost());
     let view = settled(&mut vm).await;
     assert!(view.cause.unwrap().message.contains("a test cut it"));

@@ -118,6 +118,8 @@ impl World {
             random_u32: Arc::new(move || Ok(ids.fetch_add(1, Ordering::Relaxed))),
             limits: Limits {
                 boot: Duration::from_secs(30),
+                // Half a second: a loaded machine answers later than at once.
+                hang: Duration::from_millis(500),
                 kill: Duration::from_millis(300),
                 power_off: Duration::from_millis(300),
                 cancel: Duration::from_millis(300),

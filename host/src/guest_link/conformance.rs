@@ -89,6 +89,7 @@ pub(super) async fn link_conformance(
     assert!(!link.agent().agent_version.is_empty());
     assert!(!link.agent().agent_version.contains('\x1b'));
     link.configure(&config()).await.expect("configured");
+    timeout(SOON, link.ping()).await.expect("in time").expect("an answer");
 
     assert_eq!(
         run(&*link, "echo hello world").await,
@@ -117,6 +118,7 @@ pub(super) async fn link_conformance(
     lose();
     let cause = timeout(SOON, link.closed()).await.expect("the link ends");
     assert!(matches!(cause, LinkError::Lost { .. }), "{cause:?}");
+    link.give_up();
     while let Some(event) = next(&mut running).await {
         if let Err(cause) = event {
             assert!(matches!(cause, LinkError::Lost { .. }), "{cause:?}");

@@ -5,8 +5,9 @@
 //! start: `echo`, `cat`, `exit N`, `flood N`, `sleep` (until a signal). Others are not found.
 //!
 //! # Invariants
-//! 1. A link ends when its machine closes the transport, when told to ([`FakeConnector::lose`]),
-//!    and when it is dropped; its commands' last event is then the cause.
+//! 1. A session ends when its machine closes the transport, when told to ([`FakeConnector::lose`]),
+//!    and when the link is dropped. Commands wait for the next one; their last event is the cause
+//!    when there will be none.
 //! 2. A command whose receiver is dropped is gone from [`FakeConnector::running`].
 
 use std::collections::HashMap;
@@ -23,7 +24,7 @@ use matchlock_model::identity::ProcessIdentity;
 use matchlock_wire::frame::MAX_CHUNK_BYTES;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::codec;
@@ -77,6 +78,7 @@ struct Script {
     executed: Vec<ExecSpec>,
     shutdowns: Vec<Duration>,
     links: Vec<Arc<Ending>>,
+    hung: bool,
 }
 
 /// Connects to fake guests. Clones share everything.
@@ -107,6 +109,7 @@ impl Default for FakeConnector {
             executed: Vec::new(),
             shutdowns: Vec::new(),
             links: Vec::new(),
+            hung: false,
         };
         Self {
             guest: Arc::new(Guest {
@@ -135,7 +138,12 @@ impl FakeConnector {
         *lock(&self.guest.on_shutdown) = Some(Box::new(call));
     }
 
-    /// Ends all links.
+    /// Whether guests answer no ping from now on.
+    pub fn set_hung(&self, hung: bool) {
+        self.guest.script().hung = hung;
+    }
+
+    /// Ends all sessions.
     pub fn lose(&self, cause: &LinkError) {
         for link in self.guest.script().links.drain(..) {
             link.end(cause.clone());
@@ -175,20 +183,18 @@ impl Guest {
     fn script(&self) -> MutexGuard<'_, Script> {
         lock(&self.script)
     }
-}
 
-#[async_trait]
-impl LinkConnector for FakeConnector {
-    async fn connect(
+    async fn begin_session(
         &self,
         machine: &dyn Machine,
         deadline: Duration,
-    ) -> Result<Arc<dyn GuestLink>, LinkError> {
+        given_up: &CancellationToken,
+    ) -> Result<Arc<Ending>, LinkError> {
         let transport = machine
             .open_link()
             .await
             .map_err(|error| LinkError::Lost { cause: codec::with_sources(&error) })?;
-        let readiness = self.guest.script().readiness.clone();
+        let readiness = self.script().readiness.clone();
         match readiness {
             FakeReadiness::Ready => {}
             FakeReadiness::Fails(error) => return Err(error),
@@ -198,9 +204,21 @@ impl LinkConnector for FakeConnector {
             }
         }
         let ending = Arc::new(Ending::new());
-        self.guest.script().links.push(ending.clone());
-        let dropped = CancellationToken::new();
-        tokio::spawn(watch_transport(transport, ending.clone(), dropped.clone()));
+        self.script().links.push(ending.clone());
+        tokio::spawn(watch_transport(transport, ending.clone(), given_up.clone()));
+        Ok(ending)
+    }
+}
+
+#[async_trait]
+impl LinkConnector for FakeConnector {
+    async fn connect(
+        &self,
+        machine: &dyn Machine,
+        deadline: Duration,
+    ) -> Result<Arc<dyn GuestLink>, LinkError> {
+        let given_up = CancellationToken::new();
+        let session = self.guest.begin_session(machine, deadline, &given_up).await?;
         Ok(Arc::new(FakeLink {
             guest: self.guest.clone(),
             agent: AgentInfo {
@@ -210,9 +228,10 @@ impl LinkConnector for FakeConnector {
                 agent_ready_us: 2,
             },
             machine: machine.identity(),
-            ending,
+            session: watch::Sender::new(session),
             terminate: CancellationToken::new(),
-            _dropped: dropped.drop_guard(),
+            _dropped: given_up.clone().drop_guard(),
+            given_up,
         }))
     }
 }
@@ -237,7 +256,10 @@ struct FakeLink {
     guest: Arc<Guest>,
     agent: AgentInfo,
     machine: ProcessIdentity,
-    ending: Arc<Ending>,
+    /// The session's end; replaced by the next session.
+    session: watch::Sender<Arc<Ending>>,
+    /// Cancelled when there will be no other session.
+    given_up: CancellationToken,
     /// Cancelled at shutdown: commands get SIGTERM.
     terminate: CancellationToken,
     _dropped: DropGuard,
@@ -245,7 +267,7 @@ struct FakeLink {
 
 impl FakeLink {
     fn alive(&self) -> Result<(), LinkError> {
-        self.ending.now().map_or(Ok(()), Err)
+        self.session.borrow().now().map_or(Ok(()), Err)
     }
 }
 
@@ -283,7 +305,8 @@ impl GuestLink for FakeLink {
             terminate: self.terminate.clone(),
             events: event_sender,
         };
-        tokio::spawn(command.run(does, self.ending.clone(), self.guest.clone()));
+        let ended = last_end(self.session.subscribe(), self.given_up.clone());
+        tokio::spawn(command.run(does, ended, self.guest.clone()));
         Ok(ExecSession { stdin, signals, events })
     }
 
@@ -297,8 +320,55 @@ impl GuestLink for FakeLink {
         Ok(())
     }
 
+    async fn ping(&self) -> Result<(), LinkError> {
+        self.alive()?;
+        if self.guest.script().hung {
+            return Err(self.closed().await);
+        }
+        Ok(())
+    }
+
     async fn closed(&self) -> LinkError {
-        self.ending.ended().await
+        let session = self.session.borrow().clone();
+        session.ended().await
+    }
+
+    async fn reconnect(&self, machine: &dyn Machine, deadline: Duration) -> Result<(), LinkError> {
+        let last = self.session.borrow().clone();
+        if let Some(cause @ LinkError::Protocol { .. }) = last.now() {
+            return Err(cause);
+        }
+        if self.given_up.is_cancelled() {
+            return Err(last.end(LinkError::Lost { cause: "it was given up".to_owned() }));
+        }
+        let session = self.guest.begin_session(machine, deadline, &self.given_up).await?;
+        self.session.send_replace(session);
+        Ok(())
+    }
+
+    fn give_up(&self) {
+        self.given_up.cancel();
+    }
+}
+
+/// Waits until a session has ended after which there will be none.
+async fn last_end(
+    mut session: watch::Receiver<Arc<Ending>>,
+    given_up: CancellationToken,
+) -> LinkError {
+    loop {
+        let ending = session.borrow_and_update().clone();
+        let cause = ending.ended().await;
+        if matches!(cause, LinkError::Protocol { .. }) {
+            return cause;
+        }
+        let goes_on = tokio::select! {
+            () = given_up.cancelled() => false,
+            changed = session.changed() => changed.is_ok(),
+        };
+        if !goes_on {
+            return cause;
+        }
     }
 }
 
@@ -314,12 +384,17 @@ struct Command {
 struct Gone;
 
 impl Command {
-    async fn run(mut self, does: FakeCommand, ending: Arc<Ending>, guest: Arc<Guest>) {
+    async fn run(
+        mut self,
+        does: FakeCommand,
+        ended: impl Future<Output = LinkError>,
+        guest: Arc<Guest>,
+    ) {
         guest.running.fetch_add(1, Ordering::SeqCst);
         let events = self.events.clone();
         let last = tokio::select! {
             last = self.act(does) => last.map(Ok),
-            cause = ending.ended() => Ok(Err(cause)),
+            cause = ended => Ok(Err(cause)),
             () = events.closed() => Err(Gone),
         };
         drop(self);

@@ -134,8 +134,30 @@ pub trait GuestLink: Send + Sync {
     /// When the link fails or the guest refuses.
     async fn shutdown(&self, grace: Duration) -> Result<(), LinkError>;
 
+    /// Waits until the agent has answered that it is there.
+    ///
+    /// # Errors
+    /// When the link fails.
+    async fn ping(&self) -> Result<(), LinkError>;
+
     /// Waits until the session has ended and says why.
     async fn closed(&self) -> LinkError;
+
+    /// Begins a new session over the machine's link after the last one has ended. Commands go on
+    /// where they were: no byte is lost or comes twice.
+    ///
+    /// # Errors
+    /// When the transport fails, the guest broke the protocol before, `deadline` passes, or the link
+    /// was given up.
+    async fn reconnect(
+        &self,
+        machine: &dyn crate::hypervisor::Machine,
+        deadline: Duration,
+    ) -> Result<(), LinkError>;
+
+    /// Says that there will be no session after this one: commands that wait for one end with the
+    /// cause of its end.
+    fn give_up(&self);
 }
 
 /// Something that happened to a command.

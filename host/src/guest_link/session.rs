@@ -30,6 +30,7 @@ use super::driver::{Ending, Mux};
 use super::job::{EVENT_SLOTS, Job, stream_cut};
 use super::stream::{self, LinkStream};
 use super::{ExecSession, GuestLink, LinkError};
+use crate::hypervisor::Machine;
 
 /// The most commands at once.
 pub const MAX_JOBS: usize = 60;
@@ -44,6 +45,9 @@ const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How long a command waits for another one to end before it is refused.
 const SLOT_WAIT: Duration = Duration::from_secs(1);
+
+/// How long the guest may take to answer a ping: whoever asks decides how long is too long.
+const PING_DEADLINE: Duration = Duration::from_secs(24 * 60 * 60);
 
 const STDIN_SLOTS: usize = 4;
 const SIGNAL_SLOTS: usize = 16;
@@ -245,6 +249,26 @@ impl GuestLink for YamuxLink {
         let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
         self.requests.order("the shutdown", Request::Shutdown(Shutdown { grace_ms })).await
     }
+
+    async fn ping(&self) -> Result<(), LinkError> {
+        match self.requests.ask("a ping", Request::Hello, PING_DEADLINE).await? {
+            Reply::Hello(_) => Ok(()),
+            Reply::Failed(message) => {
+                Err(LinkError::Refused { what: "a ping", message: codec::clean(&message) })
+            }
+            Reply::Done => Err(self.requests.wrong_reply("a ping")),
+        }
+    }
+
+    async fn reconnect(
+        &self,
+        _machine: &dyn Machine,
+        _deadline: Duration,
+    ) -> Result<(), LinkError> {
+        Err(self.closed().await)
+    }
+
+    fn give_up(&self) {}
 
     async fn closed(&self) -> LinkError {
         self.requests.mux.ending().ended().await

@@ -15,6 +15,15 @@ use super::OwnerLockError;
 /// one name do not see each other.
 const FILE_NAME: &str = "vm.locks";
 
+/// Whose lock it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Role {
+    /// Who runs the VM.
+    Owner,
+    /// Who cleans it up.
+    Cleaner,
+}
+
 /// The locks of one state directory.
 #[derive(Debug, Clone)]
 pub struct LinuxOwnerLocks {
@@ -57,6 +66,10 @@ impl LinuxOwnerLocks {
     /// [`OwnerLockError::Held`] when anybody, this process included, holds it already; otherwise
     /// when the file could not be used.
     pub fn try_acquire(&self, vm: VmId) -> Result<OwnerLock, OwnerLockError> {
+        self.acquire(vm, Role::Owner)
+    }
+
+    pub(super) fn acquire(&self, vm: VmId, role: Role) -> Result<OwnerLock, OwnerLockError> {
         loop {
             let file = OpenOptions::new()
                 .read(true)
@@ -68,7 +81,7 @@ impl LinuxOwnerLocks {
                 .open(&self.path)
                 .map_err(|source| self.failed(source))?;
             self.check_regular(&file)?;
-            match fcntl(&file, FcntlArg::F_OFD_SETLK(&whole_byte(vm))) {
+            match fcntl(&file, FcntlArg::F_OFD_SETLK(&whole_byte(vm, role))) {
                 Ok(_) => {}
                 Err(Errno::EAGAIN | Errno::EACCES) => return Err(OwnerLockError::Held { vm }),
                 Err(errno) => return Err(self.failed(errno.into())),
@@ -87,7 +100,7 @@ impl LinuxOwnerLocks {
     /// When the file could not be used.
     pub fn is_held(&self, vm: VmId) -> Result<bool, OwnerLockError> {
         let Some(file) = self.existing()? else { return Ok(false) };
-        let mut lock = whole_byte(vm);
+        let mut lock = whole_byte(vm, Role::Owner);
         fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock))
             .map_err(|errno| self.failed(errno.into()))?;
         Ok(i32::from(lock.l_type) != libc::F_UNLCK)
@@ -130,9 +143,14 @@ impl LinuxOwnerLocks {
 }
 
 /// A write lock on the VM's byte. The byte need not exist in the file.
-fn whole_byte(vm: VmId) -> libc::flock {
+fn whole_byte(vm: VmId, role: Role) -> libc::flock {
     // The constants are small; their types differ between platforms.
     #[expect(clippy::cast_possible_truncation, reason = "F_WRLCK and SEEK_SET are 1 and 0")]
     let (l_type, l_whence) = (libc::F_WRLCK as libc::c_short, libc::SEEK_SET as libc::c_short);
-    libc::flock { l_type, l_whence, l_start: libc::off_t::from(vm.number()), l_len: 1, l_pid: 0 }
+    let behind_all_owners = match role {
+        Role::Owner => 0,
+        Role::Cleaner => libc::off_t::from(u32::MAX) + 1,
+    };
+    let l_start = libc::off_t::from(vm.number()) + behind_all_owners;
+    libc::flock { l_type, l_whence, l_start, l_len: 1, l_pid: 0 }
 }

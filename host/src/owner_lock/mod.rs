@@ -2,7 +2,8 @@
 //!
 //! The byte's offset is the VM's number. The owner holds an open-file-description lock (OFD) on
 //! it for its whole life; the kernel drops it when the process ends, however it ends. Others ask
-//! without waiting and without taking it.
+//! without waiting and without taking it. A second byte, far behind, is held by whoever cleans the VM
+//! up: also a VM whose owner lives but does not answer is cleaned up by one process only.
 //!
 //! # Invariants
 //! 1. A lock is held until its [`OwnerLock`] is dropped or the process ends.
@@ -18,6 +19,8 @@ mod linux;
 
 pub use fake::FakeOwnerLocks;
 pub use linux::{LinuxOwnerLocks, OwnerLock};
+
+use linux::Role;
 
 /// Why a lock could not be taken or asked about.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +53,12 @@ pub trait OwnerLocks: Send + Sync {
     /// when it could not be tried.
     fn try_acquire(&self, vm: VmId) -> Result<HeldLock, OwnerLockError>;
 
+    /// Takes the right to clean a VM up, without waiting. Independent of the owner's lock.
+    ///
+    /// # Errors
+    /// As [`Self::try_acquire`].
+    fn try_acquire_cleaner(&self, vm: VmId) -> Result<HeldLock, OwnerLockError>;
+
     /// Whether anybody, this process included, holds a VM's lock. Takes nothing.
     ///
     /// # Errors
@@ -59,7 +68,11 @@ pub trait OwnerLocks: Send + Sync {
 
 impl OwnerLocks for LinuxOwnerLocks {
     fn try_acquire(&self, vm: VmId) -> Result<HeldLock, OwnerLockError> {
-        Ok(Box::new(Self::try_acquire(self, vm)?))
+        Ok(Box::new(self.acquire(vm, Role::Owner)?))
+    }
+
+    fn try_acquire_cleaner(&self, vm: VmId) -> Result<HeldLock, OwnerLockError> {
+        Ok(Box::new(self.acquire(vm, Role::Cleaner)?))
     }
 
     fn is_held(&self, vm: VmId) -> Result<bool, OwnerLockError> {
@@ -81,8 +94,15 @@ mod conformance {
         assert!(matches!(locks.try_acquire(one), Err(OwnerLockError::Held { vm }) if vm == one));
         assert!(!locks.is_held(other).unwrap());
         drop(locks.try_acquire(other).unwrap());
+        let cleaner = locks.try_acquire_cleaner(one).unwrap();
+        let refused = locks.try_acquire_cleaner(one);
+        assert!(matches!(refused, Err(OwnerLockError::Held { vm }) if vm == one));
+        drop(locks.try_acquire_cleaner(other).unwrap());
         drop(held);
         assert!(!locks.is_held(one).unwrap());
+        drop(locks.try_acquire(one).unwrap());
+        drop(cleaner);
+        drop(locks.try_acquire_cleaner(one).unwrap());
         drop(locks.try_acquire(one).unwrap());
     }
 

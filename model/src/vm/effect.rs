@@ -37,6 +37,17 @@ pub enum Effect {
     ConnectGuest,
     /// Tell the guest its hostname and the like.
     ConfigureGuest,
+    /// See that the hypervisor and the guest of a running VM are there and answer, and connect
+    /// anew where the link is lost; then commit why that had to be looked at.
+    Reattach {
+        /// What happened: the actor was restarted, or the link was lost.
+        cause: Failure,
+    },
+    /// Commit that something happened to a running VM that does not end it.
+    Note {
+        /// What happened; `None` when it is over.
+        cause: Option<Failure>,
+    },
     /// Ask the guest to end its commands, sync, unmount and power off, and wait for it.
     ShutdownGuest {
         /// How long its commands get between SIGTERM and SIGKILL.
@@ -76,6 +87,8 @@ impl Effect {
             Self::Launch => "launch",
             Self::ConnectGuest => "connect_guest",
             Self::ConfigureGuest => "configure_guest",
+            Self::Reattach { .. } => "reattach",
+            Self::Note { .. } => "note",
             Self::ShutdownGuest { .. } => "shutdown_guest",
             Self::CloseMachine => "close_machine",
             Self::RemoveTap => "remove_tap",

@@ -54,6 +54,10 @@ pub enum Op {
     Create,
     /// Hypervisor and agent.
     Boot,
+    /// See that a running VM is still there, whose actor was restarted or whose link was lost.
+    Reattach,
+    /// Commit what happened to a running VM.
+    Note,
     /// Take guest and hypervisor down.
     Stop(StopMode),
     /// Remove what the VM holds.
@@ -81,7 +85,8 @@ pub type OpResult = Result<(), Failure>;
 pub enum VmEvent {
     /// Its row is there; bring it up.
     Begin,
-    /// Its actor was restarted and has read this phase from the row; finish the shutdown.
+    /// Its actor was restarted and has read this phase from the row: a running VM goes on if it is
+    /// still there; in any other phase the shutdown is finished.
     Recover {
         /// The phase in the row.
         phase: Phase,
@@ -106,8 +111,10 @@ pub enum VmEvent {
     Stop(StopMode),
     /// Its hypervisor has ended by itself.
     MachineExited(Failure),
-    /// Its guest cannot be reached any more.
+    /// The link to its guest is lost; the hypervisor is there.
     LinkLost(Failure),
+    /// Its guest does not answer, or (`None`) does so again.
+    Hung(Option<Failure>),
 }
 
 /// An event that cannot happen in this state: a fault of our own.

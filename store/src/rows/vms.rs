@@ -176,14 +176,17 @@ pub(crate) fn check_epoch(
 }
 
 fn epoch_of(conn: &Connection, vm: VmId) -> Result<OwnerEpoch, WriteError> {
+    owner_epoch(conn, vm)?.ok_or(WriteError::NotFound { vm })
+}
+
+/// Which owner the VM has; `None` when it has no row.
+pub(crate) fn owner_epoch(conn: &Connection, vm: VmId) -> rusqlite::Result<Option<OwnerEpoch>> {
     conn.prepare_cached(
         "SELECT coalesce(n.owner_epoch, 0)
          FROM vms AS v LEFT JOIN vm_nodes AS n ON n.vm_id = v.id WHERE v.id = ?1",
     )?
-    .query_row([vm.to_string()], |row| row.get(0))
-    .optional()?
-    .map(OwnerEpoch)
-    .ok_or(WriteError::NotFound { vm })
+    .query_row([vm.to_string()], |row| row.get(0).map(OwnerEpoch))
+    .optional()
 }
 
 /// Takes the VM over.

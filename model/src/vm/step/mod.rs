@@ -18,7 +18,9 @@ pub fn step(state: VmState, event: VmEvent) -> Result<(VmState, Vec<Effect>), De
         VmEvent::OpDone { recorded, result } => op_done(state, recorded, result),
         VmEvent::OpStuck { recorded, effect } => op_stuck(state, recorded, effect),
         VmEvent::Stop(mode) => Ok(stop(state, mode)),
-        VmEvent::MachineExited(cause) | VmEvent::LinkLost(cause) => Ok(ended(state, cause)),
+        VmEvent::MachineExited(cause) => Ok(ended(state, cause)),
+        VmEvent::LinkLost(cause) => Ok(link_lost(state, cause)),
+        VmEvent::Hung(cause) => Ok(hung(state, cause)),
     }
 }
 
@@ -57,7 +59,8 @@ fn recover(state: VmState, phase: Phase, cause: Failure) -> Result<(VmState, Vec
         | Phase::StartFailed
         | Phase::StopFailed
         | Phase::CleanupFailed => clean(state, Vec::new()),
-        Phase::Starting | Phase::Running | Phase::Stopping => take_down(state, StopMode::Force),
+        Phase::Running => reattach(state),
+        Phase::Starting | Phase::Stopping => take_down(state, StopMode::Force),
         Phase::Cleaned => forget_or_settle(state),
     })
 }
@@ -67,7 +70,7 @@ fn stop(state: VmState, mode: StopMode) -> (VmState, Vec<Effect>) {
         None if state.phase == Phase::Running => take_down(state, mode),
         // Not begun, or settled: there is nothing to cancel; a stop before Begin is kept for it.
         None => (VmState { stop: Some(mode), ..state }, Vec::new()),
-        Some(Op::Create | Op::Boot) => {
+        Some(Op::Create | Op::Boot | Op::Reattach | Op::Note) => {
             let first = state.stop.is_none();
             let effects = if first { vec![Effect::Cancel] } else { Vec::new() };
             (VmState { stop: Some(mode), ..state }, effects)
@@ -86,8 +89,24 @@ fn ended(state: VmState, cause: Failure) -> (VmState, Vec<Effect>) {
         let state = VmState { cause: Some(cause), ..state };
         return take_down(state, StopMode::Force);
     }
-    // During Boot the operation itself fails with the cause; during a stop it is expected.
+    // During Boot and Reattach the operation itself fails with the cause; after a Note the machine
+    // is watched anew; during a stop it is expected.
     (state, Vec::new())
+}
+
+fn link_lost(state: VmState, cause: Failure) -> (VmState, Vec<Effect>) {
+    if state.op.is_none() && state.phase == Phase::Running {
+        return reattach(VmState { cause: Some(cause), ..state });
+    }
+    (state, Vec::new())
+}
+
+/// Only written down: a guest that is busy, or that its user stopped, may come back.
+fn hung(state: VmState, cause: Option<Failure>) -> (VmState, Vec<Effect>) {
+    if state.op.is_some() || state.phase != Phase::Running {
+        return (state, Vec::new());
+    }
+    (VmState { op: Some(Op::Note), ..state }, vec![Effect::Note { cause }])
 }
 
 fn op_done(
@@ -102,6 +121,8 @@ fn op_done(
     Ok(match (op, result) {
         (Op::Create, result) => created(state, result),
         (Op::Boot, result) => booted(state, result),
+        (Op::Reattach, result) => reattached(state, result),
+        (Op::Note, result) => noted(state, result),
         (Op::Stop(_), Ok(())) => clean(state, Vec::new()),
         (Op::Stop(StopMode::Graceful(_)), Err(_)) => take_down(state, StopMode::Force),
         (Op::Stop(StopMode::Force), Err(cause)) => conclude(state, Phase::StopFailed, cause),
@@ -134,6 +155,29 @@ fn booted(state: VmState, result: OpResult) -> (VmState, Vec<Effect>) {
     }
 }
 
+fn reattached(state: VmState, result: OpResult) -> (VmState, Vec<Effect>) {
+    match (result, state.stop) {
+        // What happened is in the row; the VM does not end of it.
+        (Ok(()), None) => (VmState { cause: None, ..state }, Vec::new()),
+        (_, Some(mode)) => take_down(VmState { cause: None, ..state }, mode),
+        (Err(lost), None) => {
+            let cause = match &state.cause {
+                Some(first) => lost.context(first),
+                None => lost,
+            };
+            take_down(VmState { cause: Some(cause), ..state }, StopMode::Force)
+        }
+    }
+}
+
+fn noted(state: VmState, result: OpResult) -> (VmState, Vec<Effect>) {
+    match (result, state.stop) {
+        (Ok(()), None) => (state, Vec::new()),
+        (_, Some(mode)) => take_down(state, mode),
+        (Err(cause), None) => take_down(VmState { cause: Some(cause), ..state }, StopMode::Force),
+    }
+}
+
 fn op_stuck(
     state: VmState,
     recorded: Phase,
@@ -147,6 +191,10 @@ fn op_stuck(
     Ok(match op {
         Op::Create => conclude(state, Phase::CreateFailed, cause),
         Op::Boot => conclude(state, Phase::StartFailed, cause),
+        // Nothing of it ends a running VM but a stop, and for that the hypervisor is there to kill.
+        Op::Reattach | Op::Note => {
+            take_down(VmState { cause: Some(cause), ..state }, StopMode::Force)
+        }
         Op::Stop(_) => conclude(state, Phase::StopFailed, cause),
         Op::Clean => conclude(state, Phase::CleanupFailed, cause),
         Op::Forget | Op::Conclude => settle(VmState { cause: Some(cause), ..state }),
@@ -162,6 +210,13 @@ fn boot(state: VmState) -> (VmState, Vec<Effect>) {
         record(Phase::Running),
     ];
     (VmState { phase: Phase::Starting, op: Some(Op::Boot), ..state }, effects)
+}
+
+fn reattach(state: VmState) -> (VmState, Vec<Effect>) {
+    let cause = state.cause.clone().unwrap_or_else(|| {
+        Failure::new(FailureKind::Internal, "the VM is looked at anew for no known reason")
+    });
+    (VmState { op: Some(Op::Reattach), ..state }, vec![Effect::Reattach { cause }])
 }
 
 fn take_down(state: VmState, mode: StopMode) -> (VmState, Vec<Effect>) {

@@ -138,6 +138,56 @@ fn a_machine_that_ends_while_running_is_taken_down_with_its_cause() {
     assert_eq!(life.pending[0], Effect::Record { phase: Phase::Stopping, cause: Some(failure()) });
 }
 
+fn running() -> Life {
+    let mut life = Life::new(true);
+    life.event(VmEvent::Begin);
+    life.end_op(0, Ok(()));
+    life.end_op(0, Ok(()));
+    life
+}
+
+#[test]
+fn a_running_vm_whose_actor_was_restarted_or_whose_link_was_lost_goes_on() {
+    let recover = VmEvent::Recover { phase: Phase::Running, cause: failure() };
+    let mut fresh = Life::new(true);
+    fresh.recorded.push(Phase::Running);
+    for (mut life, event) in [(fresh, recover), (running(), VmEvent::LinkLost(failure()))] {
+        life.event(event);
+        assert_eq!(life.pending, [Effect::Reattach { cause: failure() }]);
+        let mut gone = Life { state: life.state.clone(), recorded: vec![Phase::Running], ..life };
+        gone.pending = vec![Effect::Reattach { cause: failure() }];
+        let state = gone.state.clone();
+        gone.event(VmEvent::OpDone { recorded: Phase::Running, result: Ok(()) });
+        assert_eq!((gone.state.op, gone.state.phase), (None, Phase::Running));
+        assert_eq!(gone.state.cause, None);
+        gone.state = state;
+        let result = Err(Failure::new(FailureKind::Guest, "it is gone"));
+        gone.event(VmEvent::OpDone { recorded: Phase::Running, result });
+        assert_eq!(gone.state.op, Some(Op::Stop(StopMode::Force)));
+        assert_eq!(gone.state.cause.unwrap().message, "it broke: it is gone");
+    }
+}
+
+#[test]
+fn a_stop_beats_a_reattachment() {
+    let mut life = running();
+    life.event(VmEvent::LinkLost(failure()));
+    let (state, effects) = step(life.state, VmEvent::Stop(GRACE)).unwrap();
+    assert_eq!(effects, [Effect::Cancel]);
+    let done = VmEvent::OpDone { recorded: Phase::Running, result: Err(failure()) };
+    let (state, _) = step(state, done).unwrap();
+    assert_eq!((state.op, state.cause), (Some(Op::Stop(GRACE)), None));
+}
+
+#[test]
+fn a_hang_ends_no_vm() {
+    let mut life = running();
+    life.event(VmEvent::Hung(Some(failure())));
+    assert_eq!(life.pending, [Effect::Note { cause: Some(failure()) }]);
+    life.event(VmEvent::OpDone { recorded: Phase::Running, result: Ok(()) });
+    assert_eq!((life.state.op, life.state.phase), (None, Phase::Running));
+}
+
 #[test]
 fn an_effect_that_hangs_releases_nothing() {
     let mut life = Life::new(true);
@@ -168,6 +218,7 @@ enum Happening {
     Stop(StopMode),
     Exit,
     Lost,
+    Hung(bool),
     Restart(usize),
 }
 
@@ -180,6 +231,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => Just(Happening::Stop(StopMode::Force)),
         1 => Just(Happening::Exit),
         1 => Just(Happening::Lost),
+        1 => any::<bool>().prop_map(Happening::Hung),
         1 => (0usize..6).prop_map(Happening::Restart),
     ]
 }
@@ -199,6 +251,7 @@ fn apply(life: &mut Life, happening: Happening) {
         Happening::Stop(mode) => life.event(VmEvent::Stop(mode)),
         Happening::Exit => life.event(VmEvent::MachineExited(failure())),
         Happening::Lost => life.event(VmEvent::LinkLost(failure())),
+        Happening::Hung(hung) => life.event(VmEvent::Hung(hung.then(failure))),
         Happening::Restart(done) if !life.state.settled => restart(life, done),
         Happening::Done | Happening::Fail(_) | Happening::Stuck | Happening::Restart(_) => {}
     }
