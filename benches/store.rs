@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use futures::future::join_all;
-use matchlock_actors::db_writer::{DbHandle, DbWriter, DbWriterArgs, Store, ThreadSlot};
+use matchlock_actors::db_writer::{
+    DbHandle, DbWriter, DbWriterArgs, QUEUE_WAIT, Store, ThreadSlot,
+};
 use matchlock_actors::handle::ServiceSlot;
 use matchlock_model::phase::Phase;
 use matchlock_store::{WriteConn, WriteError, WriteOp, WriteOutcome, open_state};
@@ -48,6 +50,7 @@ async fn writer(home: &Path, wrap: Wrap) -> DbHandle {
     let args = DbWriterArgs {
         open: Arc::new(move || Ok(wrap(open_state(&path)?))),
         thread: ThreadSlot::default(),
+        queue_wait: QUEUE_WAIT,
     };
     let (actor, _) = Actor::spawn(None, DbWriter, args).await.expect("a writer");
     let slot = ServiceSlot::new("the database writer");

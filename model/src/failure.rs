@@ -22,6 +22,8 @@ pub enum FailureKind {
     Timeout,
     /// It was cancelled by a stop.
     Cancelled,
+    /// Another process kept something locked for too long.
+    Busy,
     /// Another process owns the VM now.
     Fenced,
     /// A fault of our own.

@@ -146,6 +146,42 @@ pub struct LifecycleRecord {
     pub cleanup: Cleanup,
 }
 
+/// What a list shows of a VM's row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmSummary {
+    /// The VM.
+    pub id: VmId,
+    /// The owner's pid; 0 once it has no owner.
+    pub pid: i32,
+    /// The phase in its latest lifecycle row; `creating` before it has one.
+    pub phase: Phase,
+    /// The image's tag.
+    pub image: String,
+    /// When the VM was made.
+    pub created_at: Timestamp,
+}
+
+/// What cleaning up needs to know of a VM's rows, and no more: what else in them cannot be read
+/// keeps no VM from being removed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmRemains {
+    /// The phase in its latest lifecycle row; `creating` before it has one, or when nobody can read
+    /// it: then anything may be left.
+    pub phase: Phase,
+    /// The owner's process, if it can be read.
+    pub owner: Option<ProcessIdentity>,
+    /// The hypervisor's process, once it is known.
+    pub hypervisor: Option<ProcessIdentity>,
+    /// The namespaces that its kernel objects live in.
+    pub namespaces: Option<Namespaces>,
+    /// Whether the VM is removed when its command has ended.
+    pub ephemeral: bool,
+    /// Whether it holds a subnet.
+    pub holds_subnet: bool,
+    /// Whether it has, or may have had, a TAP and firewall tables.
+    pub had_network: bool,
+}
+
 /// A row of `vms`, with our additions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VmRecord {

@@ -8,9 +8,9 @@
 //! ```
 //!
 //! # Invariants
-//! * An octet names one subnet of a pool; two pools may use the same octet for different subnets,
-//!   so both octet and addresses are compared with what is held.
-//! * The lowest free octet is given, so that a host with few VMs uses few subnets.
+//! * An octet is a number that no two VMs share, and no more: addresses are compared with what is
+//!   held, and a subnet whose octet another pool's has is given under a number above all pools'.
+//! * The lowest free subnet is given, so that a host with few VMs uses few of them.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -27,7 +27,7 @@ pub struct Ipv4Cidr {
 /// A text or a pair that is not a range.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{text:?} is not an IPv4 range: expected an address and a prefix, for example 10.64.0.0/12"
+    "{text:?} is not an IPv4 range: expected its first address and a prefix, for example 10.64.0.0/12"
 )]
 pub struct InvalidCidr {
     /// What was given.
@@ -82,7 +82,7 @@ impl Ipv4Cidr {
 
     /// The address so many after the first.
     const fn address(self, offset: u32) -> Ipv4Addr {
-        Ipv4Addr::from_bits(self.network.to_bits() + offset)
+        Ipv4Addr::from_bits(self.network.to_bits().saturating_add(offset))
     }
 }
 
@@ -115,6 +115,12 @@ pub struct Subnet {
 }
 
 impl Subnet {
+    /// A subnet with room for a gateway and a guest; `None` for a range that has none.
+    #[must_use]
+    pub fn new(octet: u32, cidr: Ipv4Cidr) -> Option<Self> {
+        (cidr.prefix <= LONGEST_PREFIX).then_some(Self { octet, cidr })
+    }
+
     /// The host's address, the first after the network's.
     #[must_use]
     pub const fn gateway(self) -> Ipv4Addr {
@@ -128,8 +134,17 @@ impl Subnet {
     }
 }
 
+/// Loopback, link-local, multicast and the like.
+const UNUSABLE: [Ipv4Cidr; 4] = [
+    Ipv4Cidr { network: Ipv4Addr::new(0, 0, 0, 0), prefix: 8 },
+    Ipv4Cidr { network: Ipv4Addr::new(127, 0, 0, 0), prefix: 8 },
+    Ipv4Cidr { network: Ipv4Addr::new(169, 254, 0, 0), prefix: 16 },
+    Ipv4Cidr { network: Ipv4Addr::new(224, 0, 0, 0), prefix: 3 },
+];
 /// The longest prefix that has room for a gateway and a guest.
 const LONGEST_PREFIX: u8 = 30;
+/// The first octet of subnets whose own is taken by another pool's: above those of all pools.
+const FIRST_SPARE: u32 = FIRST_ORDINAL + (1 << 24);
 /// The first octet of ranges other than the reference's; below are its own.
 const FIRST_ORDINAL: u32 = 256;
 
@@ -200,6 +215,14 @@ pub enum InvalidPool {
         /// The prefix of each subnet.
         size: u8,
     },
+    /// Some of it has a meaning of its own on every host.
+    #[error(
+        "{base} holds addresses that no link can have (0/8, 127/8, 169.254/16, 224/3): use another range"
+    )]
+    Unusable {
+        /// The range.
+        base: Ipv4Cidr,
+    },
     /// There would be more subnets than anybody can number.
     #[error(
         "{base} cut into /{size} makes more than 2^24 subnets: use a smaller range or a shorter prefix"
@@ -227,6 +250,9 @@ impl SubnetPool {
     /// # Errors
     /// When it cannot be cut so.
     pub fn cut(base: Ipv4Cidr, size: u8) -> Result<Self, InvalidPool> {
+        if UNUSABLE.iter().any(|range| range.overlaps(base)) {
+            return Err(InvalidPool::Unusable { base });
+        }
         if size < base.prefix || size > LONGEST_PREFIX {
             return Err(InvalidPool::Size { base, size });
         }
@@ -245,26 +271,34 @@ impl SubnetPool {
         self.ranges.iter().map(|range| u64::from(range.count)).sum()
     }
 
-    /// The subnet with the lowest octet that nobody holds and that overlaps nothing in `avoid`.
+    /// The lowest subnet that overlaps nothing held and nothing in `avoid`.
     ///
-    /// `held` are the subnets that are given, by octet; those of another pool count too.
+    /// `held` are the subnets that are given, by octet; those of another pool count too. `None` is
+    /// one whose addresses nobody can read.
     #[must_use]
     pub fn lowest_free(
         &self,
-        held: &BTreeMap<u32, Ipv4Cidr>,
+        held: &BTreeMap<u32, Option<Ipv4Cidr>>,
         avoid: &[Ipv4Cidr],
     ) -> Option<Subnet> {
-        // Subnets of this pool do not overlap each other: only the others need to be compared.
+        // Subnets of this pool do not overlap each other: under its own octet one is found at once,
+        // and only the others need to be compared.
+        let own = |octet: u32| self.by_octet(octet).map(|subnet| subnet.cidr);
         let foreign: Vec<Ipv4Cidr> = held
             .iter()
-            .filter(|(octet, cidr)| self.by_octet(**octet).map(|own| own.cidr) != Some(**cidr))
-            .map(|(_, cidr)| *cidr)
+            .filter_map(|(octet, cidr)| cidr.filter(|cidr| own(*octet) != Some(*cidr)))
             .chain(avoid.iter().copied())
             .collect();
-        self.ranges.iter().flat_map(|range| range.subnets()).find(|subnet| {
-            !held.contains_key(&subnet.octet)
+        let free = self.ranges.iter().flat_map(|range| range.subnets()).find(|subnet| {
+            // Where its octet's addresses cannot be read, they may be these.
+            !matches!(held.get(&subnet.octet), Some(cidr) if cidr.is_none_or(|c| c == subnet.cidr))
                 && !foreign.iter().any(|other| other.overlaps(subnet.cidr))
-        })
+        })?;
+        if !held.contains_key(&free.octet) {
+            return Some(free);
+        }
+        let spare = (FIRST_SPARE..).find(|octet| !held.contains_key(octet))?;
+        Some(Subnet { octet: spare, ..free })
     }
 
     fn by_octet(&self, octet: u32) -> Option<Subnet> {
@@ -302,8 +336,8 @@ mod tests {
         text.parse().unwrap()
     }
 
-    fn held(subnets: impl IntoIterator<Item = Subnet>) -> BTreeMap<u32, Ipv4Cidr> {
-        subnets.into_iter().map(|subnet| (subnet.octet, subnet.cidr)).collect()
+    fn held(subnets: impl IntoIterator<Item = Subnet>) -> BTreeMap<u32, Option<Ipv4Cidr>> {
+        subnets.into_iter().map(|subnet| (subnet.octet, Some(subnet.cidr))).collect()
     }
 
     #[test]
@@ -318,7 +352,7 @@ mod tests {
     fn once_the_references_are_in_use_the_next_range_follows() {
         let pool = SubnetPool::default();
         let all = held(Range::REFERENCE.subnets());
-        assert_eq!(all.last_key_value(), Some((&254, &cidr("192.168.254.0/24"))));
+        assert_eq!(all.last_key_value(), Some((&254, &Some(cidr("192.168.254.0/24")))));
         let next = pool.lowest_free(&all, &[]).unwrap();
         assert_eq!((next.octet, next.cidr), (256, cidr("10.64.0.0/30")));
         assert_eq!(pool.count(), 155 + 262_144);
@@ -335,8 +369,11 @@ mod tests {
         let subnet = pool.lowest_free(&BTreeMap::new(), &avoid).unwrap();
         assert_eq!(subnet.cidr, cidr("10.0.0.32/28"));
         // The same octet for another range, and a range in the middle of ours.
-        let others = BTreeMap::from([(256, cidr("172.16.0.0/30")), (900, cidr("10.0.0.24/30"))]);
+        let others = [(256, cidr("172.16.0.0/30")), (900, cidr("10.0.0.24/30"))];
+        let others = others.into_iter().map(|(octet, cidr)| (octet, Some(cidr))).collect();
         let subnet = pool.lowest_free(&others, &[]).unwrap();
+        assert_eq!((subnet.octet, subnet.cidr), (FIRST_SPARE, cidr("10.0.0.0/28")));
+        let subnet = pool.lowest_free(&others, &[cidr("10.0.0.0/28")]).unwrap();
         assert_eq!((subnet.octet, subnet.cidr), (258, cidr("10.0.0.32/28")));
         assert_eq!(pool.lowest_free(&BTreeMap::new(), &[cidr("0.0.0.0/0")]), None);
     }
@@ -357,7 +394,48 @@ mod tests {
         for (base, size) in [("10.0.0.0/24", 23), ("10.0.0.0/24", 31), ("10.0.0.0/24", 200)] {
             assert!(matches!(SubnetPool::cut(cidr(base), size), Err(InvalidPool::Size { .. })));
         }
+        for base in ["0.0.0.0/0", "0.0.0.0/8", "127.0.0.0/16", "169.254.1.0/24", "240.0.0.0/4"] {
+            let refused = SubnetPool::cut(cidr(base), 30);
+            assert!(matches!(refused, Err(InvalidPool::Unusable { .. })), "{base}");
+        }
         assert!(matches!(SubnetPool::cut(cidr("8.0.0.0/5"), 30), Err(InvalidPool::TooMany { .. })));
+    }
+
+    #[test]
+    fn another_pools_octets_use_up_none_of_this_pools_subnets() {
+        let old = SubnetPool::default();
+        let mut given = held(Range::REFERENCE.subnets());
+        for _ in 0..2 {
+            let subnet = old.lowest_free(&given, &[]).unwrap();
+            given.insert(subnet.octet, Some(subnet.cidr));
+        }
+        let pool: SubnetPool = "base=10.9.0.0/29,size=30".parse().unwrap();
+        for (octet, wanted) in [(FIRST_SPARE, "10.9.0.0/30"), (FIRST_SPARE + 1, "10.9.0.4/30")] {
+            let next = pool.lowest_free(&given, &[]).unwrap();
+            assert_eq!((next.octet, next.cidr), (octet, cidr(wanted)));
+            given.insert(octet, Some(next.cidr));
+        }
+        assert_eq!(pool.lowest_free(&given, &[]), None);
+        // Given back, it is free again, under its own octet once that is free too.
+        given.remove(&FIRST_SPARE);
+        given.remove(&256);
+        assert_eq!(pool.lowest_free(&given, &[]), pool.by_octet(256));
+    }
+
+    #[test]
+    fn what_nobody_can_read_keeps_the_subnet_of_its_octet() {
+        let given = BTreeMap::from([(100, None), (7, None)]);
+        let next = SubnetPool::default().lowest_free(&given, &[]).unwrap();
+        assert_eq!((next.octet, next.cidr), (101, cidr("192.168.101.0/24")));
+    }
+
+    #[test]
+    fn the_last_address_of_all_has_no_room_and_does_not_overflow() {
+        let last = cidr("255.255.255.255/32");
+        assert_eq!(Subnet::new(1, last), None);
+        let subnet = Subnet { octet: 1, cidr: last };
+        assert_eq!(subnet.guest(), Ipv4Addr::BROADCAST);
+        assert_eq!(subnet.gateway(), Ipv4Addr::BROADCAST);
     }
 
     proptest! {
@@ -367,7 +445,7 @@ mod tests {
             returned in proptest::collection::vec(any::<prop::sample::Index>(), 0..60),
         ) {
             let pool = SubnetPool::cut(cidr("10.9.8.0/24"), size).unwrap();
-            let mut given: BTreeMap<u32, Ipv4Cidr> = BTreeMap::new();
+            let mut given: BTreeMap<u32, Option<Ipv4Cidr>> = BTreeMap::new();
             let mut returned = returned.into_iter();
             loop {
                 let Some(next) = pool.lowest_free(&given, &[]) else {
@@ -378,10 +456,10 @@ mod tests {
                     prop_assert_eq!(pool.lowest_free(&given, &[]).map(|s| s.octet), Some(octet));
                     continue;
                 };
-                prop_assert!(given.values().all(|other| !other.overlaps(next.cidr)));
+                prop_assert!(given.values().flatten().all(|other| !other.overlaps(next.cidr)));
                 prop_assert!(next.cidr.overlaps(Ipv4Cidr::containing(next.guest(), 32)));
                 prop_assert!((FIRST_ORDINAL..next.octet).all(|lower| given.contains_key(&lower)));
-                given.insert(next.octet, next.cidr);
+                given.insert(next.octet, Some(next.cidr));
             }
         }
     }

@@ -11,7 +11,7 @@ use matchlock_model::view::Status;
 
 use super::error::CliError;
 use super::later::refuse_later;
-use super::list::{not_found, not_running, status_of};
+use super::looking::{not_found, not_running, status_of};
 use super::run::{environment, exit_code};
 use crate::node::config::NodeConfig;
 use crate::node::owner;

@@ -7,9 +7,12 @@ use matchlock_model::failure::Failure;
 use matchlock_model::id::VmId;
 use matchlock_model::reconcile::Goal;
 use matchlock_model::vm::StopMode;
+use matchlock_store::BadRow;
 
 use super::error::CliError;
 use super::kill::take_down;
+use super::list::without_id;
+use super::looking::Looking;
 use super::render;
 use crate::node::boot::Node;
 use crate::node::config::NodeConfig;
@@ -45,14 +48,25 @@ pub(super) async fn gc(args: GcArgs, config: NodeConfig) -> Result<u8, CliError>
     for report in &reports {
         failed += u32::from(!print(report, args.id.is_some())?);
     }
+    if args.id.is_none() {
+        for bad in rows_without_id(&config).await? {
+            render::error(&without_id(&bad));
+            failed += 1;
+        }
+        render::lines([format!("Reconciled {} VMs", reports.len())])?;
+    }
     let forgotten = forgotten?;
     if forgotten > 0 {
         render::lines([format!("Forgot the history of {forgotten} removed VMs")])?;
     }
-    if args.id.is_none() {
-        render::lines([format!("Reconciled {} VMs", reports.len())])?;
-    }
     Ok(u8::from(failed > 0))
+}
+
+async fn rows_without_id(config: &NodeConfig) -> Result<Vec<BadRow>, CliError> {
+    match Looking::begin(config)? {
+        Some(looking) => looking.without_id().await,
+        None => Ok(Vec::new()),
+    }
 }
 
 /// What was done.

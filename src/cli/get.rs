@@ -2,11 +2,12 @@
 
 use clap::Args;
 use matchlock_model::id::VmId;
+use matchlock_model::record::VmRecord;
 use serde::Serialize;
 use serde_json::Value;
 
 use super::error::CliError;
-use super::list::{ShownVm, not_found, status_of};
+use super::looking::{Shown, not_found, status_of};
 use super::render;
 use crate::node::config::NodeConfig;
 
@@ -30,7 +31,7 @@ pub(super) struct JsonVm {
 
 impl JsonVm {
     /// The VM, with the status that is true now.
-    pub(super) fn new(shown: ShownVm) -> Result<Self, CliError> {
+    pub(super) fn new(shown: Shown<VmRecord>) -> Result<Self, CliError> {
         let (pid, id) = (shown.pid(), shown.record.id);
         // The reference leaves it empty when it knows nothing.
         let config = match shown.record.config_json.as_str() {

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::error::CliError;
 use super::get::JsonVm;
-use super::list::{Looking, not_found};
+use super::looking::{Looking, not_found};
 use super::render;
 use crate::node::config::NodeConfig;
 
@@ -32,8 +32,7 @@ struct Inspected<'a> {
 
 pub(super) async fn inspect(args: InspectArgs, config: NodeConfig) -> Result<u8, CliError> {
     let Some(looking) = Looking::begin(&config)? else { return Err(not_found(args.id)) };
-    let shown = looking.at(args.id).await?;
-    let history = looking.reader.history(args.id).await.map_err(|e| CliError::failure(&e))?;
+    let (shown, history) = looking.with_history(args.id).await?;
     if shown.is_none() && history.is_empty() {
         return Err(not_found(args.id));
     }

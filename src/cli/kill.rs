@@ -8,7 +8,7 @@ use matchlock_model::view::Status;
 use tokio::time::{Instant, sleep};
 
 use super::error::CliError;
-use super::list::{not_found, not_running, status_of, statuses};
+use super::looking::{AllVms, not_found, not_running, status_of, statuses};
 use super::render;
 use crate::node::config::NodeConfig;
 use crate::node::owner;
@@ -42,6 +42,7 @@ const RELEASE_LIMIT: Duration = Duration::from_secs(10);
 const RELEASE_POLL: Duration = Duration::from_millis(5);
 
 pub(super) async fn kill(args: KillArgs, config: NodeConfig) -> Result<u8, CliError> {
+    let mut failed = None;
     let ids = match args.id {
         Some(id) => {
             let vm = status_of(&config, id).await?.ok_or_else(|| not_found(id))?;
@@ -51,22 +52,27 @@ pub(super) async fn kill(args: KillArgs, config: NodeConfig) -> Result<u8, CliEr
             vec![id]
         }
         None => {
-            let shown = statuses(&config).await?;
+            let AllVms { shown, unreadable } = statuses(&config).await?;
+            for bad in unreadable {
+                tell_all_but_the_last(&mut failed, CliError::failure(&bad));
+            }
             shown.iter().filter(|vm| is_owned(vm.status)).map(|vm| vm.record.id).collect()
         }
     };
-    let mut failed = None;
     for id in ids {
         match take_down(&config, id, args.force).await {
             Ok(()) => render::lines([format!("Killed {id}")])?,
-            Err(error) => {
-                if let Some(before) = failed.replace(error) {
-                    render::error(&before);
-                }
-            }
+            Err(error) => tell_all_but_the_last(&mut failed, error),
         }
     }
     failed.map_or(Ok(0), Err)
+}
+
+/// The last error is what the verb fails with.
+fn tell_all_but_the_last(failed: &mut Option<CliError>, error: CliError) {
+    if let Some(before) = failed.replace(error) {
+        render::error(&before);
+    }
 }
 
 const fn is_owned(status: Status) -> bool {

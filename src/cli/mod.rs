@@ -19,6 +19,7 @@ mod inspect;
 mod kill;
 mod later;
 mod list;
+mod looking;
 mod render;
 mod rm;
 mod run;

@@ -9,7 +9,7 @@ use matchlock_model::vm::StopMode;
 
 use super::error::CliError;
 use super::kill::take_down;
-use super::list::{not_found, status_of};
+use super::looking::{Looking, not_found};
 use super::render;
 use crate::node::boot::Node;
 use crate::node::config::NodeConfig;
@@ -26,7 +26,12 @@ pub(super) struct RmArgs {
 
 pub(super) async fn rm(args: RmArgs, config: NodeConfig) -> Result<u8, CliError> {
     let id = args.id;
-    if status_of(&config, id).await?.is_none() {
+    // Its rows need not be readable to be removed.
+    let is_there = match Looking::begin(&config)? {
+        Some(looking) => looking.has(id).await?,
+        None => false,
+    };
+    if !is_there {
         return Err(not_found(id));
     }
     let node = Node::boot(config.clone()).await?;

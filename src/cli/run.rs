@@ -273,6 +273,11 @@ async fn in_vm(
             // The cause is known before the clean-up is done; a failed clean-up is worth more.
             let view = settled(vm.clone()).await?;
             let left = still_held(&view);
+            // Somebody ended it while it came up: that is no failure of ours.
+            if failure.kind == FailureKind::Cancelled && left.is_empty() {
+                render::note(&failure.to_string());
+                return Ok((exit::by_signal(SIGKILL), view));
+            }
             return Err(CliError::message(format_args!("{failure}{left}")));
         }
     };

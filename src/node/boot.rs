@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use matchlock_actors::db_writer::{DbWriterArgs, OpenStore, ThreadSlot, join_thread};
+use matchlock_actors::db_writer::{DbWriterArgs, OpenStore, QUEUE_WAIT, ThreadSlot, join_thread};
 use matchlock_actors::deps::Deps;
 use matchlock_actors::images::ImagesArgs;
 use matchlock_actors::root::{Root, RootArgs, RootMsg, Slots};
@@ -91,6 +91,7 @@ impl Opened {
             db_writer: DbWriterArgs {
                 open: open_again(config.home.clone(), conn),
                 thread: Arc::clone(&writer),
+                queue_wait: QUEUE_WAIT,
             },
             deps: deps.clone(),
             images: ImagesArgs {

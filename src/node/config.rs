@@ -5,11 +5,15 @@
 //! A key that is not known is refused, not ignored: a misspelt setting would silently not hold.
 
 use std::ffi::OsString;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use matchlock_model::subnet::{InvalidPool, SubnetPool};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use serde::Deserialize;
 
 /// The environment variable of the state directory.
@@ -83,12 +87,12 @@ pub enum ConfigError {
         unit: &'static str,
     },
     /// A subnet pool is none.
-    #[error("{setting}: {source}")]
+    #[error("{setting}: {reason}")]
     SubnetPool {
         /// Which setting, and where it stands.
         setting: String,
         /// What is wrong with it.
-        source: InvalidPool,
+        reason: InvalidPool,
     },
     /// The file cannot be read.
     #[error("cannot read {}", path.display())]
@@ -155,7 +159,7 @@ impl NodeConfig {
             .or(file.subnet_pool.map(|pool| (said("subnet_pool"), pool.into())))
             .map(|(setting, pool)| {
                 let parsed = pool.to_string_lossy().parse();
-                parsed.map_err(|source| ConfigError::SubnetPool { setting, source })
+                parsed.map_err(|reason| ConfigError::SubnetPool { setting, reason })
             })
             .transpose()?;
         Ok(Self {
@@ -179,9 +183,9 @@ impl FileConfig {
     /// The file in this state directory; all defaults when there is none.
     fn read(home: &Path) -> Result<Self, ConfigError> {
         let path = home.join(CONFIG_FILE);
-        let text = match std::fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
+        let text = match read_trusted(&path) {
+            Ok(Some(text)) => text,
+            Ok(None) => return Ok(Self::default()),
             Err(source) => return Err(ConfigError::Unreadable { path, source }),
         };
         toml::from_str(&text).map_err(|error| {
@@ -190,6 +194,37 @@ impl FileConfig {
             ConfigError::File { path, line, message: error.message().replace('\n', " ") }
         })
     }
+}
+
+/// The longest file that is no mistake.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+/// The bits of a mode that let others write.
+const WRITABLE_BY_OTHERS: u32 = 0o022;
+
+/// The text of a file that only its user can have written; `None` if there is none.
+fn read_trusted(path: &Path) -> io::Result<Option<String>> {
+    // Not followed into waiting for somebody to write, should it be a FIFO.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let file = match rustix::fs::open(path, flags, Mode::empty()) {
+        Ok(file) => File::from(file),
+        // A link to nothing is a mistake, not nothing. (A home that is no directory is told later.)
+        Err(Errno::NOENT | Errno::NOTDIR) if path.symlink_metadata().is_err() => return Ok(None),
+        Err(errno) => return Err(errno.into()),
+    };
+    let found = file.metadata()?;
+    let us = rustix::process::geteuid().as_raw();
+    if !found.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    if ![0, us].contains(&found.uid()) || found.mode() & WRITABLE_BY_OTHERS != 0 {
+        return Err(io::Error::other("others can write it: `chmod 600` it, as its owner"));
+    }
+    if found.len() > MAX_FILE_BYTES {
+        return Err(io::Error::other(format!("it is longer than {MAX_FILE_BYTES} bytes")));
+    }
+    let mut text = String::new();
+    file.take(MAX_FILE_BYTES).read_to_string(&mut text)?;
+    Ok(Some(text))
 }
 
 /// How a setting in the file is named in an error.
@@ -220,6 +255,9 @@ fn parsed<T: std::str::FromStr>(
 
 #[cfg(test)]
 mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+
     use super::*;
 
     fn config(vars: &[(&str, &str)]) -> Result<NodeConfig, ConfigError> {
@@ -300,9 +338,37 @@ mod tests {
             let told = config(&vars).unwrap_err().to_string();
             assert!(told.contains(wanted) && !told.contains('\n'), "{text:?}: {told}");
         }
-        std::fs::remove_file(&file).unwrap();
-        std::fs::create_dir(&file).unwrap();
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_trusted_is_refused_and_nothing_is_waited_for() {
+        let home = tempfile::tempdir().unwrap();
+        let file = home.path().join(CONFIG_FILE);
         let vars = [("HOME", "/h"), ("MATCHLOCK_HOME", home.path().to_str().unwrap())];
-        assert!(matches!(config(&vars), Err(ConfigError::Unreadable { .. })));
+        type Make = fn(&Path);
+        let cases: [(&str, Make); 6] = [
+            ("not a regular file", |path| std::fs::create_dir(path).unwrap()),
+            ("not a regular file", |path| {
+                rustix::fs::mkfifoat(rustix::fs::CWD, path, Mode::RWXU).unwrap();
+            }),
+            ("not a regular file", |path| symlink("/dev/zero", path).unwrap()),
+            ("No such file", |path| symlink("/nowhere", path).unwrap()),
+            ("valid UTF-8", |path| std::fs::write(path, b"kernel = '\xff'").unwrap()),
+            ("others can write", |path| {
+                std::fs::write(path, "").unwrap();
+                std::fs::set_permissions(path, Permissions::from_mode(0o666)).unwrap();
+            }),
+        ];
+        for (wanted, make) in cases {
+            make(&file);
+            let refused = config(&vars).unwrap_err();
+            let told = matchlock_model::failure::chain(&refused);
+            assert!(told.contains(wanted) && told.contains("config.toml"), "{told}");
+            if file.is_dir() && !file.is_symlink() {
+                std::fs::remove_dir(&file).unwrap();
+            } else {
+                std::fs::remove_file(&file).unwrap();
+            }
+        }
     }
 }

@@ -7,7 +7,7 @@
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use matchlock_model::failure::chain;
@@ -81,6 +81,16 @@ impl fmt::Display for DbFault {
     }
 }
 
+/// The same error, which does not quote the whole statement: what is told is one line.
+pub(crate) fn without_sql(error: rusqlite::Error) -> rusqlite::Error {
+    match error {
+        rusqlite::Error::SqlInputError { error, msg, .. } => {
+            rusqlite::Error::SqliteFailure(error, Some(msg))
+        }
+        other => other,
+    }
+}
+
 /// What to do about a file that could not be used, as far as it is known.
 fn advice(error: &io::Error) -> String {
     match DbFault::of_file(error) {
@@ -148,6 +158,12 @@ pub enum OpenError {
         path: PathBuf,
         /// What it should be.
         wanted: &'static str,
+    },
+    /// It is a symbolic link, and what it names is not there.
+    #[error("{} is a symbolic link to something that is not there: put that back, or remove the link", path.display())]
+    LeadsNowhere {
+        /// The link.
+        path: PathBuf,
     },
     /// It belongs to another user.
     #[error("{} belongs to user {owner}, but this is user {us}: use another directory, or run as its owner", path.display())]
@@ -231,6 +247,12 @@ pub enum OpenError {
         /// Why it could not be put back.
         source: Box<rusqlite::Error>,
     },
+    /// It has tables, but not ours.
+    #[error("{} is a database of another program: move it away, or use another directory", path.display())]
+    Foreign {
+        /// The database.
+        path: PathBuf,
+    },
     /// SQLite's own check found damage.
     #[error("{} is damaged ({report}): move it away or put a backup in its place", path.display())]
     Damaged {
@@ -272,7 +294,7 @@ impl OpenError {
             doing,
             path: path.into(),
             fault: DbFault::of(&source),
-            source: Box::new(source),
+            source: Box::new(without_sql(source)),
         }
     }
 
@@ -286,6 +308,8 @@ impl OpenError {
             Self::Migration { source, .. } | Self::Restore { source, .. } => DbFault::of(source),
             Self::Directory { source, .. } | Self::File { source, .. } => DbFault::of_file(source),
             Self::WrongKind { .. }
+            | Self::LeadsNowhere { .. }
+            | Self::Foreign { .. }
             | Self::NotOurs { .. }
             | Self::Newer { .. }
             | Self::Older { .. }
@@ -375,8 +399,10 @@ pub enum WriteError {
         message: String,
     },
     /// SQLite could not write.
-    #[error("the database could not be written: {fault} ({message})")]
+    #[error("{} could not be written: {fault} ({message})", path.display())]
     Database {
+        /// The database.
+        path: PathBuf,
         /// What kind of trouble.
         fault: DbFault,
         /// What SQLite says.
@@ -385,6 +411,20 @@ pub enum WriteError {
 }
 
 impl WriteError {
+    /// The same error; one of SQLite, which knows no file, names this one.
+    pub(crate) fn in_file(mut self, db: &Path) -> Self {
+        if let Self::Database { path, .. } = &mut self {
+            db.clone_into(path);
+        }
+        self
+    }
+
+    /// Whether another process kept the database locked for too long.
+    #[must_use]
+    pub const fn is_busy(&self) -> bool {
+        matches!(self, Self::Database { fault: DbFault::Busy, .. })
+    }
+
     /// Whether the same write may succeed later without anybody having changed it.
     #[must_use]
     pub const fn retryable(&self) -> bool {
@@ -409,7 +449,12 @@ impl From<rusqlite::Error> for WriteError {
     fn from(error: rusqlite::Error) -> Self {
         match BadRow::taken_from(error) {
             Ok(row) => Self::Row(row),
-            Err(error) => Self::Database { fault: DbFault::of(&error), message: chain(&error) },
+            // Whoever has the connection knows its file.
+            Err(error) => Self::Database {
+                path: PathBuf::new(),
+                fault: DbFault::of(&error),
+                message: chain(&without_sql(error)),
+            },
         }
     }
 }
@@ -433,8 +478,10 @@ pub enum ReadError {
         source: deadpool_sqlite::InteractError,
     },
     /// SQLite could not read.
-    #[error("the database could not be read: {fault}")]
+    #[error("{} could not be read: {fault}", path.display())]
     Database {
+        /// The database.
+        path: PathBuf,
         /// What kind of trouble.
         fault: DbFault,
         /// What SQLite says.
@@ -442,11 +489,16 @@ pub enum ReadError {
     },
 }
 
-impl From<rusqlite::Error> for ReadError {
-    fn from(error: rusqlite::Error) -> Self {
+impl ReadError {
+    /// What SQLite says of this database.
+    pub(crate) fn of(path: &Path, error: rusqlite::Error) -> Self {
         match BadRow::taken_from(error) {
             Ok(row) => Self::Row(row),
-            Err(source) => Self::Database { fault: DbFault::of(&source), source },
+            Err(source) => Self::Database {
+                path: path.to_owned(),
+                fault: DbFault::of(&source),
+                source: without_sql(source),
+            },
         }
     }
 }
@@ -472,7 +524,7 @@ impl BadRow {
     }
 
     /// The bad row that travels in this error, or the error again.
-    fn taken_from(error: rusqlite::Error) -> Result<Self, rusqlite::Error> {
+    pub(crate) fn taken_from(error: rusqlite::Error) -> Result<Self, rusqlite::Error> {
         match error {
             rusqlite::Error::FromSqlConversionFailure(column, kind, inner) => inner
                 .downcast::<Self>()

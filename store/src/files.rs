@@ -92,6 +92,11 @@ impl DbFiles {
         check_file(&self.db)
     }
 
+    /// Whether the database is there, for whoever only reads: a look at its kind, without touching it.
+    pub(crate) fn is_there_to_read(&self) -> Result<bool, OpenError> {
+        Ok(regular_file(&self.db)?.is_some())
+    }
+
     /// Makes an empty database file if there is none. SQLite takes an empty file for a new database.
     pub(crate) fn create_db(&self) -> Result<(), OpenError> {
         match create_private(&self.db) {
@@ -178,16 +183,22 @@ pub(crate) fn is_there(path: &Path) -> Result<bool, OpenError> {
     })
 }
 
+/// What is known of the file at this path; `None` if there is nothing.
+fn regular_file(path: &Path) -> Result<Option<fs::Metadata>, OpenError> {
+    match fs::metadata(path) {
+        Ok(found) if found.is_file() => Ok(Some(found)),
+        Ok(_) => Err(OpenError::WrongKind { path: path.to_owned(), wanted: "regular file" }),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => match fs::symlink_metadata(path) {
+            Ok(_) => Err(OpenError::LeadsNowhere { path: path.to_owned() }),
+            Err(_) => Ok(None),
+        },
+        Err(source) => Err(OpenError::File { doing: "look at", path: path.to_owned(), source }),
+    }
+}
+
 fn check_file(path: &Path) -> Result<bool, OpenError> {
     let error = |doing, source| OpenError::File { doing, path: path.to_owned(), source };
-    let found = match fs::metadata(path) {
-        Ok(found) => found,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
-        Err(e) => return Err(error("look at", e)),
-    };
-    if !found.is_file() {
-        return Err(OpenError::WrongKind { path: path.to_owned(), wanted: "regular file" });
-    }
+    let Some(found) = regular_file(path)? else { return Ok(false) };
     match keep_private(path, &found, FILE_MODE) {
         Ok(()) => Ok(true),
         Err(Private::NotOurs(e)) => Err(e),

@@ -5,7 +5,7 @@
 //! * Whether a blob is still used is told by the transaction that removed an image of it. Another
 //!   process may add one right after: who deletes blobs holds the lock of the image directory.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use matchlock_model::image::{ImageRecord, ImageScope};
@@ -40,11 +40,12 @@ pub struct BlobInUse {
 #[derive(Debug)]
 pub struct ImageConn {
     conn: Connection,
+    path: PathBuf,
 }
 
 impl ImageConn {
-    pub(crate) fn new(conn: Connection) -> Self {
-        Self { conn }
+    pub(crate) fn new(conn: Connection, path: PathBuf) -> Self {
+        Self { conn, path }
     }
 
     /// Writes an image whose root filesystem has this digest; answers the image that had its scope
@@ -89,7 +90,7 @@ impl ImageConn {
     /// # Errors
     /// When it could not be read.
     pub fn find(&self, tag: &str) -> Result<Option<ImageRecord>, ReadError> {
-        Ok(rows::find(&self.conn, tag)?)
+        rows::find(&self.conn, tag).map_err(|e| ReadError::of(&self.path, e))
     }
 
     /// All images, those made here first, each group newest first.
@@ -97,7 +98,7 @@ impl ImageConn {
     /// # Errors
     /// When they could not be read.
     pub fn list(&self) -> Result<Vec<ImageRecord>, ReadError> {
-        Ok(rows::all(&self.conn)?)
+        rows::all(&self.conn).map_err(|e| ReadError::of(&self.path, e))
     }
 
     /// All blobs that some image uses.
@@ -105,17 +106,20 @@ impl ImageConn {
     /// # Errors
     /// When they could not be read.
     pub fn blobs_in_use(&self) -> Result<Vec<BlobInUse>, ReadError> {
-        Ok(rows::blobs_in_use(&self.conn)?)
+        rows::blobs_in_use(&self.conn).map_err(|e| ReadError::of(&self.path, e))
     }
 
     fn write<T>(
         &mut self,
-        work: impl FnOnce(&Connection) -> Result<T, WriteError>,
+        work: impl Fn(&Connection) -> Result<T, WriteError>,
     ) -> Result<T, WriteError> {
-        let tx = self.conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let answer = work(&tx)?;
-        tx.commit()?;
-        Ok(answer)
+        let mut write = || {
+            let tx = self.conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            let answer = work(&tx)?;
+            tx.commit()?;
+            Ok(answer)
+        };
+        write().map_err(|e: WriteError| e.in_file(&self.path))
     }
 }
 
@@ -123,6 +127,7 @@ impl ImageConn {
 #[derive(Debug)]
 pub struct ImageReader {
     conn: Connection,
+    path: PathBuf,
 }
 
 impl ImageReader {
@@ -131,7 +136,7 @@ impl ImageReader {
     /// # Errors
     /// When it could not be read.
     pub fn find(&self, tag: &str) -> Result<Option<ImageRecord>, ReadError> {
-        Ok(rows::find(&self.conn, tag)?)
+        rows::find(&self.conn, tag).map_err(|e| ReadError::of(&self.path, e))
     }
 
     /// All images, those made here first, each group newest first.
@@ -139,7 +144,7 @@ impl ImageReader {
     /// # Errors
     /// When they could not be read.
     pub fn list(&self) -> Result<Vec<ImageRecord>, ReadError> {
-        Ok(rows::all(&self.conn)?)
+        rows::all(&self.conn).map_err(|e| ReadError::of(&self.path, e))
     }
 }
 
@@ -150,5 +155,5 @@ impl ImageReader {
 pub fn read_images(images_dir: &Path) -> Result<Option<ImageReader>, OpenError> {
     let files = DbFiles::new(images_dir, IMAGES_DB);
     let found = migrate::open_to_read(&files, migrations::IMAGES)?;
-    Ok(found.map(|conn| ImageReader { conn }))
+    Ok(found.map(|conn| ImageReader { conn, path: files.db }))
 }

@@ -153,5 +153,7 @@ pub enum WriteOutcome {
     Pruned {
         /// How many.
         vms: usize,
+        /// The history of how many stays because its time cannot be read.
+        unreadable: usize,
     },
 }

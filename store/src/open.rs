@@ -25,8 +25,9 @@ pub const IMAGES_DB: &str = "metadata.db";
 /// # Errors
 /// When it cannot be made, opened or migrated, and when a newer version has written it.
 pub fn open_state(home: &Path) -> Result<WriteConn, OpenError> {
-    let conn = migrate::open(&DbFiles::new(home, STATE_DB), migrations::STATE)?;
-    Ok(WriteConn::new(conn))
+    let files = DbFiles::new(home, STATE_DB);
+    let conn = migrate::open(&files, migrations::STATE)?;
+    Ok(WriteConn::new(conn, files.db))
 }
 
 /// Opens `metadata.db` in this directory for writing, just as [`open_state`] does.
@@ -34,6 +35,7 @@ pub fn open_state(home: &Path) -> Result<WriteConn, OpenError> {
 /// # Errors
 /// As for [`open_state`].
 pub fn open_images(images_dir: &Path) -> Result<ImageConn, OpenError> {
-    let conn = migrate::open(&DbFiles::new(images_dir, IMAGES_DB), migrations::IMAGES)?;
-    Ok(ImageConn::new(conn))
+    let files = DbFiles::new(images_dir, IMAGES_DB);
+    let conn = migrate::open(&files, migrations::IMAGES)?;
+    Ok(ImageConn::new(conn, files.db))
 }

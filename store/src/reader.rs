@@ -4,21 +4,22 @@
 //! * Looking has no side effects: no database is made, none is migrated, nothing can be written.
 //!   (SQLite makes the empty `-wal` and the `-shm` beside a database that nobody has open, private
 //!   like the database, and a reader cannot remove them again. They hold nothing.)
-//! * Each answer is of one moment: one statement.
+//! * Each answer is of one moment: one statement, or one transaction.
 //!
 //! # On error
 //! A row that cannot be read is named. A future that is dropped lets its statement finish.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use deadpool_sqlite::{Config, Hook, HookError, Pool, Runtime};
 use matchlock_model::id::VmId;
-use matchlock_model::record::{LifecycleRecord, VmRecord};
+use matchlock_model::record::{LifecycleRecord, VmRecord, VmRemains, VmSummary};
 use rusqlite::Connection;
 
 use crate::busy::LOCK_WAIT;
 use crate::connect::{self, Access};
-use crate::error::{OpenError, ReadError};
+use crate::error::{BadRow, OpenError, ReadError};
 use crate::files::DbFiles;
 use crate::migrate;
 use crate::migrations;
@@ -34,6 +35,7 @@ const MOST_CONNECTIONS: usize = 4;
 #[derive(Debug, Clone)]
 pub struct ReadPool {
     pool: Pool,
+    path: Arc<Path>,
 }
 
 impl ReadPool {
@@ -49,6 +51,7 @@ impl ReadPool {
             return Ok(None);
         }
         // deadpool opens with the default flags; the address says that nothing is to be written.
+        let path = Arc::from(files.db.as_path());
         let address = PathBuf::from(connect::uri(&files.db, Access::ReadOnly));
         let pool = Config::new(address)
             .builder(Runtime::Tokio1)
@@ -66,7 +69,7 @@ impl ReadPool {
             }))
             .build()
             .map_err(|source| OpenError::Pool { path: files.db, source })?;
-        Ok(Some(Self { pool }))
+        Ok(Some(Self { pool, path }))
     }
 
     /// The VM's row.
@@ -77,12 +80,28 @@ impl ReadPool {
         self.read(move |conn| vms::find(conn, vm)).await
     }
 
-    /// All VMs, newest first.
+    /// All VMs, newest first; those that cannot be read each with its own error, last.
     ///
     /// # Errors
-    /// When they could not be read.
-    pub async fn vms(&self) -> Result<Vec<VmRecord>, ReadError> {
+    /// When none could be read.
+    pub async fn vms(&self) -> Result<Vec<Result<VmSummary, BadRow>>, ReadError> {
         self.read(vms::all).await
+    }
+
+    /// The ids of all VMs; whatever else their rows say need not be readable.
+    ///
+    /// # Errors
+    /// When none could be read.
+    pub async fn vm_ids(&self) -> Result<Vec<Result<VmId, BadRow>>, ReadError> {
+        self.read(vms::ids).await
+    }
+
+    /// What cleaning the VM up needs to know of it.
+    ///
+    /// # Errors
+    /// When that could not be read; what else of its rows cannot be is no error.
+    pub async fn remains(&self, vm: VmId) -> Result<Option<VmRemains>, ReadError> {
+        self.read(move |conn| vms::remains(conn, vm)).await
     }
 
     /// The VM's latest lifecycle row.
@@ -101,6 +120,23 @@ impl ReadPool {
         self.read(move |conn| lifecycle::history(conn, vm)).await
     }
 
+    /// The VM's row, and all its lifecycle rows, oldest first, both of the same moment.
+    ///
+    /// # Errors
+    /// When they could not be read.
+    pub async fn vm_and_history(
+        &self,
+        vm: VmId,
+    ) -> Result<(Option<VmRecord>, Vec<LifecycleRecord>), ReadError> {
+        self.read(move |conn| {
+            let moment = conn.unchecked_transaction()?;
+            let answer = (vms::find(&moment, vm)?, lifecycle::history(&moment, vm)?);
+            moment.commit()?;
+            Ok(answer)
+        })
+        .await
+    }
+
     async fn read<T: Send + 'static>(
         &self,
         query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
@@ -110,7 +146,7 @@ impl ReadPool {
             .interact(move |conn| query(conn))
             .await
             .map_err(|source| ReadError::Interrupted { source })?;
-        Ok(read?)
+        read.map_err(|e| ReadError::of(&self.path, e))
     }
 }
 
@@ -135,9 +171,10 @@ mod tests {
         ];
         for sql in attempts {
             let refused = pool.read(move |conn| conn.execute_batch(sql)).await;
-            let Err(ReadError::Database { fault, .. }) = refused else {
+            let Err(ReadError::Database { fault, path, .. }) = refused else {
                 panic!("{sql}: {refused:?}");
             };
+            assert_eq!(path, home.path().join(STATE_DB));
             assert_eq!(fault, DbFault::ReadOnly, "{sql}");
         }
     }

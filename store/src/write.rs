@@ -20,6 +20,7 @@
 //! A batch without its commit is gone; nobody was told that it was written.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 
 use matchlock_model::failure::panic_text;
 use rusqlite::{Connection, Transaction, TransactionBehavior};
@@ -35,11 +36,12 @@ type Answer = Result<WriteOutcome, WriteError>;
 #[derive(Debug)]
 pub struct WriteConn {
     conn: Connection,
+    path: PathBuf,
 }
 
 impl WriteConn {
-    pub(crate) fn new(conn: Connection) -> Self {
-        Self { conn }
+    pub(crate) fn new(conn: Connection, path: PathBuf) -> Self {
+        Self { conn, path }
     }
 
     /// Writes these ops in order in one transaction, and answers each once they are committed.
@@ -51,7 +53,8 @@ impl WriteConn {
         if count == 0 {
             return Vec::new();
         }
-        self.apply_all(ops, run).unwrap_or_else(|error| vec![Err(error); count])
+        let answers = self.apply_all(ops, run).unwrap_or_else(|error| vec![Err(error); count]);
+        answers.into_iter().map(|answer| answer.map_err(|e| e.in_file(&self.path))).collect()
     }
 
     fn apply_all(&mut self, ops: Vec<WriteOp>, run: Run) -> Result<Vec<Answer>, WriteError> {
@@ -297,6 +300,8 @@ mod tests {
                 line.contains("another process held its lock for too long, try again"),
                 "{line}"
             );
+            assert!(line.starts_with(&format!("{path}/state.db could not be written: ")), "{line}");
+            assert!(error.is_busy());
         }
         // It waits as long as it takes when the cap allows, and gets its turn.
         connect::prepare(&writer.conn, Access::ReadWrite).unwrap();

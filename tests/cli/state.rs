@@ -186,6 +186,52 @@ fn a_vm_that_was_never_there_is_named() {
     assert!(!bare.home().try_exists().unwrap(), "looking made something");
 }
 
+/// A row that cannot be read costs no other VM its listing, and can be got rid of.
+#[test]
+fn one_unreadable_row_hides_no_other_vm_and_can_be_removed() {
+    let mut stored = Stored::new();
+    for number in [1, 2, 3] {
+        stored.insert(number);
+    }
+    stored
+        .installation
+        .sql(
+            "UPDATE vm_lifecycle SET phase = 'brokn' WHERE vm_id = 'vm-00000002';
+             UPDATE vms SET config_json = x'ff00' WHERE id = 'vm-00000003';
+             UPDATE vms SET id = 'vm-XYZ' WHERE id = 'vm-00000001';
+             UPDATE vms SET pid = 0;",
+        )
+        .unwrap();
+    stored.insert(4);
+    let run = |args: &[&str]| {
+        let output = stored.installation.output(args).unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+    };
+    let (code, out, err) = run(&["list"]);
+    assert_eq!((code, err.lines().count()), (1, 2), "{err}");
+    assert!(out.contains("vm-00000003") && out.contains("vm-00000004"), "{out}");
+    let phase = "vm_lifecycle.phase of vm-00000002 cannot be read: ";
+    assert!(err.contains(phase) && err.contains("`matchlock rm vm-00000002`"), "{err}");
+    let id = "vms.id of vm-XYZ cannot be read: ";
+    assert!(err.contains(id) && err.contains("delete that row"), "{err}");
+    let (code, out, err) = run(&["kill", "--all"]);
+    assert_eq!((code, &*out, err.lines().count()), (1, "", 2), "{err}");
+    // Bare gc goes on with the others, those it can clean among them.
+    let (code, out, err) = run(&["gc"]);
+    assert_eq!((code, err.lines().count()), (1, 1), "{err}");
+    assert!(out.contains("Reconciled 3 VMs") && err.contains(id), "{out}{err}");
+    stored.installation.sql("DELETE FROM vms WHERE id = 'vm-XYZ'").unwrap();
+    assert_eq!(run(&["list"]).0, 0);
+    stored
+        .installation
+        .sql("UPDATE vm_lifecycle SET phase = 'brokn' WHERE vm_id = 'vm-00000002'")
+        .unwrap();
+    for id in ["vm-00000002", "vm-00000003"] {
+        assert_eq!(run(&["rm", id]), (0, format!("Removed {id}\n"), String::new()));
+    }
+}
+
 #[test]
 fn a_wrong_setting_is_named_with_its_place() {
     let stored = Stored::new();
@@ -237,6 +283,8 @@ fn what_the_reference_left_is_migrated_by_the_first_that_writes() {
     let collected = installation.output(&["gc"]).unwrap();
     let text = String::from_utf8(collected.stdout).unwrap();
     assert!(text.contains("Reconciled 4 VMs"), "{text}");
+    // Their links are gone (or never were): so their subnets are free.
+    assert_eq!(installation.sql("select count(*) from subnet_allocations").unwrap(), "0\n");
     let listed = installation.output(&["list"]).unwrap();
     let text = String::from_utf8(listed.stdout).unwrap();
     for id in ["vm-0000000a", "vm-0000000b", "vm-0000000c", "vm-0000000d"] {

@@ -266,6 +266,18 @@ fn a_closed_stderr_ends_nothing() {
 }
 
 #[test]
+fn a_vm_that_is_killed_while_it_comes_up_is_told_as_such() {
+    let installation = Installation::new().unwrap();
+    let run = installation.start_run(&[], &["true"]).unwrap();
+    let vm = installation.wait_for_status("starting").unwrap();
+    assert_eq!(installation.output(&["kill", "--force", &vm]).unwrap().status.code(), Some(0));
+    let ended = run.wait(PATIENCE).unwrap();
+    assert_eq!(ended.status.code(), Some(128 + 9), "{}", stderr(&ended));
+    assert_eq!(stderr(&ended), format!("matchlock: VM {vm} was stopped\n"));
+    installation.assert_nothing_left().unwrap();
+}
+
+#[test]
 fn gc_takes_down_what_it_is_told_to() {
     let installation = Installation::new().unwrap();
     let run = installation.start_run(&[], &["sleep", "1000"]).unwrap();

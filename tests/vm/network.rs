@@ -1,6 +1,7 @@
 //! Real guests on real networks, in network namespaces of the test's own: what they reach, what they
 //! do not, and what is left when somebody dies.
 
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
@@ -139,6 +140,21 @@ fn two_vms_have_networks_of_their_own_and_do_not_meet() {
     assert_nothing_left(&net, &installation);
 }
 
+/// The host remembers a connection longer than the VM lives that made it.
+#[test]
+fn what_was_sent_to_an_earlier_vm_does_not_reach_the_next() {
+    let (net, installation) = (TestNet::new().unwrap(), Installation::new().unwrap());
+    let first =
+        run(&net, &installation, &[], "nslookup -type=a stream.test >/dev/null; echo asked");
+    assert_eq!(stdout(&first), "asked\n", "{}", stderr(&first));
+    let script =
+        "ip route | grep -o 'src .*'; sleep 2; grep Udp: /proc/net/snmp | cut -d ' ' -f 2,3";
+    let second = run(&net, &installation, &[], script);
+    let expected = "src 192.168.100.2 \nInDatagrams NoPorts\n0 0\n";
+    assert_eq!(stdout(&second), expected, "{}", stderr(&second));
+    assert_nothing_left(&net, &installation);
+}
+
 #[test]
 fn packets_of_any_size_pass_with_a_small_mtu() {
     const MEGABYTES: u8 = 5;
@@ -168,6 +184,10 @@ fn a_killed_owner_leaves_neither_link_nor_table_and_gc_gives_the_subnet_back() {
         format!("table ip matchlock_nat_fc-{suffix}"),
     ];
     assert_eq!(there, expected);
+    // The hypervisor alone keeps the TAP there: our own descriptor is closed.
+    let owners = std::fs::read_dir(format!("/proc/{}/fd", owner.pid().unwrap())).unwrap();
+    let mut open = owners.filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok());
+    assert!(!open.any(|file| file == Path::new("/dev/net/tun")));
     owner.signal(Signal::KILL).unwrap();
     drop(owner.wait(PATIENCE).unwrap());
     wait_until(SOON, "the kernel to take everything along", || {

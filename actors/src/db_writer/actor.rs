@@ -5,6 +5,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use matchlock_model::failure::panic_text;
 use matchlock_store::{OpenError, WriteConn, WriteError, WriteOp, WriteOutcome};
@@ -67,6 +68,8 @@ pub struct DbWriterArgs {
     pub open: OpenStore,
     /// Where the thread is kept.
     pub thread: ThreadSlot,
+    /// How long a write may wait for the thread; see [`QUEUE_WAIT`](super::QUEUE_WAIT).
+    pub queue_wait: Duration,
 }
 
 impl fmt::Debug for DbWriterArgs {
@@ -91,11 +94,12 @@ pub struct DbWriterState {
 struct Waiting {
     op: Option<Box<WriteOp>>,
     reply: Option<Reply>,
+    sent: Instant,
 }
 
 impl Waiting {
-    const fn new(op: Box<WriteOp>, reply: Reply) -> Self {
-        Self { op: Some(op), reply: Some(reply) }
+    fn new(op: Box<WriteOp>, reply: Reply) -> Self {
+        Self { op: Some(op), reply: Some(reply), sent: Instant::now() }
     }
 
     fn refuse(mut self, error: DbError) {
@@ -104,8 +108,13 @@ impl Waiting {
         }
     }
 
-    /// From here on nobody knows but the thread.
-    fn take(mut self) -> Option<(WriteOp, Reply)> {
+    /// From here on nobody knows but the thread. What has waited too long is refused instead: its
+    /// caller would be gone before its answer.
+    fn take(mut self, queue_wait: Duration) -> Option<(WriteOp, Reply)> {
+        if self.sent.elapsed() > queue_wait {
+            self.refuse(DbError::Delayed);
+            return None;
+        }
         Some((*self.op.take()?, self.reply.take()?))
     }
 }
@@ -149,7 +158,7 @@ impl Actor for DbWriter {
         let (queue, waiting) = mpsc::channel(QUEUE_OPS);
         let thread = std::thread::Builder::new()
             .name("db-writer".into())
-            .spawn(move || write_until_closed(store, waiting, &myself))?;
+            .spawn(move || write_until_closed(store, waiting, &myself, args.queue_wait))?;
         *args.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
         Ok(DbWriterState { queue })
     }
@@ -193,9 +202,10 @@ fn write_until_closed(
     mut store: Box<dyn Store>,
     mut waiting: mpsc::Receiver<Waiting>,
     actor: &ActorRef<DbWriterMsg>,
+    queue_wait: Duration,
 ) {
     // Nothing of what the panic may have left half done is used again: the next life opens anew.
-    let guarded = AssertUnwindSafe(|| write_batches(&mut *store, &mut waiting));
+    let guarded = AssertUnwindSafe(|| write_batches(&mut *store, &mut waiting, queue_wait));
     let Err(panic) = catch_unwind(guarded) else { return };
     let message = panic_text(&*panic).to_owned();
     if actor.cast(DbWriterMsg::ThreadPanicked { message }).is_err() {
@@ -205,10 +215,18 @@ fn write_until_closed(
 
 /// Takes all that is queued, commits once, answers. A panic drops the reply ports of its batch,
 /// which their callers see as [`DbError::Call`]: what they asked for may have been written.
-fn write_batches(store: &mut dyn Store, waiting: &mut mpsc::Receiver<Waiting>) {
+fn write_batches(
+    store: &mut dyn Store,
+    waiting: &mut mpsc::Receiver<Waiting>,
+    queue_wait: Duration,
+) {
     let mut batch = Vec::with_capacity(BATCH_OPS);
     while waiting.blocking_recv_many(&mut batch, BATCH_OPS) > 0 {
-        let (ops, replies): (Vec<_>, Vec<_>) = batch.drain(..).filter_map(Waiting::take).unzip();
+        let (ops, replies): (Vec<_>, Vec<_>) =
+            batch.drain(..).filter_map(|waiting| waiting.take(queue_wait)).unzip();
+        if ops.is_empty() {
+            continue;
+        }
         let outcomes = store.apply(ops);
         for (reply, outcome) in replies.into_iter().zip(outcomes) {
             answer(reply, outcome.map_err(DbError::from));

@@ -9,7 +9,9 @@
 //! # Invariants
 //! 1. An answer is given after the commit, never before.
 //! 2. At most [`QUEUE_OPS`] operations wait; more are refused, retryably.
-//! 3. At most one thread writes: a restarted actor joins the old thread first.
+//! 3. A write that has waited for longer than [`QUEUE_WAIT`] is refused, so that an answer comes
+//!    within [`WRITE_LIMIT`] and tells what is so.
+//! 4. At most one thread writes: a restarted actor joins the old thread first.
 //!
 //! # Failure
 //! * A panic of an op is the store's to undo: the callers of its batch are told that nothing was
@@ -37,8 +39,12 @@ pub const QUEUE_OPS: usize = 1024;
 /// How many operations are committed at once at most.
 pub const BATCH_OPS: usize = 256;
 
-/// How long a caller waits: longer than the store's own wait for a lock held by another process.
-pub const WRITE_LIMIT: Duration = Duration::from_secs(20);
+/// How long a caller waits: longer than a write may wait for the thread, and then for a lock that
+/// another process holds ([`matchlock_store::LOCK_WAIT`]), so that it is told what came of it.
+pub const WRITE_LIMIT: Duration = Duration::from_secs(22);
+
+/// How long a write may wait for the thread; then it is refused, not written.
+pub const QUEUE_WAIT: Duration = Duration::from_secs(5);
 
 /// Why a write was not confirmed.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -49,6 +55,9 @@ pub enum DbError {
     /// Too many writes wait; this one was not taken.
     #[error("the database writer is overloaded, try again: {QUEUE_OPS} operations wait")]
     Overloaded,
+    /// The writer came to the operation too late, and did not write it.
+    #[error("the database writer was held up for too long, nothing was changed, try again")]
+    Delayed,
     /// The writer failed before it took the operation: it was not written.
     #[error("the database writer failed before it wrote this, nothing was changed, try again")]
     Ended,
@@ -66,7 +75,7 @@ impl DbError {
     pub const fn retryable(&self) -> bool {
         match self {
             Self::Write(error) => error.retryable(),
-            Self::Overloaded | Self::Ended => true,
+            Self::Overloaded | Self::Delayed | Self::Ended => true,
             Self::Lost | Self::Call(_) => false,
         }
     }
@@ -79,10 +88,16 @@ impl From<DbError> for Failure {
             DbError::Write(WriteError::NotFound { .. }) => FailureKind::NotFound,
             DbError::Call(CallError::Timeout { .. }) => FailureKind::Timeout,
             DbError::Write(WriteError::Panicked { .. }) => FailureKind::Internal,
-            DbError::Write(_) | DbError::Overloaded => FailureKind::Host,
+            DbError::Write(error) if error.is_busy() => FailureKind::Busy,
+            DbError::Write(_) | DbError::Overloaded | DbError::Delayed => FailureKind::Host,
             DbError::Ended | DbError::Lost | DbError::Call(_) => FailureKind::Internal,
         };
-        Self::from_error(kind, &error).context("could not write the VM's state")
+        let failure = Self::from_error(kind, &error);
+        match &error {
+            // It is not about writing.
+            DbError::Write(WriteError::NoFreeSubnet { .. }) => failure,
+            _ => failure.context("could not write the VM's state"),
+        }
     }
 }
 

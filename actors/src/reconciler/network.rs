@@ -1,10 +1,11 @@
 //! What of a VM's network is left on this host, in this network namespace.
 
 use matchlock_host::firewall::{FirewallError, ObservedFirewall};
+use matchlock_host::process::NamespaceSighting;
 use matchlock_host::tap::tap_name;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::id::{Mark, VmId};
-use matchlock_model::record::{LifecycleRecord, VmRecord};
+use matchlock_model::record::VmRemains;
 
 use crate::deps::Deps;
 
@@ -34,11 +35,9 @@ pub(super) async fn marked_ids(deps: &Deps) -> Result<Vec<VmId>, Failure> {
 pub(super) async fn observe(
     deps: &Deps,
     vm: VmId,
-    row: Option<&VmRecord>,
-    head: Option<&LifecycleRecord>,
+    row: Option<&VmRemains>,
 ) -> Result<(bool, bool), Failure> {
-    let had_network = head.is_some_and(|head| head.resources.tap_name.is_some())
-        || row.is_some_and(|row| row.holds_subnet);
+    let had_network = row.is_some_and(|row| row.had_network);
     if had_network && is_elsewhere(deps, row)? {
         return Ok((false, false));
     }
@@ -59,9 +58,10 @@ fn is_marked(tables: &ObservedFirewall, mark: &Mark) -> bool {
     tables.into_iter().flatten().any(|table| table.mark.as_ref() == Some(mark))
 }
 
-/// Whether the VM's links and tables were in a network namespace that is gone by now: then they are
-/// gone with it. From any namespace but theirs that lives, the answer is "could not look".
-fn is_elsewhere(deps: &Deps, row: Option<&VmRecord>) -> Result<bool, Failure> {
+/// Whether the VM's link and tables were in another network namespace and are gone by now: with that
+/// namespace, or, where not everybody's namespace can be seen, with their owner, as the kernel does
+/// it: its lock is ours. While that namespace is seen to be there, the answer is "could not look".
+fn is_elsewhere(deps: &Deps, row: Option<&VmRemains>) -> Result<bool, Failure> {
     let Some(recorded) = row.and_then(|row| row.namespaces.as_ref()) else { return Ok(false) };
     let ours = deps.processes.own_namespaces().map_err(|e| host(&e))?;
     if recorded.net == ours.net {
@@ -72,12 +72,20 @@ fn is_elsewhere(deps: &Deps, row: Option<&VmRecord>) -> Result<bool, Failure> {
     if owner.is_some_and(|owner| owner.boot_id != boot_id) {
         return Ok(true);
     }
-    if !deps.processes.network_namespace_lives(&recorded.net).map_err(|e| host(&e))? {
-        return Ok(true);
+    match deps.processes.look_for_network_namespace(&recorded.net).map_err(|e| host(&e))? {
+        NamespaceSighting::There => {}
+        NamespaceSighting::Gone => return Ok(true),
+        NamespaceSighting::Unseen => {
+            tracing::warn!(
+                namespace = %recorded.net,
+                "nobody is seen in its network namespace: link and tables went with their owner"
+            );
+            return Ok(true);
+        }
     }
     let text = format!(
-        "could not look at its network: it is in another network namespace ({}, here {}); run \
-         `matchlock gc` there",
+        "could not look at its network: it is in another network namespace ({}, here {}), in \
+         which somebody runs; run `matchlock gc` there",
         recorded.net, ours.net
     );
     Err(Failure::new(FailureKind::Host, text))

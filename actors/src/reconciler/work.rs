@@ -9,9 +9,7 @@ use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::id::{OwnerEpoch, VmId};
 use matchlock_model::phase::Phase;
 use matchlock_model::reconcile::{Action, Goal, Observed, after_failed_removal, plan};
-use matchlock_model::record::{
-    CleanupEntry, CleanupStatus, CleanupStep, LifecycleRecord, VmRecord,
-};
+use matchlock_model::record::{CleanupEntry, CleanupStatus, CleanupStep, VmRemains};
 use matchlock_store::{WriteOp, WriteOutcome};
 
 use super::actor::Target;
@@ -43,7 +41,15 @@ pub(super) async fn reconcile(
 /// Drops the history of VMs that were removed before this moment; of how many.
 pub(super) async fn prune_history(deps: &Deps, before: Timestamp) -> Result<usize, Failure> {
     match deps.db.write(WriteOp::PruneHistory { before }).await? {
-        WriteOutcome::Pruned { vms } => Ok(vms),
+        WriteOutcome::Pruned { vms, unreadable } => {
+            if unreadable > 0 {
+                tracing::warn!(
+                    vms = unreadable,
+                    "history is kept for ever: vm_lifecycle.updated_at of its latest row cannot be read"
+                );
+            }
+            Ok(vms)
+        }
         other => Err(unexpected("a prune", other)),
     }
 }
@@ -66,9 +72,10 @@ fn marked(deps: &Deps) -> Result<Vec<MarkedProcess>, Failure> {
 
 async fn all_ids(deps: &Deps) -> Result<BTreeSet<VmId>, Failure> {
     let marked = marked(deps)?;
-    let rows = deps.reader.vms().await.map_err(|e| host(&e))?;
+    let rows = deps.reader.vm_ids().await.map_err(|e| host(&e))?;
     let dirs = deps.rootfs.list_dirs(&deps.vms_dir).map_err(|e| host(&e))?;
-    let of_rows = rows.iter().map(|row| row.id);
+    // Without its id a row belongs to no VM that could be looked for; `gc` tells which those are.
+    let of_rows = rows.into_iter().flatten();
     let of_processes = marked.iter().map(|process| process.mark.vm);
     let of_network = network::marked_ids(deps).await?;
     Ok(of_rows.chain(dirs).chain(of_processes).chain(of_network).collect())
@@ -90,33 +97,30 @@ async fn reconcile_one(
         },
     };
     // Looked at with the lock held: what was seen before may have changed.
-    let row = deps.reader.vm(vm).await.map_err(|e| host(&e))?;
-    let head = match &row {
-        Some(_) => deps.reader.lifecycle_head(vm).await.map_err(|e| host(&e))?,
-        None => None,
-    };
-    let observed = observe(deps, vm, row.as_ref(), head.as_ref()).await?;
+    let row = deps.reader.remains(vm).await.map_err(|e| host(&e))?;
+    let observed = observe(deps, vm, row.as_ref()).await?;
     if row.is_none() && observed == Observed::default() {
         return Ok(Outcome::Unknown);
     }
     // A VM that was to go with its command goes altogether: that is what its user asked for.
     let goal = if row.as_ref().is_some_and(|row| row.ephemeral) { Goal::Remove } else { goal };
-    let recorded = row.as_ref().map(|_| head.as_ref().map_or(Phase::Creating, |head| head.phase));
+    let recorded = row.as_ref().map(|row| row.phase);
     let actions = plan(vm, goal, recorded, &observed)
         .map_err(|refusal| Failure::from_error(FailureKind::Internal, &refusal))?;
-    let mut work = Work::new(deps, vm, row.is_some(), head.as_ref());
+    let mut work = Work::new(deps, vm, recorded);
     if row.is_some() && !actions.is_empty() {
-        work.take_over().await?;
+        // Whoever waited for the database in vain would wait again for each further record.
+        match work.take_over().await {
+            Err(failure) if failure.kind == FailureKind::Busy => {
+                return Ok(work.stopped("record", failure));
+            }
+            taken => taken?,
+        }
     }
     Ok(work.carry_out(&actions).await)
 }
 
-async fn observe(
-    deps: &Deps,
-    vm: VmId,
-    row: Option<&VmRecord>,
-    head: Option<&LifecycleRecord>,
-) -> Result<Observed, Failure> {
+async fn observe(deps: &Deps, vm: VmId, row: Option<&VmRemains>) -> Result<Observed, Failure> {
     let mut hypervisors: Vec<_> = marked(deps)?
         .iter()
         .filter(|process| process.mark.vm == vm)
@@ -130,7 +134,7 @@ async fn observe(
         hypervisors.push(recorded.clone());
     }
     let files = deps.rootfs.observe(&deps.paths(vm)).map_err(|e| host(&e))?;
-    let (tap, firewall) = network::observe(deps, vm, row, head).await?;
+    let (tap, firewall) = network::observe(deps, vm, row).await?;
     Ok(Observed {
         owner_lives: false,
         hypervisors,
@@ -146,7 +150,7 @@ async fn observe(
 /// A pid that was recorded in another pid namespace means nothing here: that is "could not look",
 /// unless this host was booted since, or we see the processes of all namespaces: then its mark has
 /// found it.
-fn in_our_pid_namespace(deps: &Deps, row: Option<&VmRecord>) -> Result<bool, Failure> {
+fn in_our_pid_namespace(deps: &Deps, row: Option<&VmRemains>) -> Result<bool, Failure> {
     let Some(row) = row else { return Ok(true) };
     let Some(recorded) = row.namespaces.as_ref() else { return Ok(true) };
     let ours = deps.processes.own_namespaces().map_err(|e| host(&e))?;
@@ -179,8 +183,8 @@ struct Work<'a> {
     deps: &'a Deps,
     vm: VmId,
     has_row: bool,
-    /// `None` as long as the take-over could not be written (a full disk, a locked database):
-    /// what is removed may be what keeps it from being written. The lock is held all the same.
+    /// `None` as long as the take-over could not be written because the disk is full: what is removed
+    /// may be what fills it. The lock is held all the same.
     epoch: Option<OwnerEpoch>,
     /// The phase in the row.
     phase: Phase,
@@ -189,9 +193,16 @@ struct Work<'a> {
 }
 
 impl<'a> Work<'a> {
-    fn new(deps: &'a Deps, vm: VmId, has_row: bool, head: Option<&LifecycleRecord>) -> Self {
-        let phase = head.map_or(Phase::Creating, |head| head.phase);
-        Self { deps, vm, has_row, epoch: None, phase, removed: Vec::new(), cleanup: Vec::new() }
+    fn new(deps: &'a Deps, vm: VmId, recorded: Option<Phase>) -> Self {
+        Self {
+            deps,
+            vm,
+            has_row: recorded.is_some(),
+            epoch: None,
+            phase: recorded.unwrap_or(Phase::Creating),
+            removed: Vec::new(),
+            cleanup: Vec::new(),
+        }
     }
 
     /// Raises the epoch, so that no earlier owner can write any more.
@@ -212,6 +223,9 @@ impl<'a> Work<'a> {
             let Some(step) = cleanup_step(action) else {
                 match result {
                     Ok(()) => continue,
+                    Err(failure) if failure.kind == FailureKind::Busy => {
+                        return self.stopped("record", failure);
+                    }
                     // Written with the next record, after the removals.
                     Err(failure) if *action == Action::RecordCleaning => {
                         tracing::warn!(vm_id = %self.vm, %failure, "cleaning is recorded later");
@@ -294,8 +308,16 @@ impl<'a> Work<'a> {
         Ok(())
     }
 
+    /// The end, where nothing more can be recorded.
+    fn stopped(self, step: &str, failure: Failure) -> Outcome {
+        Outcome::Failed { removed: self.removed, step: step.to_owned(), error: failure.message }
+    }
+
     /// Records the failure in the row, if there is one and it can be written.
     async fn fail(mut self, step: &str, failure: Failure) -> Outcome {
+        if failure.kind == FailureKind::Busy {
+            return self.stopped(step, failure);
+        }
         let mut error = failure.message;
         let text = format!("{step}: {error}");
         for phase in after_failed_removal(self.phase) {

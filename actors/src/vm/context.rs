@@ -1,6 +1,7 @@
 //! What of a VM outlives a life of its actor.
 
 use std::fmt;
+use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -178,14 +179,19 @@ impl VmContext {
 
     /// The machine to launch. It takes the TAP's descriptor: whoever drops the specification after
     /// the launch leaves the hypervisor as the only one that keeps the TAP there.
-    pub(crate) fn machine_spec(&self) -> MachineSpec {
+    ///
+    /// # Errors
+    /// When there are no more descriptors.
+    pub(crate) fn machine_spec(&self) -> io::Result<MachineSpec> {
         let mtu = self.create.spec.network.as_ref().map(|network| network.mtu);
+        let firewall = self.held().firewall.as_ref().map(FirewallHandle::keeper).transpose()?;
         let nic = self.take_tap().zip(mtu).map(|(tap, mtu)| Nic {
             mac: self.id.mac(),
             mtu,
             tap: Arc::new(tap.into_fd()),
+            firewall: firewall.flatten().map(Arc::new),
         });
-        MachineSpec {
+        Ok(MachineSpec {
             mark: self.deps.mark(self.id),
             paths: self.paths.clone(),
             kernel: self.create.kernel.clone(),
@@ -194,7 +200,7 @@ impl VmContext {
             vcpus: self.create.spec.vcpus(),
             memory_mb: self.create.spec.memory_mb,
             nic,
-        }
+        })
     }
 
     /// Changes the view that others watch.

@@ -276,8 +276,10 @@ async fn serve_owner(context: &VmContext) -> OpResult {
 
 async fn launch(context: &VmContext) -> OpResult {
     let started = Instant::now();
-    let machine =
-        context.deps.hypervisor.launch(&context.machine_spec()).await.map_err(|e| host(&e))?;
+    let spec = context.machine_spec().map_err(|e| host(&e))?;
+    let machine = context.deps.hypervisor.launch(&spec).await.map_err(|e| host(&e))?;
+    // The hypervisor has its own descriptors now.
+    drop(spec);
     let hypervisor = machine.identity();
     // Kept before it is recorded: if the write fails, closing the machine must find it.
     context.set_machine(Some(machine), started);

@@ -4,11 +4,12 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use futures::future::join_all;
 use matchlock_actors::db_writer::{
-    BATCH_OPS, DbError, DbHandle, DbWriter, DbWriterArgs, DbWriterMsg, QUEUE_OPS, Store,
-    ThreadSlot, join_thread,
+    BATCH_OPS, DbError, DbHandle, DbWriter, DbWriterArgs, DbWriterMsg, QUEUE_OPS, QUEUE_WAIT,
+    Store, ThreadSlot, join_thread,
 };
 use matchlock_actors::handle::{CallError, ServiceSlot};
 use matchlock_model::id::{OwnerEpoch, VmId};
@@ -54,6 +55,10 @@ struct Gated {
 
 impl Gated {
     async fn new() -> Self {
+        Self::patient(QUEUE_WAIT).await
+    }
+
+    async fn patient(queue_wait: Duration) -> Self {
         let home = tempfile::tempdir().unwrap();
         let (asked_tx, asked) = channel();
         let (open, let_through) = channel();
@@ -63,6 +68,7 @@ impl Gated {
         let args = DbWriterArgs {
             open: Arc::new(move || Ok(Box::new(gate.lock().unwrap().take().unwrap()))),
             thread: Arc::clone(&thread),
+            queue_wait,
         };
         let (actor, joined) = Actor::spawn(None, DbWriter, args).await.unwrap();
         let slot = ServiceSlot::new("the database writer");
@@ -77,11 +83,6 @@ impl Gated {
         let message = DbWriterMsg::Write { op: Box::new(op), reply: reply.into() };
         self.actor.cast(message).unwrap();
         answer
-    }
-
-    async fn vms(&self) -> usize {
-        let reader = ReadPool::open(self.home.path()).unwrap().unwrap();
-        reader.vms().await.unwrap().len()
     }
 }
 
@@ -125,14 +126,13 @@ async fn what_is_queued_is_committed_at_once_and_answered_one_by_one() {
     }
     // One of them is refused, and its refusal is its own.
     sent.push(gated.send(set_phase(3, Phase::Running)));
+    // A drained actor has handed everything on.
+    gated.actor.drain().unwrap();
+    tokio::time::timeout(PATIENCE, gated.joined).await.unwrap().unwrap();
     gated.open.send(()).unwrap();
     assert!(matches!(first.await.unwrap(), Ok(WriteOutcome::Version(1))));
-    let mut batches = Vec::new();
-    while batches.iter().sum::<usize>() < 21 {
-        batches.push(gated.asked.recv_timeout(PATIENCE).unwrap());
-        gated.open.send(()).unwrap();
-    }
-    assert!(batches.len() <= 2, "21 ops that were queued were written in {batches:?}");
+    assert_eq!(gated.asked.recv_timeout(PATIENCE), Ok(21), "all that was queued, at once");
+    gated.open.send(()).unwrap();
     let refused = sent.pop().unwrap().await.unwrap();
     let transition = InvalidTransition { from: Phase::Creating, to: Phase::Running };
     assert!(
@@ -142,7 +142,8 @@ async fn what_is_queued_is_committed_at_once_and_answered_one_by_one() {
     for answer in join_all(sent).await {
         assert!(matches!(answer.unwrap(), Ok(WriteOutcome::Version(1))));
     }
-    assert_eq!(gated.vms().await, 21);
+    let reader = ReadPool::open(gated.home.path()).unwrap().unwrap();
+    assert_eq!(reader.vms().await.unwrap().len(), 21);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -201,6 +202,52 @@ async fn draining_writes_everything_that_was_sent() {
     assert_eq!(reader.vms().await.unwrap().len(), 300);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_has_waited_too_long_is_not_written_any_more() {
+    let gated = Gated::patient(Duration::from_millis(50)).await;
+    let first = gated.send(insert(1));
+    assert_eq!(gated.asked.recv_timeout(PATIENCE), Ok(1));
+    let late = gated.send(insert(2));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    gated.open.send(()).unwrap();
+    assert!(first.await.unwrap().is_ok());
+    let late = late.await.unwrap();
+    assert!(matches!(&late, Err(e @ DbError::Delayed) if e.retryable()), "{late:?}");
+    gated.actor.stop_and_wait(None, Some(PATIENCE)).await.unwrap();
+    drop(gated.open);
+    assert_eq!(gated.asked.try_iter().sum::<usize>(), 0);
+    let reader = ReadPool::open(gated.home.path()).unwrap().unwrap();
+    assert_eq!(reader.vms().await.unwrap().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_next_life_waits_until_the_last_one_has_written() {
+    let gated = Gated::new().await;
+    let first = gated.send(insert(1));
+    assert_eq!(gated.asked.recv_timeout(PATIENCE), Ok(1));
+    gated.actor.kill();
+    gated.joined.await.unwrap();
+    let opened = Arc::new(AtomicBool::new(false));
+    let (home, seen) = (gated.home.path().to_owned(), Arc::clone(&opened));
+    let args = DbWriterArgs {
+        open: Arc::new(move || {
+            seen.store(true, Ordering::Relaxed);
+            Ok(Box::new(open_state(&home)?))
+        }),
+        thread: Arc::clone(&gated.thread),
+        queue_wait: QUEUE_WAIT,
+    };
+    let next = tokio::spawn(Actor::spawn(None, DbWriter, args));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!opened.load(Ordering::Relaxed) && !next.is_finished(), "two threads write");
+    gated.open.send(()).unwrap();
+    assert!(first.await.unwrap().is_ok());
+    let (actor, joined) = next.await.unwrap().unwrap();
+    assert!(opened.load(Ordering::Relaxed));
+    actor.stop(None);
+    joined.await.unwrap();
+}
+
 static PANIC_BEFORE: AtomicBool = AtomicBool::new(false);
 static PANIC_AFTER: AtomicBool = AtomicBool::new(false);
 
@@ -227,12 +274,15 @@ async fn a_writer_whose_thread_panics_is_restarted_and_never_lies() {
         assert!(lost.to_string().contains("unknown"), "{lost}");
         let is_there = world.deps.reader.vm(VmId::new(number)).await.unwrap().is_some();
         assert_eq!(is_there, written, "the test's own panic came at another moment");
-        // The next life writes, without anybody having asked for it.
-        let next = world.deps.db.write(insert(10 + number)).await;
-        let next = match next {
-            Err(error) if error.retryable() => world.deps.db.write(insert(10 + number)).await,
-            other => other,
-        };
+        // The next life writes, without anybody having asked for it. What reaches the last one while
+        // it ends is lost with it, and told.
+        let mut next = world.deps.db.write(insert(10 + number)).await;
+        for _ in 0..10 {
+            if !matches!(&next, Err(DbError::Ended | DbError::Call(CallError::Died { .. }))) {
+                break;
+            }
+            next = world.deps.db.write(insert(10 + number)).await;
+        }
         assert!(matches!(next, Ok(WriteOutcome::Version(1))), "{next:?}");
     }
     world.shutdown().await;

@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use matchlock_actors::reconciler::{Outcome, Target};
 use matchlock_host::fault::Fault;
 use matchlock_host::firewall::FirewallOp;
-use matchlock_host::process::Processes as _;
+use matchlock_host::process::{NamespaceSighting, Processes as _};
 use matchlock_host::tap::{TapOp, Taps as _, tap_name};
 use matchlock_model::id::VmId;
 use matchlock_model::identity::Namespaces;
@@ -14,7 +14,7 @@ use matchlock_model::phase::Phase;
 use matchlock_model::reconcile::Goal;
 use matchlock_model::vm::StopMode;
 
-use super::world::{World, settled};
+use super::world::{World, reaches, settled};
 
 async fn subnet(world: &World, vm: VmId) -> Option<String> {
     let head = world.deps.reader.lifecycle_head(vm).await.unwrap().unwrap();
@@ -113,8 +113,8 @@ async fn a_subnet_stays_taken_while_its_tap_is_there() {
     // The next VM gets another.
     let mut next = world.running(true).await;
     assert_eq!(subnet(&world, next.id).await.as_deref(), Some("192.168.101.0/24"));
-    world.stop(next.id, StopMode::Force).await.unwrap();
     world.taps.set_fault(TapOp::Remove, None);
+    world.stop(next.id, StopMode::Force).await.unwrap();
     settled(&mut next).await;
     drop(held);
     world.lock_is_free(vm.id).await;
@@ -147,8 +147,36 @@ async fn what_this_host_uses_is_avoided_and_what_we_left_on_it_is_reaped() {
     world.shutdown().await;
 }
 
+/// Somebody who does not take the lock addresses the same subnet while the TAP is being made.
+#[tokio::test]
+async fn a_subnet_that_somebody_takes_meanwhile_is_given_back_and_the_next_one_taken() {
+    let world = World::new().await;
+    let late = std::time::Duration::from_millis(200);
+    world.taps.set_fault(TapOp::Create, Some(Fault::Late(late)));
+    let mut vm = world.create(true).await.unwrap();
+    while !world.taps.calls().contains(&TapOp::Create) {
+        tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+    }
+    world.taps.add_link("lan0", None, &[(Ipv4Addr::new(192, 168, 100, 9), 24)]);
+    let view = reaches(&mut vm, |view| view.phase == Phase::Running || view.settled).await;
+    assert_eq!(view.cause, None);
+    assert_eq!(subnet(&world, vm.id).await.as_deref(), Some("192.168.101.0/24"));
+    let tap = world.taps.observe(&tap_name(vm.id)).await.unwrap().unwrap();
+    assert_eq!(tap.addresses, [(Ipv4Addr::new(192, 168, 101, 1), 24)]);
+    world.stop(vm.id, StopMode::Force).await.unwrap();
+    settled(&mut vm).await;
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
 #[tokio::test]
 async fn a_network_in_another_namespace_could_not_be_looked_at_until_that_is_gone() {
+    for sighting in [NamespaceSighting::Gone, NamespaceSighting::Unseen] {
+        elsewhere_until(sighting).await;
+    }
+}
+
+async fn elsewhere_until(sighting: NamespaceSighting) {
     let world = World::new().await;
     let mut vm = world.running(false).await;
     let ours = world.processes.own_namespaces().unwrap();
@@ -165,7 +193,7 @@ async fn a_network_in_another_namespace_could_not_be_looked_at_until_that_is_gon
     assert_eq!(step, "observe");
     assert!(error.contains("another network namespace"), "{error}");
     assert!(world.deps.reader.vm(vm.id).await.unwrap().unwrap().holds_subnet);
-    world.processes.end_network_namespace(&ours.net);
+    world.processes.set_sighting(&ours.net, sighting);
     let reports = world.reconcile(Target::One(vm.id), Goal::Remove).await;
     assert!(matches!(reports[0].outcome, Outcome::Cleaned { .. }), "{reports:?}");
     world.assert_nothing_left().await;

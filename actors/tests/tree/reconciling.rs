@@ -1,5 +1,8 @@
 //! What earlier owners left.
 
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use matchlock_actors::db_writer::Store;
 use matchlock_actors::reconciler::{Outcome, Target};
 use matchlock_host::owner_lock::OwnerLocks as _;
 use matchlock_host::process::Processes as _;
@@ -9,7 +12,7 @@ use matchlock_model::identity::Namespaces;
 use matchlock_model::phase::Phase;
 use matchlock_model::reconcile::Goal;
 use matchlock_model::record::Resources;
-use matchlock_store::{NewVm, WriteOp};
+use matchlock_store::{DbFault, NewVm, WriteError, WriteOp, WriteOutcome};
 
 use super::world::World;
 
@@ -170,5 +173,45 @@ async fn a_take_over_fences_the_old_owner() {
     };
     let refused = world.deps.db.write(late).await.unwrap_err();
     assert!(refused.to_string().contains("owner"), "{refused}");
+    world.shutdown().await;
+}
+
+static LOCKED: AtomicBool = AtomicBool::new(false);
+static TRIES: AtomicUsize = AtomicUsize::new(0);
+
+/// A database that another process locks, while it is told so.
+struct Locked(Box<dyn Store>);
+
+impl Store for Locked {
+    fn apply(&mut self, ops: Vec<WriteOp>) -> Vec<Result<WriteOutcome, WriteError>> {
+        if !LOCKED.load(Ordering::Relaxed) {
+            return self.0.apply(ops);
+        }
+        TRIES.fetch_add(1, Ordering::Relaxed);
+        let busy = WriteError::Database {
+            path: "/h/state.db".into(),
+            fault: DbFault::Busy,
+            message: "database is locked".into(),
+        };
+        vec![Err(busy); ops.len()]
+    }
+}
+
+#[tokio::test]
+async fn a_locked_database_is_waited_for_once_and_told_once() {
+    let world = World::with_store(|store| Box::new(Locked(store))).await;
+    let vm = crashed(&world, 7).await;
+    LOCKED.store(true, Ordering::Relaxed);
+    let reports = world.reconcile(Target::One(vm), Goal::Remove).await;
+    let Outcome::Failed { removed, step, error } = &reports[0].outcome else {
+        panic!("{reports:?}");
+    };
+    assert_eq!((removed.len(), step.as_str()), (0, "record"));
+    assert_eq!(error.matches("held its lock for too long").count(), 1, "{error}");
+    assert!(error.contains("/h/state.db"), "{error}");
+    assert_eq!(TRIES.load(Ordering::Relaxed), 1, "each try waits for the lock");
+    LOCKED.store(false, Ordering::Relaxed);
+    world.reconcile(Target::One(vm), Goal::Remove).await;
+    world.assert_nothing_left().await;
     world.shutdown().await;
 }

@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use matchlock_actors::db_writer::{DbHandle, DbWriterArgs, Store, ThreadSlot, join_thread};
+use matchlock_actors::db_writer::{
+    DbHandle, DbWriterArgs, QUEUE_WAIT, Store, ThreadSlot, join_thread,
+};
 use matchlock_actors::deps::{Deps, Limits, OwnerServer, ServeGuard};
 use matchlock_actors::fleet::{FleetMsg, VmHandle};
 use matchlock_actors::images::ImagesArgs;
@@ -127,6 +129,7 @@ impl World {
             db_writer: DbWriterArgs {
                 open: Arc::new(move || Ok(wrap(Box::new(open_state(&path)?)))),
                 thread: Arc::clone(&writer),
+                queue_wait: QUEUE_WAIT,
             },
             deps: deps.clone(),
             images: ImagesArgs {

@@ -22,8 +22,9 @@
 //!    has no such flag (before 5.12) they are plain tables, and `gc` finds them by mark.
 //! 2. A table that carries another mark, or none, is never changed or removed.
 //! 3. No base chain has policy drop: a hook is the whole host's.
-//! 4. What the guest may send is decided by each packet alone, not by connection state, so nothing
-//!    that an earlier VM with the same address had open is open to the next.
+//! 4. What the guest may send is decided by each packet alone, not by connection state. What it may
+//!    get are answers to connections that carry its own mark (`ct mark`, the VM's id): nothing that
+//!    an earlier VM with the same address had open is open to the next.
 //! 5. "Already gone" is success; "could not look" is not; after a removal the host was looked at
 //!    again.
 //!
@@ -39,7 +40,8 @@
 use std::fmt;
 use std::io;
 use std::net::Ipv4Addr;
-use std::sync::{Arc, Mutex};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use matchlock_model::id::{InstallId, Mark};
@@ -112,6 +114,21 @@ impl FirewallHandle {
     #[must_use]
     pub fn tap(&self) -> &str {
         &self.tap
+    }
+
+    /// What keeps the tables there, for the hypervisor to hold as well: a guest must not outlive its
+    /// rules by a moment when its owner is killed. `None` for tables that nothing keeps.
+    ///
+    /// # Errors
+    /// When there are no more descriptors.
+    pub fn keeper(&self) -> io::Result<Option<OwnedFd>> {
+        match &self.held {
+            Held::Socket(socket) => {
+                let socket = socket.lock().unwrap_or_else(PoisonError::into_inner);
+                socket.descriptor().try_clone_to_owned().map(Some)
+            }
+            Held::Nothing | Held::Fake { .. } => Ok(None),
+        }
     }
 
     /// Whether the tables go when this is dropped or its process ends.

@@ -14,7 +14,7 @@
 //! when that returns. So reading never waits, and an answer that is not there is an error.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::net::netlink::SocketAddrNetlink;
@@ -218,6 +218,11 @@ pub(super) struct Socket {
 }
 
 impl Socket {
+    /// The socket itself.
+    pub(super) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
     /// Opens it in the network namespace of the calling thread.
     pub(super) fn open() -> io::Result<Self> {
         let fd = socket_with(

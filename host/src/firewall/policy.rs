@@ -11,8 +11,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use rustables::error::BuilderError;
 use rustables::expr::{
     Bitwise, Cmp, CmpOp, ConnTrackState, Conntrack, ConntrackKey, HighLevelPayload,
-    IPv4HeaderField, IcmpCode, Immediate, Meta, MetaType, NetworkHeaderField, Reject, RejectType,
-    VerdictKind,
+    IPv4HeaderField, IcmpCode, Immediate, Meta, MetaType, NetworkHeaderField, Register, Reject,
+    RejectType, VerdictKind,
 };
 use rustables::{
     Batch, Chain, ChainPolicy, ChainType, Hook, HookClass, Protocol, ProtocolFamily, Rule, Table,
@@ -151,7 +151,10 @@ impl Filter<'_> {
         }
 
         let to_guest = self.chain(TO_GUEST);
-        self.add(established_or_related(Rule::new(&to_guest)?)?.accept());
+        let answer = established_or_related(Rule::new(&to_guest)?)?
+            .with_expr(Conntrack::new(ConntrackKey::Mark))
+            .with_expr(Cmp::new(CmpOp::Eq, connection_mark(self.spec)));
+        self.add(answer.accept());
         self.add(Rule::new(&to_guest)?.with_expr(goto(REFUSE)));
         Ok(())
     }
@@ -194,6 +197,11 @@ impl Filter<'_> {
         self.add(Rule::new(&source)?.iiface(tap)?.drop());
 
         let destination = self.base_chain("destination", HookClass::PreRouting, PRIORITY_MANGLE);
+        let marked = Rule::new(&destination)?
+            .iiface(tap)?
+            .with_expr(Immediate::new_data(connection_mark(self.spec).to_vec(), Register::Reg1))
+            .with_expr(Conntrack::default().with_mark_value(Register::Reg1));
+        self.add(marked);
         self.add(Rule::new(&destination)?.iiface(tap)?.with_expr(goto(SPECIAL)));
 
         let forward = self.base_chain("forward", HookClass::Forward, PRIORITY_FILTER);
@@ -252,6 +260,12 @@ fn to_range(rule: Rule, (network, prefix): (Ipv4Addr, u8)) -> Result<Rule, Build
         .with_expr(HighLevelPayload::Network(destination).build())
         .with_expr(Bitwise::new(mask.to_be_bytes(), [0; 4])?)
         .with_expr(Cmp::new(CmpOp::Eq, network.octets())))
+}
+
+/// What the VM's connections are marked with: its id. The kernel remembers a connection longer than
+/// the VM lives, and the next VM with its address must not get what is still sent to it.
+fn connection_mark(spec: &FirewallSpec) -> [u8; 4] {
+    spec.mark.vm.number().max(1).to_ne_bytes()
 }
 
 /// Packets of a connection that was let in, and errors about one.

@@ -72,6 +72,8 @@ pub struct Nic {
     /// The TAP. The hypervisor gets a descriptor of its own, so a TAP that is not persistent
     /// goes with it once all others are closed; this one is closed by dropping it.
     pub tap: Arc<OwnedFd>,
+    /// Held open as long as the machine lives, and not used: what keeps the NIC's firewall there.
+    pub firewall: Option<Arc<OwnedFd>>,
 }
 
 /// How a machine ended.

@@ -12,7 +12,7 @@ use matchlock_model::identity::{Namespaces, ProcessIdentity};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::{MarkedProcess, ProcessError, Processes};
+use super::{MarkedProcess, NamespaceSighting, ProcessError, Processes};
 
 /// The boot id of the fake host.
 const BOOT_ID: &str = "00000000-0000-4000-8000-000000000000";
@@ -33,7 +33,7 @@ struct Table {
     running: BTreeMap<i32, Entry>,
     immortal: BTreeSet<i32>,
     refused: BTreeSet<i32>,
-    gone_namespaces: BTreeSet<String>,
+    sightings: BTreeMap<String, NamespaceSighting>,
     hidden: BTreeSet<i32>,
     list_fails: bool,
     kills: Vec<ProcessIdentity>,
@@ -60,7 +60,7 @@ impl Default for FakeProcesses {
                 immortal: BTreeSet::new(),
                 refused: BTreeSet::new(),
                 hidden: BTreeSet::new(),
-                gone_namespaces: BTreeSet::new(),
+                sightings: BTreeMap::new(),
                 list_fails: false,
                 kills: Vec::new(),
             })),
@@ -146,9 +146,9 @@ impl FakeProcesses {
         self.table().namespaces = namespaces;
     }
 
-    /// Says that this network namespace is gone.
-    pub fn end_network_namespace(&self, namespace: &str) {
-        self.table().gone_namespaces.insert(namespace.to_owned());
+    /// Says what is seen of this network namespace; of others it is that they are there.
+    pub fn set_sighting(&self, namespace: &str, sighting: NamespaceSighting) {
+        self.table().sightings.insert(namespace.to_owned(), sighting);
     }
 
     /// Who got SIGKILL so far, in order.
@@ -185,8 +185,12 @@ impl Processes for FakeProcesses {
         Ok(false)
     }
 
-    fn network_namespace_lives(&self, namespace: &str) -> Result<bool, ProcessError> {
-        Ok(!self.table().gone_namespaces.contains(namespace))
+    fn look_for_network_namespace(
+        &self,
+        namespace: &str,
+    ) -> Result<NamespaceSighting, ProcessError> {
+        let sighting = self.table().sightings.get(namespace).copied();
+        Ok(sighting.unwrap_or(NamespaceSighting::There))
     }
 
     fn is_alive(&self, identity: &ProcessIdentity) -> Result<bool, ProcessError> {

@@ -15,7 +15,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::unix::AsyncFd;
 use tokio::time::timeout;
 
-use super::{MarkedProcess, ProcessError, Processes};
+use super::{MarkedProcess, NamespaceSighting, ProcessError, Processes};
 
 /// The number of SIGKILL, for messages.
 const SIGKILL: i32 = 9;
@@ -241,20 +241,26 @@ impl Processes for LinuxProcesses {
         Ok(std::os::unix::fs::MetadataExt::ino(&own) == FIRST_PID_NAMESPACE)
     }
 
-    fn network_namespace_lives(&self, namespace: &str) -> Result<bool, ProcessError> {
+    fn look_for_network_namespace(
+        &self,
+        namespace: &str,
+    ) -> Result<NamespaceSighting, ProcessError> {
         if !self.sees_all_processes()? || is_mounted(namespace)? {
-            return Ok(true);
+            return Ok(NamespaceSighting::There);
         }
+        let mut sighting = NamespaceSighting::Gone;
         for pid in pids()? {
             match fs::metadata(format!("/proc/{pid}/ns/net")) {
-                Ok(found) if device_and_inode(&found) != namespace => {}
+                Ok(found) if device_and_inode(&found) == namespace => {
+                    return Ok(NamespaceSighting::There);
+                }
+                Ok(_) => {}
                 // It ended meanwhile.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                // In it, or not ours to see.
-                Ok(_) | Err(_) => return Ok(true),
+                Err(_) => sighting = NamespaceSighting::Unseen,
             }
         }
-        Ok(false)
+        Ok(sighting)
     }
 
     fn is_alive(&self, identity: &ProcessIdentity) -> Result<bool, ProcessError> {

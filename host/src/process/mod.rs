@@ -97,6 +97,18 @@ pub struct MarkedProcess {
     pub cwd: Option<PathBuf>,
 }
 
+/// What is seen of a namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NamespaceSighting {
+    /// A process is in it, a file keeps it, or this process does not see all processes of the host.
+    /// A number that was given to a new namespace counts too.
+    There,
+    /// Nothing that could be seen is in it, but the namespace of some process could not be seen.
+    Unseen,
+    /// Nothing is in it.
+    Gone,
+}
+
 /// Looking at processes and ending them.
 #[async_trait]
 pub trait Processes: Send + Sync {
@@ -119,13 +131,14 @@ pub trait Processes: Send + Sync {
     /// When `/proc` cannot be read.
     fn sees_all_processes(&self) -> Result<bool, ProcessError>;
 
-    /// Whether a network namespace, as `device:inode`, is still there or may be: a process is in it,
-    /// a file keeps it, or not everything could be seen from here. A number that was given to a new
-    /// namespace counts as there.
+    /// Whether a network namespace, as `device:inode`, is still there.
     ///
     /// # Errors
     /// When `/proc` cannot be read.
-    fn network_namespace_lives(&self, namespace: &str) -> Result<bool, ProcessError>;
+    fn look_for_network_namespace(
+        &self,
+        namespace: &str,
+    ) -> Result<NamespaceSighting, ProcessError>;
 
     /// Whether exactly this process still exists (a zombie counts as gone).
     ///

@@ -194,7 +194,8 @@ pub enum TapError {
     },
     /// There is no TUN driver here.
     #[error(
-        "could not open /dev/net/tun: the kernel module tun is missing, or the device is not visible here"
+        "could not open /dev/net/tun: the kernel module tun is missing, or the device is not visible \
+         here; --no-network runs a VM without"
     )]
     NoTun(#[source] io::Error),
     /// A link of this name is there already.

@@ -145,7 +145,12 @@ async fn the_fake_conforms() {
         base_disk: "/b".into(),
         vcpus: 1,
         memory_mb: 64,
-        nic: Some(Nic { mac: [2, 0, 0, 0, 0, 1], mtu: 1500, tap: Arc::clone(&tap) }),
+        nic: Some(Nic {
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: 1500,
+            tap: Arc::clone(&tap),
+            firewall: None,
+        }),
     };
     let fake = FakeHypervisor::new(processes.clone());
     hypervisor_conforms(&fake, &processes, &spec).await;

@@ -132,7 +132,7 @@ impl World {
              ip link set lo up"
         ));
         let mac = unique_mark().vm.mac();
-        let nic = Nic { mac, mtu: MTU, tap: Arc::new(tap) };
+        let nic = Nic { mac, mtu: MTU, tap: Arc::new(tap), firewall: None };
         let spec = make_spec(home.path(), nic).await;
         let options = QemuOptions { program: None, acceleration: None, cache: home.path().into() };
         let qemu = Qemu::new(Spawner::new().expect("a spawner"), options);

@@ -93,11 +93,16 @@ fn dns_servers(given: &[String]) -> Result<Vec<Ipv4Addr>, SpecError> {
     given
         .iter()
         .map(|text| {
-            text.parse().map_err(|_| SpecError::Form {
-                what: "--dns-servers",
-                given: text.clone(),
-                expected: "use IPv4 addresses, separated by commas: a guest has no IPv6",
-            })
+            let refused =
+                |expected| SpecError::Form { what: "--dns-servers", given: text.clone(), expected };
+            let server: Ipv4Addr = text.parse().map_err(|_| {
+                refused("use IPv4 addresses, separated by commas: a guest has no IPv6")
+            })?;
+            let octets = server.octets();
+            if matches!(octets[0], 0 | 127 | 224..) || octets[..2] == [169, 254] {
+                return Err(refused("no guest can reach that address; use a server's own"));
+            }
+            Ok(server)
         })
         .collect()
 }
@@ -150,7 +155,7 @@ mod tests {
         for mtu in [0, 575, 65_522] {
             assert!(check(|i| i.mtu = Some(mtu)).unwrap_err().contains("--mtu"));
         }
-        for server in ["::1", "dns.example", "1.2.3"] {
+        for server in ["::1", "dns.example", "1.2.3", "127.0.0.53", "0.0.0.0", "255.255.255.255"] {
             let refused = check(|i| i.dns_servers = vec![server.into()]).unwrap_err();
             assert!(refused.contains(server), "{refused}");
         }

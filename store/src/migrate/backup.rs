@@ -21,7 +21,7 @@ use rusqlite::{Connection, ffi};
 use super::Applied;
 use crate::busy::{self, LOCK_WAIT};
 use crate::connect::{self, Access};
-use crate::error::{OpenError, Recovery};
+use crate::error::{OpenError, Recovery, without_sql};
 use crate::files::{self, DbFiles};
 use crate::migrations::Migration;
 
@@ -102,8 +102,8 @@ pub(super) fn recover(
         Err(source) => OpenError::Restore {
             path: files.db.clone(),
             backup: files.backup(),
-            failed: failed.to_string(),
-            source: Box::new(source),
+            failed: without_sql(failed).to_string(),
+            source: Box::new(without_sql(source)),
         },
     }
 }
@@ -120,7 +120,7 @@ fn migration_failed(
         version: migration.version,
         name: migration.name,
         recovery,
-        source: Box::new(source),
+        source: Box::new(without_sql(source)),
     }
 }
 

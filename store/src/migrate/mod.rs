@@ -17,7 +17,7 @@
 //! * The backup is of before the first pending migration; one that a crash left is never
 //!   overwritten, but used by whoever goes on.
 //! * Nothing acknowledged to another process is undone: see [`backup::recover`].
-//! * A database that is damaged, newer, or differs in an applied migration is refused untouched.
+//! * A database that is damaged, newer, of another program, or differs in an applied migration is refused untouched.
 //!
 //! # On a crash
 //! The lock goes with its holder, SQLite rolls the open transaction back, and the backup stays: the
@@ -100,7 +100,7 @@ fn open_to_read_within(
     known: &[Migration],
     lock_wait: Duration,
 ) -> Result<Option<Connection>, OpenError> {
-    if !files::is_there(&files.db)? {
+    if !files.is_there_to_read()? {
         return Ok(None);
     }
     let conn = connect::connect(&files.db, Access::ReadOnly)
@@ -214,9 +214,25 @@ impl Applied {
         files: &DbFiles,
         known: &[Migration],
     ) -> Result<Self, OpenError> {
+        Self::check_ours(conn, files)?;
         let applied = Self::read(conn).map_err(|e| OpenError::database("read", &files.db, e))?;
         applied.check(files, known)?;
         Ok(applied)
+    }
+
+    /// Refuses a database whose tables are not ours. What is new has none at all: the bookkeeping
+    /// comes with the first of them, in one transaction.
+    fn check_ours(conn: &Connection, files: &DbFiles) -> Result<(), OpenError> {
+        let ours: bool = conn
+            .query_row(
+                "SELECT (SELECT count(*) FROM pragma_table_info('schema_migrations')
+                         WHERE name IN ('module', 'version')) = 2
+                     OR NOT EXISTS (SELECT 1 FROM sqlite_schema WHERE name NOT GLOB 'sqlite_*')",
+                [],
+                |row| row.get(0),
+            )
+            .map_err(|e| OpenError::database("read", &files.db, e))?;
+        if ours { Ok(()) } else { Err(OpenError::Foreign { path: files.db.clone() }) }
     }
 
     /// Refuses what another binary did that this one does not know.

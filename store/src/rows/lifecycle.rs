@@ -3,6 +3,8 @@
 //! # Invariants
 //! * Rows are only added; each is one more than the one before, which the head counts.
 //! * A row that would say the same as the latest one is not added. Times do not count.
+//! * A row that cannot be read stays as it is, and only those of cleaning up may follow it: what it
+//!   says counts as nothing, its phase as `creating`.
 //! * Keys of `resources_json` that this version does not know stay until all resources are replaced.
 
 use jiff::Timestamp;
@@ -14,7 +16,7 @@ use matchlock_model::subnet::Subnet;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use serde_json::{Map, Value};
 
-use super::{Reading, stored, vms};
+use super::{Reading, each, readable, stored, vms};
 use crate::error::WriteError;
 use crate::op::WriteOutcome;
 
@@ -66,8 +68,8 @@ impl ResourceChange {
 
 /// What a row says, apart from its number and time.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Content {
-    pub(crate) phase: Phase,
+struct Content {
+    phase: Phase,
     backend: String,
     last_error: String,
     resources: Map<String, Value>,
@@ -123,12 +125,11 @@ pub(crate) fn append(
     change: Change,
     at: Timestamp,
 ) -> Result<WriteOutcome, WriteError> {
-    let before = latest_numbered(conn, vm)?;
-    let next = match &before {
-        Some((version, content)) => {
-            let next = content.changed_by(change)?;
-            if next.says_the_same_as(content) {
-                return Ok(WriteOutcome::Version(*version));
+    let next = match latest(conn, vm, &change)? {
+        Some(before) => {
+            let next = before.content.changed_by(change)?;
+            if before.whole && next.says_the_same_as(&before.content) {
+                return Ok(WriteOutcome::Version(before.version));
             }
             next
         }
@@ -163,25 +164,62 @@ pub(crate) fn append(
     Ok(WriteOutcome::Version(version))
 }
 
-/// What the VM's latest row says.
-pub(crate) fn latest(conn: &Connection, vm: VmId) -> Result<Option<Content>, WriteError> {
-    Ok(latest_numbered(conn, vm)?.map(|(_, content)| content))
-}
-
-fn latest_numbered(conn: &Connection, vm: VmId) -> Result<Option<(i64, Content)>, WriteError> {
-    let row = conn
+/// The phase in the VM's latest row.
+pub(crate) fn latest_phase(conn: &Connection, vm: VmId) -> Result<Option<Phase>, WriteError> {
+    let phase = conn
         .prepare_cached(&format!("{SELECT} WHERE l.vm_id = ?1 ORDER BY l.version DESC LIMIT 1"))?
         .query_row([vm.to_string()], |row| {
-            let row = Reading::new(row, "vm_lifecycle", "vm_id")?;
-            let content = Content {
-                phase: row.parsed("phase")?,
-                backend: row.text("backend")?,
-                last_error: row.text("last_error")?,
-                resources: row.json("resources_json")?.unwrap_or_default(),
-                cleanup: row.json("cleanup_json")?.unwrap_or_default(),
-            };
-            Ok((row.number("version")?, content))
+            Reading::new(row, "vm_lifecycle", "vm_id")?.parsed("phase")
         })
+        .optional()?;
+    Ok(phase)
+}
+
+/// The VM's latest row as a change finds it.
+struct Latest {
+    version: i64,
+    content: Content,
+    /// Whether all of it could be read.
+    whole: bool,
+}
+
+impl Latest {
+    fn read(row: &Row<'_>, cleaning: bool) -> rusqlite::Result<Self> {
+        let row = Reading::new(row, "vm_lifecycle", "vm_id")?;
+        let mut whole = true;
+        let content = Content {
+            phase: or(row.parsed("phase"), Phase::Creating, cleaning, &mut whole)?,
+            backend: or(row.text("backend"), UNKNOWN_BACKEND.to_owned(), cleaning, &mut whole)?,
+            last_error: or(row.text("last_error"), String::new(), cleaning, &mut whole)?,
+            resources: or(row.json("resources_json"), None, cleaning, &mut whole)?
+                .unwrap_or_default(),
+            cleanup: or(row.json("cleanup_json"), None, cleaning, &mut whole)?.unwrap_or_default(),
+        };
+        Ok(Self { version: row.number("version")?, content, whole })
+    }
+}
+
+/// The value; what cannot be read counts as this when the VM is being cleaned up.
+fn or<T>(
+    value: rusqlite::Result<T>,
+    unreadable: T,
+    cleaning: bool,
+    whole: &mut bool,
+) -> rusqlite::Result<T> {
+    if !cleaning {
+        return value;
+    }
+    let value = readable(value)?;
+    *whole &= value.is_some();
+    Ok(value.unwrap_or(unreadable))
+}
+
+fn latest(conn: &Connection, vm: VmId, change: &Change) -> Result<Option<Latest>, WriteError> {
+    let cleaning =
+        matches!(change.phase, Some(Phase::Cleaning | Phase::Cleaned | Phase::CleanupFailed));
+    let row = conn
+        .prepare_cached(&format!("{SELECT} WHERE l.vm_id = ?1 ORDER BY l.version DESC LIMIT 1"))?
+        .query_row([vm.to_string()], |row| Latest::read(row, cleaning))
         .optional()?;
     Ok(row)
 }
@@ -214,25 +252,25 @@ fn read(row: &Row<'_>) -> rusqlite::Result<LifecycleRecord> {
     })
 }
 
-/// Drops the history of VMs without a row that was last added to before this moment.
+/// Drops the history of VMs without a row that was last added to before this moment; one whose time
+/// cannot be read stays, and is counted.
 pub(crate) fn prune(conn: &Connection, before: Timestamp) -> Result<WriteOutcome, WriteError> {
     let mut query = conn.prepare_cached(
         "SELECT l.vm_id, l.updated_at FROM vm_lifecycle AS l
          WHERE NOT EXISTS (SELECT 1 FROM vms WHERE vms.id = l.vm_id)
            AND l.version = (SELECT max(version) FROM vm_lifecycle WHERE vm_id = l.vm_id)",
     )?;
-    let removed = query
-        .query_map([], |row| {
-            let row = Reading::new(row, "vm_lifecycle", "vm_id")?;
-            Ok((row.text("vm_id")?, row.parsed::<Timestamp>("updated_at")?))
-        })?
-        .collect::<rusqlite::Result<Vec<_>>>()?;
+    let removed = each(query.query_map([], |row| {
+        let row = Reading::new(row, "vm_lifecycle", "vm_id")?;
+        Ok((row.text("vm_id")?, row.parsed::<Timestamp>("updated_at")?))
+    })?)?;
+    let unreadable = removed.iter().filter(|row| row.is_err()).count();
     let mut vms = 0;
-    for (id, _) in removed.iter().filter(|(_, last)| *last < before) {
+    for (id, _) in removed.iter().flatten().filter(|(_, last)| *last < before) {
         for table in ["vm_lifecycle", "vm_lifecycle_head"] {
             conn.prepare_cached(&format!("DELETE FROM {table} WHERE vm_id = ?1"))?.execute([id])?;
         }
         vms += 1;
     }
-    Ok(WriteOutcome::Pruned { vms })
+    Ok(WriteOutcome::Pruned { vms, unreadable })
 }

@@ -42,7 +42,12 @@ impl<'a> Reading<'a> {
         Ok(reading)
     }
 
-    fn bad(&self, column: &'static str, reason: impl Display) -> rusqlite::Error {
+    /// The same row, where the columns that are read next come from this table.
+    pub(crate) fn of(&self, table: &'static str) -> Self {
+        Self { row: self.row, table, key: self.key.clone() }
+    }
+
+    pub(crate) fn bad(&self, column: &'static str, reason: impl Display) -> rusqlite::Error {
         BadRow { table: self.table, column, key: self.key.clone(), reason: reason.to_string() }
             .into_sqlite()
     }
@@ -105,6 +110,18 @@ impl<'a> Reading<'a> {
         };
         T::try_from(number).map_err(|e| self.bad(column, e))
     }
+}
+
+/// All rows of an answer; one that cannot be read keeps no other from being read.
+pub(crate) fn each<T>(
+    rows: impl Iterator<Item = rusqlite::Result<T>>,
+) -> rusqlite::Result<Vec<Result<T, BadRow>>> {
+    rows.map(|row| row.map(Ok).or_else(|e| BadRow::taken_from(e).map(Err))).collect()
+}
+
+/// A value, or `None` if it is there and cannot be read.
+pub(crate) fn readable<T>(value: rusqlite::Result<T>) -> rusqlite::Result<Option<T>> {
+    value.map(Some).or_else(|e| BadRow::taken_from(e).map(|_| None))
 }
 
 /// A time as it is stored.

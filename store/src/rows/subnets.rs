@@ -12,7 +12,7 @@ use matchlock_model::id::VmId;
 use matchlock_model::subnet::{Ipv4Cidr, Subnet, SubnetPool};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
-use super::{Reading, stored};
+use super::{Reading, readable, stored};
 use crate::error::WriteError;
 
 /// The VM's subnet.
@@ -39,10 +39,14 @@ pub(crate) fn allocate(
     if let Some(subnet) = find(conn, vm)? {
         return Ok(subnet);
     }
-    let held: BTreeMap<u32, Ipv4Cidr> = conn
+    // A row whose addresses cannot be read keeps its octet and with it that octet's subnet; it stops
+    // nobody else.
+    let held: BTreeMap<u32, Option<Ipv4Cidr>> = conn
         .prepare_cached("SELECT vm_id, octet, subnet FROM subnet_allocations")?
-        .query_map([], read)?
-        .map(|subnet| subnet.map(|subnet| (subnet.octet, subnet.cidr)))
+        .query_map([], |row| {
+            let octet = Reading::new(row, "subnet_allocations", "vm_id")?.number("octet")?;
+            Ok((octet, readable(read(row))?.map(|subnet| subnet.cidr)))
+        })?
         .collect::<rusqlite::Result<_>>()?;
     let subnet = pool.lowest_free(&held, avoid).ok_or_else(|| WriteError::NoFreeSubnet {
         pool: pool.to_string(),
@@ -74,5 +78,8 @@ pub(crate) fn release(conn: &Connection, vm: VmId) -> Result<bool, WriteError> {
 
 fn read(row: &Row<'_>) -> rusqlite::Result<Subnet> {
     let row = Reading::new(row, "subnet_allocations", "vm_id")?;
-    Ok(Subnet { octet: row.number("octet")?, cidr: row.parsed("subnet")? })
+    let (octet, cidr) = (row.number("octet")?, row.parsed("subnet")?);
+    Subnet::new(octet, cidr).ok_or_else(|| {
+        row.bad("subnet", format_args!("{cidr} has no room for a gateway and a guest"))
+    })
 }

@@ -4,11 +4,11 @@ use jiff::Timestamp;
 use matchlock_model::id::{OwnerEpoch, VmId};
 use matchlock_model::identity::ProcessIdentity;
 use matchlock_model::phase::Phase;
-use matchlock_model::record::VmRecord;
+use matchlock_model::record::{Resources, VmRecord, VmRemains, VmSummary};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
-use super::{Reading, lifecycle, stored, subnets};
-use crate::error::WriteError;
+use super::{Reading, each, lifecycle, readable, stored, subnets};
+use crate::error::{BadRow, WriteError};
 use crate::op::{NewVm, WriteOutcome};
 
 const FIRST_EPOCH: OwnerEpoch = OwnerEpoch(1);
@@ -29,30 +29,90 @@ pub(crate) fn find(conn: &Connection, vm: VmId) -> rusqlite::Result<Option<VmRec
         .optional()
 }
 
-/// All rows, newest first.
-pub(crate) fn all(conn: &Connection) -> rusqlite::Result<Vec<VmRecord>> {
-    let mut query = conn.prepare_cached(SELECT)?;
-    let mut records = query.query_map([], read)?.collect::<rusqlite::Result<Vec<_>>>()?;
-    records.sort_by(|a, b| b.created_at.cmp(&a.created_at).then(a.id.cmp(&b.id)));
-    Ok(records)
+const SUMMARY: &str = "
+    SELECT v.id, v.pid, v.image, v.created_at,
+           coalesce((SELECT l.phase FROM vm_lifecycle AS l WHERE l.vm_id = v.id
+                     ORDER BY l.version DESC LIMIT 1), 'creating') AS phase
+    FROM vms AS v";
+
+const REMAINS: &str = "
+    SELECT v.id, n.owner_json, n.hypervisor_json, n.namespaces_json,
+           coalesce(n.ephemeral, 0) AS ephemeral,
+           coalesce(l.phase, 'creating') AS phase, l.resources_json,
+           EXISTS (SELECT 1 FROM subnet_allocations AS s WHERE s.vm_id = v.id) AS holds_subnet
+    FROM vms AS v
+    LEFT JOIN vm_nodes AS n ON n.vm_id = v.id
+    LEFT JOIN vm_lifecycle AS l ON l.vm_id = v.id
+         AND l.version = (SELECT max(version) FROM vm_lifecycle WHERE vm_id = v.id)
+    WHERE v.id = ?1";
+
+/// The ids of all rows.
+pub(crate) fn ids(conn: &Connection) -> rusqlite::Result<Vec<Result<VmId, BadRow>>> {
+    let mut query = conn.prepare_cached("SELECT id FROM vms ORDER BY id")?;
+    each(query.query_map([], |row| Reading::new(row, "vms", "id")?.parsed("id"))?)
+}
+
+/// All VMs, newest first, those that cannot be read last.
+pub(crate) fn all(conn: &Connection) -> rusqlite::Result<Vec<Result<VmSummary, BadRow>>> {
+    let mut query = conn.prepare_cached(SUMMARY)?;
+    let mut vms = each(query.query_map([], summarize)?)?;
+    vms.sort_by(|a, b| match (a, b) {
+        (Ok(a), Ok(b)) => b.created_at.cmp(&a.created_at).then(a.id.cmp(&b.id)),
+        (a, b) => a.is_err().cmp(&b.is_err()),
+    });
+    Ok(vms)
+}
+
+fn summarize(row: &Row<'_>) -> rusqlite::Result<VmSummary> {
+    let row = Reading::new(row, "vms", "id")?;
+    Ok(VmSummary {
+        id: row.parsed("id")?,
+        pid: row.number("pid")?,
+        phase: row.of("vm_lifecycle").parsed("phase")?,
+        image: row.text("image")?,
+        created_at: row.parsed("created_at")?,
+    })
+}
+
+/// What cleaning the VM up needs to know.
+pub(crate) fn remains(conn: &Connection, vm: VmId) -> rusqlite::Result<Option<VmRemains>> {
+    conn.prepare_cached(REMAINS)?
+        .query_row([vm.to_string()], |row| {
+            let row = Reading::new(row, "vms", "id")?;
+            let (node, latest) = (row.of("vm_nodes"), row.of("vm_lifecycle"));
+            let held = readable(latest.json::<Resources>("resources_json"))?;
+            let holds_subnet = row.number::<i64>("holds_subnet")? != 0;
+            Ok(VmRemains {
+                phase: readable(latest.parsed("phase"))?.unwrap_or(Phase::Creating),
+                owner: readable(node.json("owner_json"))?.flatten(),
+                hypervisor: node.json("hypervisor_json")?,
+                namespaces: node.json("namespaces_json")?,
+                ephemeral: node.number::<i64>("ephemeral")? != 0,
+                holds_subnet,
+                had_network: holds_subnet
+                    || held.is_none_or(|held| held.is_some_and(|held| held.tap_name.is_some())),
+            })
+        })
+        .optional()
 }
 
 fn read(row: &Row<'_>) -> rusqlite::Result<VmRecord> {
     let row = Reading::new(row, "vms", "id")?;
+    let node = row.of("vm_nodes");
     Ok(VmRecord {
         id: row.parsed("id")?,
         pid: row.number("pid")?,
         status: row.text("status")?,
-        phase: row.parsed("phase")?,
+        phase: row.of("vm_lifecycle").parsed("phase")?,
         image: row.text("image")?,
         config_json: row.text("config_json")?,
         created_at: row.parsed("created_at")?,
         updated_at: row.parsed("updated_at")?,
-        owner_epoch: OwnerEpoch(row.number("owner_epoch")?),
-        owner: row.json("owner_json")?,
-        hypervisor: row.json("hypervisor_json")?,
-        namespaces: row.json("namespaces_json")?,
-        ephemeral: row.number::<i64>("ephemeral")? != 0,
+        owner_epoch: OwnerEpoch(node.number("owner_epoch")?),
+        owner: node.json("owner_json")?,
+        hypervisor: node.json("hypervisor_json")?,
+        namespaces: node.json("namespaces_json")?,
+        ephemeral: node.number::<i64>("ephemeral")? != 0,
         holds_subnet: row.number::<i64>("holds_subnet")? != 0,
     })
 }
@@ -188,7 +248,7 @@ pub(crate) fn set_status(
 /// Removes a cleaned VM.
 pub(crate) fn remove(conn: &Connection, vm: VmId) -> Result<WriteOutcome, WriteError> {
     let id = vm.to_string();
-    let phase = lifecycle::latest(conn, vm)?.map_or(Phase::Creating, |row| row.phase);
+    let phase = lifecycle::latest_phase(conn, vm)?.unwrap_or(Phase::Creating);
     if phase != Phase::Cleaned {
         return Err(WriteError::NotCleaned { vm, phase });
     }

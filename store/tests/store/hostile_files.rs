@@ -76,7 +76,7 @@ async fn use_all(home: &Home) -> Vec<DbFault> {
     let mut told = Vec::new();
     let mut note_written = |answer: Result<_, WriteError>| match answer {
         Ok(_) => {}
-        Err(WriteError::Database { fault, message }) => {
+        Err(WriteError::Database { fault, message, .. }) => {
             assert!(!message.is_empty());
             told.push(fault);
         }

@@ -105,7 +105,7 @@ impl Writer {
             tell(&format!("removed {number}"));
         }
         let old = WriteOp::PruneHistory { before: Timestamp::UNIX_EPOCH };
-        assert_eq!(self.write(old), Ok(WriteOutcome::Pruned { vms: 0 }));
+        assert_eq!(self.write(old), Ok(WriteOutcome::Pruned { vms: 0, unreadable: 0 }));
     }
 }
 

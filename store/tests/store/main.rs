@@ -17,4 +17,5 @@ mod reference;
 mod schema;
 mod subnets;
 mod support;
+mod unreadable;
 mod write;

@@ -136,3 +136,69 @@ fn many_may_open_a_new_home_at_once() {
         .unwrap();
     assert_eq!(count, 5);
 }
+
+#[test]
+fn a_database_of_another_program_is_refused_untouched() {
+    let schemas = [
+        "CREATE TABLE notes (text)",
+        "CREATE TABLE vms (name TEXT)",
+        "CREATE VIEW answer AS SELECT 42",
+        "CREATE TABLE schema_migrations (version TEXT); CREATE TABLE users (name)",
+    ];
+    for schema in schemas {
+        let home = Home::new();
+        fs::create_dir(&home.path).unwrap();
+        let path = home.path.join(STATE_DB);
+        rusqlite::Connection::open(&path).unwrap().execute_batch(schema).unwrap();
+        let before = fs::read(&path).unwrap();
+        let writing = open_state(&home.path).unwrap_err();
+        let reading = ReadPool::open(&home.path).unwrap_err();
+        for refused in [writing, reading] {
+            let line = matchlock_model::failure::chain(&refused);
+            let wanted =
+                format!("{} is a database of another program: move it away", path.display());
+            assert!(line.starts_with(&wanted) && !line.contains('\n'), "{schema}: {line}");
+        }
+        assert_eq!(fs::read(&path).unwrap(), before, "{schema}");
+    }
+}
+
+#[tokio::test]
+async fn what_goes_wrong_names_the_file_and_quotes_no_statement() {
+    let home = Home::new();
+    let mut writer = home.writer();
+    let reader = home.reader();
+    home.plain().execute_batch("DROP TABLE vm_lifecycle").unwrap();
+    let wrote = apply_one(&mut writer, insert(vm(1))).unwrap_err().to_string();
+    let read = matchlock_model::failure::chain(&reader.vms().await.unwrap_err());
+    for (told, done) in [(wrote, "written"), (read, "read")] {
+        let path = home.path.join(STATE_DB);
+        assert!(told.starts_with(&format!("{} could not be {done}: ", path.display())), "{told}");
+        assert!(told.contains("no such table") && !told.contains("SELECT"), "{told}");
+    }
+}
+
+#[test]
+fn what_is_no_regular_file_is_refused_alike_by_writers_and_readers() {
+    type Make = fn(&std::path::Path);
+    let makers: [(&str, Make); 3] = [
+        ("is not a regular file", |path| fs::create_dir(path).unwrap()),
+        ("is not a regular file", |path| {
+            let mode = nix::sys::stat::Mode::S_IRWXU;
+            nix::unistd::mkfifo(path, mode).unwrap();
+        }),
+        ("is a symbolic link to something that is not there", |path| {
+            std::os::unix::fs::symlink("nowhere", path).unwrap();
+        }),
+    ];
+    for (wanted, make) in makers {
+        let home = Home::new();
+        fs::create_dir(&home.path).unwrap();
+        let path = home.path.join(STATE_DB);
+        make(&path);
+        let reading = ReadPool::open(&home.path).unwrap_err().to_string();
+        let writing = open_state(&home.path).unwrap_err().to_string();
+        assert!(reading.starts_with(&format!("{} {wanted}", path.display())), "{reading}");
+        assert_eq!(reading, writing);
+    }
+}

@@ -1,11 +1,13 @@
 //! Subnets: given once, the lowest first, in one transaction whoever asks.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Barrier};
+use std::path::Path;
+use std::sync::Arc;
 
 use matchlock_model::subnet::{Ipv4Cidr, Subnet, SubnetPool};
-use matchlock_store::{WriteConn, WriteError, WriteOp, WriteOutcome};
+use matchlock_store::{WriteConn, WriteError, WriteOp, WriteOutcome, open_state};
 
+use crate::child::{Child, await_go, task, tell};
 use crate::support::{EPOCH, Home, apply_one, at, clean, insert, vm};
 
 fn allocate_from(pool: &Arc<SubnetPool>, number: u32, avoid: &[&str]) -> WriteOp {
@@ -131,29 +133,77 @@ fn a_vm_is_not_removed_before_its_subnet_is_back() {
     assert_eq!(apply_one(&mut conn, remove()), Ok(WriteOutcome::Removed));
 }
 
+const PROCESSES: u32 = 8;
+const EACH: u32 = 125;
+
+/// Makes VMs and takes a subnet for each; every third is given back.
 #[test]
-fn many_who_ask_at_once_get_different_ones() {
-    const THREADS: u32 = 8;
-    const EACH: u32 = 20;
+#[ignore = "a helper process of the test below"]
+fn takes_subnets() {
+    let Some(task) = task() else { return };
+    let (number, home) = task.split_once(' ').unwrap();
+    let number: u32 = number.parse().unwrap();
+    let mut conn = open_state(Path::new(home)).unwrap();
+    let pool = Arc::new(SubnetPool::default());
+    tell("ready");
+    await_go();
+    for vm_number in (0..EACH).map(|n| number * EACH + n) {
+        apply_one(&mut conn, insert(vm(vm_number))).unwrap();
+        let subnet = given(&mut conn, allocate_from(&pool, vm_number, &[]));
+        if vm_number % 3 == 0 {
+            apply_one(&mut conn, release(vm_number)).unwrap();
+        } else {
+            tell(&format!("{} {}", subnet.octet, subnet.cidr));
+        }
+    }
+}
+
+#[test]
+fn eight_processes_that_take_a_thousand_subnets_share_none() {
     let home = Home::new();
-    let pool = pool("base=10.1.0.0/22,size=30");
     drop(home.writer());
-    let start = Barrier::new(THREADS as usize);
-    let octets: BTreeSet<u32> = std::thread::scope(|scope| {
-        let (home, pool, start) = (&home, &pool, &start);
-        let ask = move |thread: u32| {
-            let mut conn = home.writer();
-            start.wait();
-            (0..EACH)
-                .map(|n| {
-                    let number = thread * EACH + n;
-                    apply_one(&mut conn, insert(vm(number))).unwrap();
-                    given(&mut conn, allocate_from(pool, number, &[])).octet
-                })
-                .collect::<Vec<_>>()
-        };
-        let threads: Vec<_> = (0..THREADS).map(|t| scope.spawn(move || ask(t))).collect();
-        threads.into_iter().flat_map(|t| t.join().unwrap()).collect()
-    });
-    assert_eq!(octets, (256..256 + THREADS * EACH).collect(), "each once, none skipped");
+    let mut children: Vec<Child> = (0..PROCESSES)
+        .map(|n| Child::start("subnets::takes_subnets", &format!("{n} {}", home.path.display())))
+        .collect();
+    for child in &mut children {
+        assert_eq!(child.hear().unwrap(), "ready");
+    }
+    for child in &mut children {
+        child.go();
+    }
+    let mut held = BTreeSet::new();
+    for mut child in children {
+        while let Some(told) = child.hear() {
+            assert!(held.insert(told.clone()), "{told} was given twice");
+        }
+        assert!(child.end(), "a process failed");
+    }
+    let kept = (0..PROCESSES * EACH).filter(|number| number % 3 != 0).count();
+    assert_eq!(held.len(), kept);
+    let conn = home.plain();
+    let mut query = conn.prepare("SELECT octet || ' ' || subnet FROM subnet_allocations").unwrap();
+    let stored: BTreeSet<String> =
+        query.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect();
+    assert_eq!(stored, held);
+}
+
+#[test]
+fn a_row_that_cannot_be_read_keeps_its_subnet_and_stops_nobody() {
+    for bad in ["rubbish", "255.255.255.255/32"] {
+        let home = Home::new();
+        let mut conn = home.writer();
+        for number in [1, 2] {
+            apply_one(&mut conn, insert(vm(number))).unwrap();
+        }
+        let default = Arc::new(SubnetPool::default());
+        given(&mut conn, allocate_from(&default, 1, &[]));
+        home.plain().execute("UPDATE subnet_allocations SET subnet = ?1", [bad]).unwrap();
+        let next = given(&mut conn, allocate_from(&default, 2, &[]));
+        assert_eq!((next.octet, &*next.cidr.to_string()), (101, "192.168.101.0/24"));
+        let own = apply_one(&mut conn, allocate_from(&default, 1, &[])).unwrap_err().to_string();
+        assert!(
+            own.starts_with("subnet_allocations.subnet of vm-00000001 cannot be read"),
+            "{own}"
+        );
+    }
 }

@@ -262,7 +262,7 @@ async fn only_old_history_of_removed_vms_is_pruned() {
         apply_one(&mut writer, remove).unwrap();
     }
     let prune = |before: Timestamp| WriteOp::PruneHistory { before };
-    let pruned = |vms| Ok(WriteOutcome::Pruned { vms });
+    let pruned = |vms| Ok(WriteOutcome::Pruned { vms, unreadable: 0 });
     assert_eq!(apply_one(&mut writer, prune(at(10))), pruned(0));
     assert_eq!(apply_one(&mut writer, prune(at(500))), pruned(1));
     let reader = home.reader();
@@ -331,6 +331,7 @@ async fn times_are_written_with_the_digits_they_need() {
         assert_eq!(stored, time);
     }
     // Newest first, which as text they are not.
-    let order: Vec<_> = home.reader().vms().await.unwrap().into_iter().map(|v| v.id).collect();
+    let order: Vec<_> =
+        home.reader().vms().await.unwrap().into_iter().map(|v| v.unwrap().id).collect();
     assert_eq!(order, [vm(2), vm(3), vm(1)]);
 }

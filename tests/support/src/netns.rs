@@ -9,10 +9,11 @@
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::AsFd as _;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -238,6 +239,20 @@ fn send_bulk(listener: &TcpListener) -> Result<()> {
     Ok(())
 }
 
+/// A name for which the answer is sent again and again.
+const STREAM: &[u8] = b"stream";
+
+/// Sends the same for half a minute, whether anybody is there or not.
+fn stream(socket: &UdpSocket, answer: &[u8], peer: SocketAddr) -> Result<()> {
+    let (_keeps, pause) = std::sync::mpsc::channel::<()>();
+    for _ in 0..600 {
+        socket.send_to(answer, peer)?;
+        // Nobody sends: it is a pause.
+        assert!(pause.recv_timeout(Duration::from_millis(50)).is_err());
+    }
+    Ok(())
+}
+
 /// Answers each question with [`PUBLIC`], or with nothing for other types of records.
 fn answer_dns(socket: &UdpSocket) -> Result<()> {
     let mut packet = [0; 512];
@@ -254,5 +269,9 @@ fn answer_dns(socket: &UdpSocket) -> Result<()> {
             answer.extend(PUBLIC.octets());
         }
         socket.send_to(&answer, peer)?;
+        if question.windows(STREAM.len()).any(|part| part == STREAM) {
+            let socket = socket.try_clone()?;
+            std::thread::spawn(move || end_of("stream", stream(&socket, &answer, peer)));
+        }
     }
 }

@@ -212,7 +212,8 @@ mod tests {
         assert!(value(&none, "-netdev").is_empty());
         let tap = std::fs::File::open("/dev/null").unwrap();
         let mac = VmId::new(0x0bad_cafe).mac();
-        spec.nic = Some(Nic { mac, mtu: 1400, tap: std::sync::Arc::new(tap.into()) });
+        spec.nic =
+            Some(Nic { mac, mtu: 1400, tap: std::sync::Arc::new(tap.into()), firewall: None });
         let wiring = Wiring { tap: Some(11), ..wiring(Acceleration::Kvm) };
         let argv = arguments(&spec, &spec.base_disk, &wiring);
         assert_eq!(value(&argv, "-netdev"), ["tap,id=net0,fd=11,vhost=off"]);

@@ -225,6 +225,9 @@ fn prepare(
     // A descriptor of the child's own: the caller may close its one at any moment.
     let tap = spec.nic.as_ref().map(|nic| nic.tap.try_clone()).transpose();
     let tap = tap.map_err(failed("hand the TAP over"))?;
+    let firewall = spec.nic.as_ref().and_then(|nic| nic.firewall.as_ref());
+    let firewall = firewall.map(|keeper| keeper.try_clone()).transpose();
+    let firewall = firewall.map_err(failed("hand the firewall's socket over"))?;
     let wiring = Wiring {
         acceleration,
         tsc_khz,
@@ -244,7 +247,11 @@ fn prepare(
         cwd: format!("/proc/self/fd/{}", cwd_fd.as_raw_fd()).into(),
         cwd_fd: Some(cwd_fd),
         log,
-        inherit: [link.into(), qmp_listener.into()].into_iter().chain(tap).collect(),
+        inherit: [link.into(), qmp_listener.into()]
+            .into_iter()
+            .chain(tap)
+            .chain(firewall)
+            .collect(),
         max_file_bytes: Some(largest_file(disk_bytes)),
     };
     Ok(Prepared { dir, qmp, child })
