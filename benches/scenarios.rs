@@ -1,6 +1,7 @@
 //! What no micro-benchmark shows: several processes at once, whole lives of VMs. Ends by writing
-//! docs/PERFORMANCE.md, from its own numbers and those that criterion left. `make bench`.
+//! docs/PERFORMANCE.md, from its own numbers and those that criterion and `network` left. `make bench`.
 
+mod artifacts;
 mod common;
 
 use std::fmt::Write as _;
@@ -27,7 +28,7 @@ fn main() -> Result<()> {
         let number = args.get(at + 2).context("a number")?.parse()?;
         return write_for_a_while(Path::new(args.get(at + 1).context("a home")?), number);
     }
-    let report = [criterion_table()?, several_processes()?, growth()?].concat();
+    let report = [criterion_table()?, several_processes()?, growth()?, network()?].concat();
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/PERFORMANCE.md");
     std::fs::write(&path, format!("{}{report}", heading()?))?;
     println!("{report}\nwritten to {}", path.display());
@@ -53,10 +54,19 @@ fn heading() -> Result<String> {
     ))
 }
 
+/// The section that `cargo bench --bench network` left, if it ran.
+fn network() -> Result<String> {
+    let file = artifacts::network_section();
+    match std::fs::read_to_string(&file) {
+        Ok(text) => Ok(format!("\n{text}")),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
+        Err(error) => Err(error).with_context(|| file.display().to_string()),
+    }
+}
+
 /// What criterion measured: the time of one iteration in nanoseconds, median and deviation.
 fn criterion(name: &str) -> Result<(f64, f64)> {
-    let target = std::env::var("CARGO_TARGET_DIR").unwrap_or_else(|_| "target".to_owned());
-    let file = Path::new(&target).join("criterion").join(name).join("new/estimates.json");
+    let file = artifacts::target().join("criterion").join(name).join("new/estimates.json");
     let text =
         std::fs::read(&file).with_context(|| format!("{}: run `make bench`", file.display()))?;
     let estimates: Value = serde_json::from_slice(&text)?;
