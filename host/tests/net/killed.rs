@@ -26,7 +26,7 @@ fn owner() {
     runtime.block_on(async {
         let mark = mark(1, 1);
         let gateway = "192.168.100.1".parse().unwrap();
-        let tap = TapSpec { mark: mark.clone(), gateway, prefix: 24, mtu: 1500 };
+        let tap = TapSpec { mark: mark.clone(), gateway, guest: spec(&mark).guest, prefix: 24, mtu: 1500 };
         let _tap = LinuxTaps::new().create(&tap).await.unwrap();
         let _tables = LinuxFirewall::new().apply(&spec(&mark)).await.unwrap();
         let _lock = LinuxNetworkLocks::new().acquire(Duration::ZERO).await.unwrap();
