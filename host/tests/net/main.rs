@@ -6,6 +6,8 @@
 #[cfg(test)]
 mod arp;
 #[cfg(test)]
+mod beside;
+#[cfg(test)]
 mod data_path;
 #[cfg(test)]
 mod firewall;
