@@ -146,6 +146,42 @@ impl TestNet {
         Ok(())
     }
 
+    /// Makes something on the host, a socket for example; it stays there.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn on_host<T: Send + 'static>(
+        &self,
+        make: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        in_namespace(&self.host, make)
+    }
+
+    /// Counts from now on the packets to each of these addresses that come to the internet.
+    ///
+    /// # Errors
+    /// When they cannot be counted.
+    pub fn count_arrivals(&self, addresses: &[Ipv4Addr]) -> Result<()> {
+        let mut rules = "add table ip count
+             add chain ip count arrivals { type filter hook prerouting priority raw; }\n"
+            .to_owned();
+        for address in addresses {
+            rules += &format!("add rule ip count arrivals ip daddr {address} counter\n");
+        }
+        self.internet.sh(&format!("nft '{rules}'")).map(drop)
+    }
+
+    /// How many packets came to each of the counted addresses.
+    ///
+    /// # Errors
+    /// When they were not counted.
+    pub fn arrivals(&self) -> Result<Vec<u64>> {
+        let shown = self.internet.sh("nft list chain ip count arrivals")?;
+        let after = shown.split("counter packets ").skip(1);
+        let numbers = after.map(|rest| rest.split(' ').next().unwrap_or_default().parse());
+        Ok(numbers.collect::<Result<_, _>>()?)
+    }
+
     /// Who asked the servers, in order.
     #[must_use]
     pub fn peers(&self) -> Vec<IpAddr> {
