@@ -168,12 +168,16 @@ fn packets_of_any_size_pass_with_a_small_mtu() {
     let (net, installation) = (TestNet::new().unwrap(), Installation::new().unwrap());
     let script = format!(
         "ip -o link show eth0 | grep -o 'mtu [0-9]*'
-         printf '\\005' | nc {PUBLIC} 81 | sha256sum"
+         printf '\\005' | nc {PUBLIC} 81 > /tmp/got; sha256sum < /tmp/got
+         nc {PUBLIC} 82 < /tmp/got"
     );
     let said = run(&net, &installation, &["--mtu", "1200"], &script);
     let bytes = megabyte().repeat(MEGABYTES.into());
     let expected = format!("mtu 1200\n{}  -\n", hex::encode(Sha256::digest(&bytes)));
     assert_eq!(stdout(&said), expected, "{}", stderr(&said));
+    // The server may read the last of it a moment after the guest has sent it.
+    wait_until(PATIENCE, "the upload", || Ok(!net.uploads().is_empty())).unwrap();
+    assert!(net.uploads() == [bytes], "what came is not what was sent");
     assert_nothing_left(&net, &installation);
 }
 
