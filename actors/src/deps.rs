@@ -49,6 +49,9 @@ pub struct Limits {
     pub power_off: Duration,
     /// From cancelling an operation to its end.
     pub cancel: Duration,
+    /// For all TAPs together that crashed VMs left, before a subnet is chosen without waiting for
+    /// them.
+    pub reap: Duration,
 }
 
 impl Default for Limits {
@@ -60,6 +63,7 @@ impl Default for Limits {
             kill: Duration::from_secs(10),
             power_off: Duration::from_secs(10),
             cancel: Duration::from_secs(15),
+            reap: Duration::from_secs(20),
         }
     }
 }

@@ -30,6 +30,9 @@ pub struct GuestNetwork {
     pub prefix: u8,
     /// The host's end of the TAP.
     pub gateway: Ipv4Addr,
+    /// Its hardware address: the host answers no ARP, see
+    /// [`VmId::gateway_mac`](crate::id::VmId::gateway_mac).
+    pub gateway_mac: [u8; 6],
     /// The largest packet, in bytes; the same on the host's end.
     pub mtu: u16,
 }

@@ -38,6 +38,13 @@ impl VmId {
         let [a, b, c, d] = self.0.to_be_bytes();
         [0xAA, 0xFC, a, b, c, d]
     }
+
+    /// The hardware address of the host's end of its TAP: `aa:fd:` and the id's digits.
+    #[must_use]
+    pub const fn gateway_mac(self) -> [u8; 6] {
+        let [a, b, c, d] = self.0.to_be_bytes();
+        [0xAA, 0xFD, a, b, c, d]
+    }
 }
 
 impl fmt::Display for VmId {
@@ -219,6 +226,8 @@ mod tests {
         let mac = VmId::new(0x0bad_cafe).mac();
         assert_eq!(mac, [0xAA, 0xFC, 0x0B, 0xAD, 0xCA, 0xFE]);
         assert_eq!(mac[0] & 0b11, 0b10);
+        let gateway = VmId::new(0x0bad_cafe).gateway_mac();
+        assert_eq!(gateway, [0xAA, 0xFD, 0x0B, 0xAD, 0xCA, 0xFE]);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::{PATIENCE, stderr, stdout};
 
-fn hypervisor(installation: &Installation) -> Pid {
+pub(crate) fn hypervisor(installation: &Installation) -> Pid {
     let processes = installation.remains().unwrap().processes;
     let (pid, _) = processes.iter().find(|(_, line)| line.contains("qemu")).expect("a hypervisor");
     Pid::from_raw(*pid).unwrap()

@@ -9,6 +9,7 @@ mod errors;
 mod images;
 mod lifecycle;
 mod network;
+mod network_end;
 mod secrets;
 mod signals;
 

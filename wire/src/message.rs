@@ -97,6 +97,8 @@ pub struct Network {
     pub prefix: u8,
     /// Where everything outside the network goes.
     pub gateway: Ipv4Addr,
+    /// The gateway's hardware address: it answers no ARP.
+    pub gateway_mac: [u8; 6],
     /// The largest packet, in bytes.
     pub mtu: u16,
 }

@@ -32,12 +32,14 @@ fn exec() -> impl Strategy<Value = Request> {
 }
 
 fn network() -> impl Strategy<Value = Network> {
-    (any::<[u8; 6]>(), any::<[u8; 4]>(), any::<u8>(), any::<[u8; 4]>(), any::<u16>()).prop_map(
-        |(mac, address, prefix, gateway, mtu)| Network {
+    let macs = (any::<[u8; 6]>(), any::<[u8; 6]>());
+    (macs, any::<[u8; 4]>(), any::<u8>(), any::<[u8; 4]>(), any::<u16>()).prop_map(
+        |((mac, gateway_mac), address, prefix, gateway, mtu)| Network {
             mac,
             address: address.into(),
             prefix,
             gateway: gateway.into(),
+            gateway_mac,
             mtu,
         },
     )

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use futures::stream::{self, StreamExt as _};
 use matchlock_host::netlock::HeldNetworkLock;
 use matchlock_host::tap::tap_name;
 use matchlock_model::failure::{Failure, FailureKind};
@@ -11,6 +12,7 @@ use matchlock_model::reconcile::Goal;
 use matchlock_model::subnet::{Ipv4Cidr, Subnet};
 use matchlock_store::{WriteOp, WriteOutcome};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+use tokio::time::timeout;
 
 use crate::deps::Deps;
 use crate::handle::ServiceHandle;
@@ -19,8 +21,8 @@ use crate::reconciler::{ReconcilerMsg, Target};
 /// How long the namespace's lock is waited for.
 const LOCK_PATIENCE: Duration = Duration::from_secs(30);
 
-/// How long the reconciler may take for a stale TAP.
-const REAP_LIMIT: Duration = Duration::from_secs(20);
+/// How many stale TAPs are removed at the same time: each removal waits for the kernel.
+const REAPED_AT_ONCE: usize = 16;
 
 /// A subnet whose row is committed, and the right to make its TAP.
 pub struct Grant {
@@ -106,7 +108,7 @@ impl Actor for SubnetAllocator {
         tokio::spawn(async move {
             match message {
                 SubnetAllocatorMsg::Allocate { vm, epoch, avoid, reply } => {
-                    answer(reply, allocate(&state, vm, epoch, avoid).await);
+                    grant(&state, vm, epoch, avoid, reply).await;
                 }
                 SubnetAllocatorMsg::Release { vm, epoch, reply } => {
                     answer(reply, release(&state.deps, vm, epoch).await);
@@ -127,17 +129,44 @@ fn host(error: &(dyn std::error::Error + 'static)) -> Failure {
     Failure::from_error(FailureKind::Host, error)
 }
 
+/// Allocates for a caller. One that has gone is cleaned up after at this moment, and may have given
+/// back what it had: a row that is committed after that would stay with nobody.
+async fn grant(
+    state: &SubnetAllocatorArgs,
+    vm: VmId,
+    epoch: OwnerEpoch,
+    avoid: Vec<Ipv4Cidr>,
+    reply: RpcReplyPort<Result<Grant, Failure>>,
+) {
+    let granted = allocate(state, vm, epoch, avoid, &reply).await;
+    let committed = granted.is_ok();
+    if reply.send(granted).is_ok() || !committed {
+        return;
+    }
+    match release(&state.deps, vm, epoch).await {
+        Ok(()) => tracing::debug!(vm_id = %vm, "a subnet that nobody waited for was given back"),
+        // The row names it still: whoever cleans the VM gives it back.
+        Err(error) => {
+            tracing::warn!(vm_id = %vm, %error, "a subnet that nobody waited for is still taken");
+        }
+    }
+}
+
 async fn allocate(
     state: &SubnetAllocatorArgs,
     vm: VmId,
     epoch: OwnerEpoch,
     mut avoid: Vec<Ipv4Cidr>,
+    reply: &RpcReplyPort<Result<Grant, Failure>>,
 ) -> Result<Grant, Failure> {
     let deps = &state.deps;
     reap_stale_taps(state, vm).await?;
     let lock = deps.network_locks.acquire(LOCK_PATIENCE).await.map_err(|e| host(&e))?;
     let used = deps.taps.host_subnets().await.map_err(|e| host(&e))?;
     avoid.extend(used.iter().map(|used| Ipv4Cidr::containing(used.network, used.prefix)));
+    if reply.is_closed() {
+        return Err(Failure::new(FailureKind::Cancelled, "nobody waits for the subnet any more"));
+    }
     let pool = deps.subnet_pool.clone();
     let op = WriteOp::AllocateSubnet { vm, epoch, pool, avoid, at: (deps.now)() };
     match deps.db.write(op).await? {
@@ -151,20 +180,30 @@ async fn allocate(
 
 /// Two TAPs on one subnet lose each other's replies in silence: what crashed VMs of ours left (where
 /// the kernel could not take it along) is removed before a subnet is chosen.
+///
+/// What cannot be removed, or not in time, costs its subnet and no more: like any address of this
+/// host it is avoided.
 async fn reap_stale_taps(state: &SubnetAllocatorArgs, vm: VmId) -> Result<(), Failure> {
     let deps = &state.deps;
     let taps = deps.taps.list_marked(&deps.install).await.map_err(|e| host(&e))?;
-    for stale in taps.into_iter().filter_map(|tap| tap.mark).map(|mark| mark.vm) {
-        if stale == vm || deps.locks.is_held(stale).map_err(|e| host(&e))? {
-            continue;
+    let mut stale = Vec::new();
+    for left in taps.into_iter().filter_map(|tap| tap.mark).map(|mark| mark.vm) {
+        if left != vm && !deps.locks.is_held(left).map_err(|e| host(&e))? {
+            stale.push(left);
         }
+    }
+    let limit = deps.limits.reap;
+    let reaped = stream::iter(stale).for_each_concurrent(REAPED_AT_ONCE, |left| async move {
         let message = |reply| ReconcilerMsg::Reconcile {
-            target: Target::One(stale),
+            target: Target::One(left),
             goal: Goal::Clean,
             reply,
         };
-        let report = state.reconciler.call(message, REAP_LIMIT).await;
-        tracing::warn!(vm_id = %stale, ?report, "a TAP that a crashed VM had left was reconciled");
+        let report = state.reconciler.call(message, limit).await;
+        tracing::warn!(vm_id = %left, ?report, "a TAP that a crashed VM had left was reconciled");
+    });
+    if timeout(limit, reaped).await.is_err() {
+        tracing::warn!(?limit, "TAPs that crashed VMs had left are still there: they are avoided");
     }
     Ok(())
 }

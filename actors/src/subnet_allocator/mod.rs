@@ -19,9 +19,9 @@
 //! 4. The actor's handlers only spawn; a slow host never blocks them.
 //!
 //! # Failure
-//! Stale TAPs that cannot be removed are avoided, as all addresses of this host. A caller that is
-//! gone before its answer drops the grant, lock included; the row stays, and is given back when the
-//! VM is cleaned.
+//! Stale TAPs are removed side by side, within one limit for all; those that stay are avoided, as all
+//! addresses of this host. For a caller that is gone nothing is committed; if it went during the
+//! write, the subnet is given back at once: the VM's own clean-up may be over by then.
 
 mod actor;
 

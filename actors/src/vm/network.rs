@@ -52,6 +52,7 @@ async fn make(
     let spec = TapSpec {
         mark: context.deps.mark(context.id),
         gateway: subnet.gateway(),
+        guest: subnet.guest(),
         prefix: subnet.cidr.prefix(),
         mtu: network.mtu.into(),
     };

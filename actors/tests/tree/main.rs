@@ -8,5 +8,6 @@ mod faults;
 mod life;
 mod network;
 mod reconciling;
+mod subnets;
 mod supervision;
 mod world;

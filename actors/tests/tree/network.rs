@@ -8,7 +8,7 @@ use matchlock_host::fault::Fault;
 use matchlock_host::firewall::FirewallOp;
 use matchlock_host::process::{NamespaceSighting, Processes as _};
 use matchlock_host::tap::{TapOp, Taps as _, tap_name};
-use matchlock_model::id::VmId;
+use matchlock_model::id::{InstallId, Mark, VmId};
 use matchlock_model::identity::Namespaces;
 use matchlock_model::phase::Phase;
 use matchlock_model::reconcile::Goal;
@@ -197,5 +197,41 @@ async fn elsewhere_until(sighting: NamespaceSighting) {
     let reports = world.reconcile(Target::One(vm.id), Goal::Remove).await;
     assert!(matches!(reports[0].outcome, Outcome::Cleaned { .. }), "{reports:?}");
     world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+/// A database that was lost: what was made is known by its marks alone.
+#[tokio::test]
+async fn a_tap_and_tables_without_a_row_are_swept_and_a_strangers_are_not() {
+    let world = World::new().await;
+    let address = [(Ipv4Addr::new(192, 168, 100, 1), 24)];
+    let add_tap = |mark: Mark| {
+        world.taps.add_link(&tap_name(mark.vm), Some(&mark.to_string()), &address);
+    };
+    let add_tables = |mark: Mark| {
+        let tap = tap_name(mark.vm);
+        for table in [format!("inet matchlock_{tap}"), format!("ip matchlock_nat_{tap}")] {
+            world.firewall.add_table(&table, Some(&mark.to_string()));
+        }
+    };
+    let stranger = InstallId::from_bytes([9; 8]);
+    // Of one VM the TAP is left, of another the tables.
+    add_tap(world.deps.mark(VmId::new(0xbad)));
+    add_tables(world.deps.mark(VmId::new(0xbae)));
+    add_tap(Mark { install: stranger.clone(), vm: VmId::new(0xbaf) });
+    add_tables(Mark { install: stranger, vm: VmId::new(0xbaf) });
+    let reports = world.reconcile(Target::All, Goal::Clean).await;
+    let removed: Vec<_> = reports
+        .iter()
+        .map(|report| match &report.outcome {
+            Outcome::Cleaned { removed } => (report.vm.number(), removed.join(" ")),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    let expected = [(0xbad, "tap_delete"), (0xbae, "nftables_cleanup")];
+    assert_eq!(removed, expected.map(|(vm, step)| (vm, step.to_owned())));
+    world.assert_nothing_left().await;
+    assert_eq!(world.taps.existing(), [tap_name(VmId::new(0xbaf))]);
+    assert_eq!(world.firewall.existing().len(), 2);
     world.shutdown().await;
 }

@@ -20,7 +20,7 @@ use matchlock_host::firewall::FakeFirewall;
 use matchlock_host::guest_link::{FakeConnector, LinkError};
 use matchlock_host::hypervisor::{ExitReason, FakeHypervisor};
 use matchlock_host::image::{ImageDirs, ImportLimits};
-use matchlock_host::netlock::FakeNetworkLocks;
+use matchlock_host::netlock::{FakeNetworkLocks, NetworkLocks};
 use matchlock_host::owner_lock::FakeOwnerLocks;
 use matchlock_host::process::FakeProcesses;
 use matchlock_host::rootfs::{FakeRootfs, VmPaths};
@@ -45,6 +45,21 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Puts something between a writer and its store.
 pub(crate) type WrapStore = fn(Box<dyn Store>) -> Box<dyn Store>;
+
+/// What installations on one host share, and what tells them apart.
+struct Host {
+    install: u8,
+    first_id: u32,
+    taps: FakeTaps,
+    network_locks: Arc<dyn NetworkLocks>,
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        let network_locks = Arc::new(FakeNetworkLocks::default());
+        Self { install: 1, first_id: 1, taps: FakeTaps::default(), network_locks }
+    }
+}
 
 struct NoServer;
 
@@ -77,15 +92,22 @@ impl World {
     }
 
     pub(crate) async fn with_memory(memory_mb: u64) -> Self {
-        Self::with(memory_mb, |store| store).await
+        Self::with(memory_mb, |store| store, Host::default()).await
     }
 
     /// A tree whose writer writes through what this makes of its store.
     pub(crate) async fn with_store(wrap: WrapStore) -> Self {
-        Self::with(100_000, wrap).await
+        Self::with(100_000, wrap, Host::default()).await
     }
 
-    async fn with(memory_mb: u64, wrap: WrapStore) -> Self {
+    /// Another installation in the same network namespace. Its ids are others.
+    pub(crate) async fn beside(&self) -> Self {
+        let (taps, network_locks) = (self.taps.clone(), Arc::clone(&self.deps.network_locks));
+        let host = Host { install: 2, first_id: 101, taps, network_locks };
+        Self::with(100_000, |store| store, host).await
+    }
+
+    async fn with(memory_mb: u64, wrap: WrapStore, host: Host) -> Self {
         let home = tempfile::tempdir().unwrap();
         drop(open_state(home.path()).unwrap());
         let slots = Slots::default();
@@ -93,12 +115,13 @@ impl World {
         let processes = FakeProcesses::new();
         let hypervisor = FakeHypervisor::new(processes.clone());
         let connector = FakeConnector::default();
-        let (taps, firewall) = (FakeTaps::default(), FakeFirewall::default());
+        let Host { install, first_id, taps, network_locks } = host;
+        let firewall = FakeFirewall::default();
         let (rootfs, locks) = (FakeRootfs::new(), FakeOwnerLocks::default());
         power_off_on_shutdown(&connector, &hypervisor);
-        let ids = AtomicU32::new(1);
+        let ids = AtomicU32::new(first_id);
         let deps = Deps {
-            install: InstallId::from_bytes([1; 8]),
+            install: InstallId::from_bytes([install; 8]),
             vms_dir: PathBuf::from("/fake/vms"),
             hypervisor: Arc::new(hypervisor.clone()),
             connector: Arc::new(connector.clone()),
@@ -106,7 +129,7 @@ impl World {
             processes: Arc::new(processes.clone()),
             taps: Arc::new(taps.clone()),
             firewall: Arc::new(firewall.clone()),
-            network_locks: Arc::new(FakeNetworkLocks::default()),
+            network_locks,
             subnet_pool: Arc::new(SubnetPool::default()),
             subnets: SubnetHandle(services.subnet_allocator.clone()),
             locks: Arc::new(locks.clone()),
@@ -123,6 +146,7 @@ impl World {
                 kill: Duration::from_millis(300),
                 power_off: Duration::from_millis(300),
                 cancel: Duration::from_millis(300),
+                reap: Duration::from_secs(1),
             },
         };
         let (writer, path) = (ThreadSlot::default(), home.path().to_owned());

@@ -1,7 +1,8 @@
 //! Sets the guest's one NIC up: name, MTU, address, default route; IPv4 only.
 //!
 //! ```text
-//!  interface with the MAC ─► named eth0 ─► IPv6 off ─► MTU ─► address ─► up ─► default route
+//!  interface with the MAC ─► named eth0 ─► IPv6 off ─► MTU ─► address ─► up
+//!      ─► the gateway's hardware address ─► default route
 //! ```
 //!
 //! # Invariants
@@ -91,7 +92,7 @@ pub fn set_up(network: &Network, patience: Duration) -> Result<(), NetworkError>
         interface.rename(&netlink).map_err(failed(format!("rename {from} to {NAME}")))?;
     }
     disable_ipv6().map_err(failed(format!("turn IPv6 off on {NAME}")))?;
-    let Network { address, prefix, gateway, mtu, .. } = *network;
+    let Network { address, prefix, gateway, gateway_mac, mtu, .. } = *network;
     interface
         .set_mtu(&netlink, mtu)
         .map_err(failed(format!("set the MTU of {NAME} to {mtu} bytes")))?;
@@ -99,6 +100,9 @@ pub fn set_up(network: &Network, patience: Duration) -> Result<(), NetworkError>
         .add_address(&netlink, address, prefix)
         .map_err(failed(format!("give {NAME} the address {address}/{prefix}")))?;
     interface.set_up(&netlink, true).map_err(failed(format!("bring {NAME} up")))?;
+    interface
+        .set_neighbour(&netlink, gateway, gateway_mac)
+        .map_err(failed(format!("tell {NAME} where {gateway} is")))?;
     interface
         .set_default_route(&netlink, gateway)
         .map_err(failed(format!("send everything through {gateway}")))
@@ -171,6 +175,17 @@ impl Interface {
         netlink.request(message)
     }
 
+    /// Says for good which hardware address a neighbour has: nobody is asked by ARP.
+    fn set_neighbour(&self, netlink: &Netlink, address: Ipv4Addr, mac: [u8; 6]) -> io::Result<()> {
+        // struct ndmsg: family, padding; index; state, flags, type.
+        let [low, high] = NUD_PERMANENT.to_ne_bytes();
+        let body = [[INET, 0, 0, 0], self.index.to_ne_bytes(), [low, high, 0, 0]];
+        let message = Message::new(libc::RTM_NEWNEIGH, PUT, body.as_flattened())
+            .with(NDA_DST, &address.octets())
+            .with(NDA_LLADDR, &mac);
+        netlink.request(message)
+    }
+
     fn set_default_route(&self, netlink: &Netlink, gateway: Ipv4Addr) -> io::Result<()> {
         // struct rtmsg: family, lengths of the destination's and source's prefixes, type of
         // service; table, origin, scope, type; flags.
@@ -185,6 +200,11 @@ impl Interface {
         netlink.request(message)
     }
 }
+
+/// Of neighbours, which the libc crate does not have.
+const NUD_PERMANENT: u16 = 0x80;
+const NDA_DST: u16 = 1;
+const NDA_LLADDR: u16 = 2;
 
 /// `AF_INET` in the byte that netlink has for it.
 const INET: u8 = 2;

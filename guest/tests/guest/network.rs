@@ -13,6 +13,7 @@ const NETWORK: Network = Network {
     address: std::net::Ipv4Addr::new(10, 64, 0, 6),
     prefix: 30,
     gateway: std::net::Ipv4Addr::new(10, 64, 0, 5),
+    gateway_mac: [0xAA, 0xFD, 0x0B, 0xAD, 0xCA, 0xFE],
     mtu: 1400,
 };
 
@@ -56,6 +57,9 @@ fn a_network_is_set_up_once_and_again() {
             let expected = "inet 10.64.0.6/30 brd 10.64.0.7 scope global eth0";
             assert!(addresses.contains(expected), "{addresses}");
             assert_eq!(sh("cat /proc/sys/net/ipv6/conf/eth0/disable_ipv6"), "1\n");
+            // The gateway answers no ARP, and needs none.
+            let expected = "10.64.0.5 lladdr aa:fd:0b:ad:ca:fe PERMANENT";
+            assert_eq!(sh("ip neigh show dev eth0").trim(), expected);
             routes.push(sh("ip route"));
         }
         assert_eq!(routes[0], routes[1]);

@@ -416,8 +416,12 @@ impl Firewall for LinuxFirewall {
         if self.ip_forward()? {
             return Ok(false);
         }
-        let written = fs::write(IP_FORWARD, "1");
-        written.map_err(|source| FirewallError::of(format!("write 1 to {IP_FORWARD}"), source))?;
-        Ok(true)
+        match fs::write(IP_FORWARD, "1") {
+            Ok(()) => Ok(true),
+            Err(source) if source.raw_os_error() == Some(libc::EROFS) => {
+                Err(FirewallError::CannotForward(source))
+            }
+            Err(source) => Err(FirewallError::of(format!("write 1 to {IP_FORWARD}"), source)),
+        }
     }
 }

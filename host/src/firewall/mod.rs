@@ -233,6 +233,13 @@ pub enum FirewallError {
         /// What it said.
         source: io::Error,
     },
+    /// Forwarding is off, and the setting cannot be changed here.
+    #[error(
+        "this host does not forward packets, and /proc/sys is read-only here (a container?): turn \
+         net.ipv4.ip_forward on where it was set up (docker run --sysctl net.ipv4.ip_forward=1); \
+         --no-network runs a VM without"
+    )]
+    CannotForward(#[source] io::Error),
     /// The removed table is still there.
     #[error("the table {table} is still there after its removal")]
     StillThere {
@@ -329,6 +336,7 @@ pub trait Firewall: Send + Sync {
     /// host, to be logged by the caller.
     ///
     /// # Errors
-    /// When the setting could not be read or written.
+    /// When the setting could not be read or written; [`FirewallError::CannotForward`] says what to
+    /// do where nobody can write it.
     fn enable_ip_forward(&self) -> Result<bool, FirewallError>;
 }

@@ -128,8 +128,8 @@ pub(super) fn configure(config: &GuestConfig) -> message::Configure {
 }
 
 fn network(network: &GuestNetwork) -> message::Network {
-    let GuestNetwork { mac, address, prefix, gateway, mtu } = *network;
-    message::Network { mac, address, prefix, gateway, mtu }
+    let GuestNetwork { mac, address, prefix, gateway, gateway_mac, mtu } = *network;
+    message::Network { mac, address, prefix, gateway, gateway_mac, mtu }
 }
 
 /// The request that starts a command.

@@ -40,6 +40,7 @@ pub(super) fn config() -> GuestConfig {
             address: [10, 64, 0, 6].into(),
             prefix: 30,
             gateway: [10, 64, 0, 5].into(),
+            gateway_mac: [0xAA, 0xFD, 0, 0, 0, 7],
             mtu: 1400,
         }),
     }

@@ -47,6 +47,7 @@ async fn the_real_link_conforms() {
         address: [10, 64, 0, 6].into(),
         prefix: 30,
         gateway: [10, 64, 0, 5].into(),
+        gateway_mac: [0xAA, 0xFD, 0, 0, 0, 7],
         mtu: 1400,
     };
     assert_eq!(configured[0].network, Some(expected));

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::unix::AsyncFd;
 use tokio::time::timeout;
 
+use super::namespaces::{self, device_and_inode};
 use super::{MarkedProcess, NamespaceSighting, ProcessError, Processes};
 
 /// The number of SIGKILL, for messages.
@@ -193,18 +194,6 @@ fn namespace(name: &str) -> Result<String, ProcessError> {
     Ok(device_and_inode(&entry))
 }
 
-fn device_and_inode(found: &fs::Metadata) -> String {
-    format!("{}:{}", found.dev(), found.ino())
-}
-
-/// Whether a file keeps this network namespace, as `ip netns add` makes one.
-fn is_mounted(namespace: &str) -> Result<bool, ProcessError> {
-    let Some((_, inode)) = namespace.split_once(':') else { return Ok(false) };
-    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(ProcessError::List)?;
-    let root = format!(" net:[{inode}] ");
-    Ok(mounts.lines().any(|line| line.contains(&root)))
-}
-
 /// The processes that can be seen from here.
 fn pids() -> Result<Vec<i32>, ProcessError> {
     let mut pids = Vec::new();
@@ -238,29 +227,17 @@ impl Processes for LinuxProcesses {
 
     fn sees_all_processes(&self) -> Result<bool, ProcessError> {
         let own = fs::metadata("/proc/self/ns/pid").map_err(ProcessError::List)?;
-        Ok(std::os::unix::fs::MetadataExt::ino(&own) == FIRST_PID_NAMESPACE)
+        Ok(own.ino() == FIRST_PID_NAMESPACE)
     }
 
     fn look_for_network_namespace(
         &self,
         namespace: &str,
     ) -> Result<NamespaceSighting, ProcessError> {
-        if !self.sees_all_processes()? || is_mounted(namespace)? {
+        if !self.sees_all_processes()? {
             return Ok(NamespaceSighting::There);
         }
-        let mut sighting = NamespaceSighting::Gone;
-        for pid in pids()? {
-            match fs::metadata(format!("/proc/{pid}/ns/net")) {
-                Ok(found) if device_and_inode(&found) == namespace => {
-                    return Ok(NamespaceSighting::There);
-                }
-                Ok(_) => {}
-                // It ended meanwhile.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(_) => sighting = NamespaceSighting::Unseen,
-            }
-        }
-        Ok(sighting)
+        namespaces::look_for(namespace, pids()?)
     }
 
     fn is_alive(&self, identity: &ProcessIdentity) -> Result<bool, ProcessError> {

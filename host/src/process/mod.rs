@@ -20,6 +20,7 @@ use matchlock_model::identity::{Namespaces, ProcessIdentity};
 mod before_exec;
 mod fake;
 mod linux;
+mod namespaces;
 mod spawn;
 
 pub use fake::FakeProcesses;
@@ -100,12 +101,13 @@ pub struct MarkedProcess {
 /// What is seen of a namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NamespaceSighting {
-    /// A process is in it, a file keeps it, or this process does not see all processes of the host.
-    /// A number that was given to a new namespace counts too.
+    /// A thread is in it, a file of any mount namespace or an open descriptor keeps it, or this
+    /// process does not see all processes of the host. A number that was given to a new namespace
+    /// counts too.
     There,
-    /// Nothing that could be seen is in it, but the namespace of some process could not be seen.
+    /// Nothing that could be seen is in it, but some process could not be looked at.
     Unseen,
-    /// Nothing is in it.
+    /// Nothing is in it or keeps it. (A socket alone might: that is seen nowhere.)
     Gone,
 }
 

@@ -85,6 +85,7 @@ impl State {
             mtu: spec.mtu,
             addresses: vec![(spec.gateway, spec.prefix)],
             up: true,
+            arp: false,
         };
         self.links.insert(name.clone(), Link { shown, alive: Some(alive) });
         Ok(TapHandle { name, index, fd })
@@ -159,6 +160,7 @@ impl FakeTaps {
             mtu: 1500,
             addresses: addresses.to_vec(),
             up: true,
+            arp: true,
         };
         state.links.insert(name.to_owned(), Link { shown, alive: None });
     }

@@ -12,6 +12,9 @@ use matchlock_model::id::{InstallId, Mark};
 use rtnetlink::LinkUnspec;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkExtentMask, LinkFlags, LinkMessage};
+use rtnetlink::packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
+};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rustix::fs::{Mode, OFlags};
@@ -72,14 +75,21 @@ fn make_tap(name: &str) -> Result<OwnedFd, TapError> {
 /// The smallest MTU with which a link has IPv6.
 const LEAST_IPV6_MTU: u32 = 1280;
 
-/// Writes one setting of a link below `/proc/sys/net`. A kernel without that protocol has none.
-fn write_setting(family: &str, name: &str, setting: &str, value: &str) -> Result<(), TapError> {
-    let path = format!("/proc/sys/net/{family}/conf/{name}/{setting}");
-    let failed = |source| TapError::of(format!("write {value} to {path}"), source);
-    match fs::write(&path, value) {
+/// Turns IPv6 off on a link. A kernel without it has it off already, and so may a container, in which
+/// nobody can write the setting.
+fn disable_ipv6(name: &str) -> Result<(), TapError> {
+    let path = format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6");
+    let failed = |source| TapError::of(format!("write 1 to {path}"), source);
+    match fs::write(&path, "1") {
+        Err(source) if source.raw_os_error() == Some(libc::EROFS) => {
+            if fs::read_to_string(&path).map_err(failed)?.trim() == "1" {
+                Ok(())
+            } else {
+                Err(TapError::CannotDisableIpv6 { name: name.to_owned(), source })
+            }
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let family = format!("/proc/sys/net/{family}");
-            if Path::new(&family).try_exists().map_err(failed)? {
+            if Path::new("/proc/sys/net/ipv6").try_exists().map_err(failed)? {
                 Err(failed(error))
             } else {
                 Ok(())
@@ -127,6 +137,7 @@ fn observed(link: LinkMessage) -> ObservedTap {
         mtu: 0,
         addresses: Vec::new(),
         up: link.header.flags.contains(LinkFlags::Up),
+        arp: !link.header.flags.contains(LinkFlags::Noarp),
     };
     for attribute in link.attributes {
         match attribute {
@@ -248,6 +259,20 @@ fn connect() -> Result<Route, TapError> {
     Route::open().map_err(|source| TapError::of("open a netlink socket", source))
 }
 
+/// Who is at the other end of a link, for good: nobody is asked, and nobody can say otherwise. It
+/// goes with the link.
+fn neighbour(index: u32, address: Ipv4Addr, mac: [u8; 6]) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Inet;
+    message.header.ifindex = index;
+    message.header.state = NeighbourState::Permanent;
+    message.attributes = vec![
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(address)),
+        NeighbourAttribute::LinkLayerAddress(mac.to_vec()),
+    ];
+    message
+}
+
 /// Marks a TAP that was just made, and sets it up.
 async fn set_up(route: &Route, name: &str, index: u32, spec: &TapSpec) -> Result<(), TapError> {
     let failed = |doing: &str| {
@@ -261,16 +286,21 @@ async fn set_up(route: &Route, name: &str, index: u32, spec: &TapSpec) -> Result
     route.order(RouteNetlinkMessage::SetLink(mtu)).await.map_err(failed(&doing))?;
     // A link with an MTU below 1280 has no IPv6, and no settings of it.
     if spec.mtu >= LEAST_IPV6_MTU {
-        write_setting("ipv6", name, "disable_ipv6", "1")?;
+        disable_ipv6(name)?;
     }
-    // Without this, the guest could ask by ARP for every address of the host and be told.
-    write_setting("ipv4", name, "arp_ignore", "1")?;
+    let mac = spec.mark.vm.gateway_mac().to_vec();
+    let silent = LinkUnspec::new_with_index(index).address(mac).arp(false).build();
+    let failed_arp = failed("give a hardware address and no ARP to");
+    route.order(RouteNetlinkMessage::SetLink(silent)).await.map_err(failed_arp)?;
     let address = rtnetlink::AddressMessageBuilder::<Ipv4Addr>::new()
         .index(index)
         .address(spec.gateway, spec.prefix)
         .build();
     let doing = format!("give the address {}/{} to", spec.gateway, spec.prefix);
     route.order(RouteNetlinkMessage::NewAddress(address)).await.map_err(failed(&doing))?;
+    let guest = neighbour(index, spec.guest, spec.mark.vm.mac());
+    let doing = format!("make {} the neighbour of", spec.guest);
+    route.put(RouteNetlinkMessage::NewNeighbour(guest)).await.map_err(failed(&doing))?;
     let up = LinkUnspec::new_with_index(index).up().build();
     route.order(RouteNetlinkMessage::SetLink(up)).await.map_err(failed("set up"))
 }

@@ -17,8 +17,10 @@
 //!    moment holds a copy of the descriptor until its exec.)
 //! 2. A name is taken exclusively: a link that is there already is never attached to, changed or
 //!    replaced, whoever made it.
-//! 3. A TAP is up only when it has its mark, its MTU, its address, IPv6 off, and answers ARP for
-//!    no other address of the host.
+//! 3. A TAP is up only when it has its mark, its MTU, its address, IPv6 off, ARP off, and the
+//!    guest as its one neighbour. Both ends have hardware addresses made of the VM's id, so nobody
+//!    needs to ask: whatever ARP a guest sends is dropped unread. It can neither ask which addresses
+//!    the host has, nor claim one, nor fill the host's table of neighbours, which all links share.
 //! 4. Only a link whose alias is exactly the expected mark is removed. "Already gone" is success;
 //!    "could not look" is not; after a removal the host was looked at again.
 //! 5. A list is complete: one that the kernel says has changed meanwhile is read again.
@@ -60,6 +62,8 @@ pub struct TapSpec {
     pub mark: Mark,
     /// The host's address on it.
     pub gateway: Ipv4Addr,
+    /// The guest's, the only neighbour there is.
+    pub guest: Ipv4Addr,
     /// The length of the subnet's prefix, in bits.
     pub prefix: u8,
     /// The largest packet, in bytes without the Ethernet header.
@@ -129,6 +133,8 @@ pub struct ObservedTap {
     pub addresses: Vec<(Ipv4Addr, u8)>,
     /// Whether it was set up.
     pub up: bool,
+    /// Whether it takes part in ARP; ours do not.
+    pub arp: bool,
 }
 
 /// Why a subnet counts as taken.
@@ -218,6 +224,18 @@ pub enum TapError {
         alias: Option<String>,
         /// The mark it should carry.
         expected: Mark,
+    },
+    /// IPv6 is on for new links, and the setting cannot be changed here.
+    #[error(
+        "could not turn IPv6 off on the TAP {name}: /proc/sys is read-only here (a container?): turn \
+         net.ipv6.conf.default.disable_ipv6 on where it was set up (docker run --sysctl \
+         net.ipv6.conf.default.disable_ipv6=1); --no-network runs a VM without"
+    )]
+    CannotDisableIpv6 {
+        /// The link's name.
+        name: String,
+        /// What the kernel said.
+        source: io::Error,
     },
     /// The removed link is still there.
     #[error("the link {name} is still there after its removal")]

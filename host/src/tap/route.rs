@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use rtnetlink::packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REPLACE, NLM_F_REQUEST,
+    NetlinkMessage, NetlinkPayload,
 };
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::{Handle, new_connection};
@@ -54,6 +55,12 @@ impl Route {
     /// Gives an order and waits until it is done.
     pub(super) async fn order(&self, message: RouteNetlinkMessage) -> io::Result<()> {
         self.exchange(message, NLM_F_REQUEST | NLM_F_ACK).await.map(drop)
+    }
+
+    /// Makes something, or changes what is there, and waits until it is done.
+    pub(super) async fn put(&self, message: RouteNetlinkMessage) -> io::Result<()> {
+        let flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
+        self.exchange(message, flags).await.map(drop)
     }
 
     /// Asks for one object; the kernel's ENODEV and the like are errors.

@@ -10,6 +10,8 @@ mod hypervisor;
 #[cfg(test)]
 mod initramfs;
 #[cfg(test)]
+mod namespaces;
+#[cfg(test)]
 mod nic;
 #[cfg(test)]
 mod owner_lock;

@@ -128,10 +128,13 @@ impl World {
         let home = tempfile::tempdir().expect("a directory");
         let tap = make_tap("fc-test", vnet_header);
         sh(&format!(
-            "ip addr add {HOST}/24 dev fc-test; ip link set fc-test mtu {MTU} up; \
-             ip link set lo up"
+            "ip addr add {HOST}/24 dev fc-test; ip link set lo up
+             ip link set fc-test address aa:fd:0b:ad:ca:fe arp off
+             ip neigh add {GUEST} lladdr aa:fc:0b:ad:ca:fe dev fc-test
+             ip link set fc-test mtu {MTU} up"
         ));
-        let mac = unique_mark().vm.mac();
+        let vm = unique_mark().vm;
+        let (mac, gateway_mac) = (vm.mac(), vm.gateway_mac());
         let nic = Nic { mac, mtu: MTU, tap: Arc::new(tap), firewall: None };
         let spec = make_spec(home.path(), nic).await;
         let options = QemuOptions { program: None, acceleration: None, cache: home.path().into() };
@@ -150,6 +153,7 @@ impl World {
                 address: GUEST,
                 prefix: 24,
                 gateway: HOST,
+                gateway_mac,
                 mtu: MTU,
             }),
         };

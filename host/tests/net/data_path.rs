@@ -21,14 +21,14 @@ use matchlock_model::id::Mark;
 use crate::firewall::spec;
 use crate::namespace::{Namespace, mark};
 
-const PORT: u16 = 8080;
+pub(crate) const PORT: u16 = 8080;
 /// A name server that the guest is given, and one that it is not.
 const NAME_SERVER: &str = "10.0.0.53";
 const OTHER_NAME_SERVER: &str = "10.1.1.1";
-const INTERNET: &str = "203.0.113.9";
+pub(crate) const INTERNET: &str = "203.0.113.9";
 
 /// Private addresses, which lead to the "internet" here.
-const PRIVATE: &[&str] =
+pub(crate) const PRIVATE: &[&str] =
     &["10.1.1.1", "172.16.5.5", "192.168.7.7", "100.64.1.1", "198.18.0.1", "192.0.0.9"];
 /// What is never open. 127/8, 0/8 and multicast never leave a Linux guest's stack.
 const NEVER: &[&str] = &["169.254.169.254", "240.0.0.1"];
@@ -39,7 +39,7 @@ const GUESTS: &[&str] = &["192.168.101.2", "198.51.100.2"];
 
 /// What came of trying to reach somebody.
 #[derive(Debug, PartialEq, Eq)]
-enum Outcome {
+pub(crate) enum Outcome {
     /// The other side answered: with the address that it saw.
     Reached(String),
     /// An error came, at once.
@@ -48,10 +48,10 @@ enum Outcome {
     Silence,
 }
 
-struct World {
-    host: Namespace,
-    guest: Namespace,
-    other: Namespace,
+pub(crate) struct World {
+    pub(crate) host: Namespace,
+    pub(crate) guest: Namespace,
+    pub(crate) other: Namespace,
     third: Namespace,
     internet: Namespace,
 }
@@ -89,7 +89,7 @@ fn serve_udp(namespace: &Namespace, address: &'static str) {
 }
 
 impl World {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let new = Namespace::new;
         let world = Self { host: new(), guest: new(), other: new(), third: new(), internet: new() };
         for (guest, tap, subnet) in [
@@ -128,7 +128,11 @@ impl World {
     }
 
     /// The tables of the guest and of the other one.
-    fn firewalls(&self, allow_private: bool, allow_host_access: bool) -> [FirewallHandle; 2] {
+    pub(crate) fn firewalls(
+        &self,
+        allow_private: bool,
+        allow_host_access: bool,
+    ) -> [FirewallHandle; 2] {
         // The other's come first: its refusal must not be a hang for who calls it.
         let guest = Ipv4Addr::new(192, 168, 101, 2);
         let other = self.apply(FirewallSpec { guest, ..base(&mark(1, 0x0bad_caff)) });
@@ -173,7 +177,7 @@ fn greeting(stream: &mut TcpStream) -> std::io::Result<String> {
 }
 
 /// Connects by TCP.
-fn call(from: &Namespace, to: &str, port: u16) -> Outcome {
+pub(crate) fn call(from: &Namespace, to: &str, port: u16) -> Outcome {
     let to = SocketAddr::new(to.parse().unwrap(), port);
     from.run(move || {
         let begun = Instant::now();
@@ -218,7 +222,7 @@ fn call_from_address(from: &Namespace, source: &str, to: &str) -> Outcome {
     })
 }
 
-fn all(from: &Namespace, to: &[&[&str]], expected: &Outcome) {
+pub(crate) fn all(from: &Namespace, to: &[&[&str]], expected: &Outcome) {
     for address in to.concat() {
         assert_eq!(call(from, address, PORT), *expected, "{address}");
     }
@@ -229,7 +233,7 @@ fn reached(seen: &str) -> Outcome {
 }
 
 /// What the internet sees of a guest.
-fn masqueraded() -> Outcome {
+pub(crate) fn masqueraded() -> Outcome {
     reached("203.0.113.1")
 }
 

@@ -4,6 +4,10 @@
 
 // Marked as tests for clippy, which otherwise lets only the test functions unwrap.
 #[cfg(test)]
+mod arp;
+#[cfg(test)]
+mod beside;
+#[cfg(test)]
 mod data_path;
 #[cfg(test)]
 mod firewall;
@@ -13,5 +17,7 @@ mod killed;
 mod namespace;
 #[cfg(test)]
 mod netlock;
+#[cfg(test)]
+mod read_only;
 #[cfg(test)]
 mod tap;

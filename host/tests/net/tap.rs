@@ -15,9 +15,10 @@ use matchlock_model::id::{InstallId, Mark};
 use crate::namespace::{Namespace, mark};
 
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 100, 1);
+const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 100, 2);
 
 fn spec(mark: &Mark) -> TapSpec {
-    TapSpec { mark: mark.clone(), gateway: GATEWAY, prefix: 24, mtu: 1400 }
+    TapSpec { mark: mark.clone(), gateway: GATEWAY, guest: GUEST, prefix: 24, mtu: 1400 }
 }
 
 /// Waits until a link is gone. A program that another test starts just now holds copies of our
@@ -51,6 +52,7 @@ async fn taps_conform(taps: &dyn Taps) {
         mtu: 1400,
         addresses: vec![(GATEWAY, 24)],
         up: true,
+        arp: false,
     };
     assert_eq!(taps.observe(&name).await.unwrap(), Some(expected.clone()));
     let occupied = taps.host_subnets().await.unwrap();
@@ -61,7 +63,8 @@ async fn taps_conform(taps: &dyn Taps) {
     }
 
     // Another installation neither sees it nor harms it.
-    let other = TapSpec { gateway: Ipv4Addr::new(10, 9, 8, 1), prefix: 30, ..spec(&theirs) };
+    let (gateway, guest) = (Ipv4Addr::new(10, 9, 8, 1), Ipv4Addr::new(10, 9, 8, 2));
+    let other = TapSpec { gateway, guest, prefix: 30, ..spec(&theirs) };
     let their_handle = taps.create(&other).await.unwrap();
     assert_eq!(taps.list_marked(&ours.install).await.unwrap(), std::slice::from_ref(&expected));
     assert_eq!(taps.list_marked(&theirs.install).await.unwrap().len(), 1);
@@ -144,16 +147,12 @@ async fn the_fake_does_what_a_test_asks_of_it() {
 }
 
 #[test]
-fn a_tap_speaks_no_ipv6_and_no_arp_for_other_addresses() {
+fn a_tap_speaks_no_ipv6() {
     Namespace::new().block_on(|| async {
         let handle = LinuxTaps::new().create(&spec(&mark(1, 3))).await.unwrap();
-        let read = |path: &str| {
-            let path = format!("/proc/sys/net/{path}").replace("TAP", handle.name());
-            // Of this thread's namespace, like everything here.
-            std::fs::read_to_string(path).unwrap()
-        };
-        assert_eq!(read("ipv6/conf/TAP/disable_ipv6"), "1\n");
-        assert_eq!(read("ipv4/conf/TAP/arp_ignore"), "1\n");
+        // Of this thread's namespace, like everything here.
+        let path = format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", handle.name());
+        assert_eq!(std::fs::read_to_string(path).unwrap(), "1\n");
     });
 }
 

@@ -319,6 +319,7 @@ impl VmSpec {
             address: subnet.guest(),
             prefix: subnet.cidr.prefix(),
             gateway: subnet.gateway(),
+            gateway_mac: vm.gateway_mac(),
             mtu: network.mtu,
         });
         GuestConfig {

@@ -173,6 +173,7 @@ fn a_guest_with_a_network_is_told_its_half_of_the_subnet() {
         address: [192, 168, 100, 2].into(),
         prefix: 24,
         gateway: [192, 168, 100, 1].into(),
+        gateway_mac: VmId::new(7).gateway_mac(),
         mtu: 1200,
     };
     assert_eq!(told.network, Some(expected));

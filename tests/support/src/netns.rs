@@ -87,12 +87,13 @@ pub struct TestNet {
     host: Namespace,
     internet: Namespace,
     peers: Arc<Mutex<Vec<IpAddr>>>,
+    uploads: Arc<Mutex<Vec<Vec<u8>>>>,
 }
 
 impl TestNet {
     /// A host that reaches the internet, with strict reverse-path filtering, and servers there: on
     /// every address, port 80 tells who asked (HTTP) and port 81 sends as many megabytes as one byte
-    /// asks for; port 53 of [`PUBLIC`] and the first of [`FORBIDDEN`] answers that every name is
+    /// asks for, port 82 takes whatever comes; port 53 of [`PUBLIC`] and the first of [`FORBIDDEN`] answers that every name is
     /// [`PUBLIC`].
     ///
     /// # Errors
@@ -112,7 +113,7 @@ impl TestNet {
             "ip addr add {INTERNET}/24 dev inet0; ip link set inet0 up; ip link set lo up
              ip addr add {PUBLIC}/32 dev lo\n{others}"
         ))?;
-        let net = Self { host, internet, peers: Arc::default() };
+        let net = Self { host, internet, peers: Arc::default(), uploads: Arc::default() };
         net.serve()?;
         Ok(net)
     }
@@ -146,10 +147,52 @@ impl TestNet {
         Ok(())
     }
 
+    /// Makes something on the host, a socket for example; it stays there.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn on_host<T: Send + 'static>(
+        &self,
+        make: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        in_namespace(&self.host, make)
+    }
+
+    /// Counts from now on the packets to each of these addresses that come to the internet.
+    ///
+    /// # Errors
+    /// When they cannot be counted.
+    pub fn count_arrivals(&self, addresses: &[Ipv4Addr]) -> Result<()> {
+        let mut rules = "add table ip count
+             add chain ip count arrivals { type filter hook prerouting priority raw; }\n"
+            .to_owned();
+        for address in addresses {
+            rules += &format!("add rule ip count arrivals ip daddr {address} counter\n");
+        }
+        self.internet.sh(&format!("nft '{rules}'")).map(drop)
+    }
+
+    /// How many packets came to each of the counted addresses.
+    ///
+    /// # Errors
+    /// When they were not counted.
+    pub fn arrivals(&self) -> Result<Vec<u64>> {
+        let shown = self.internet.sh("nft list chain ip count arrivals")?;
+        let after = shown.split("counter packets ").skip(1);
+        let numbers = after.map(|rest| rest.split(' ').next().unwrap_or_default().parse());
+        Ok(numbers.collect::<Result<_, _>>()?)
+    }
+
     /// Who asked the servers, in order.
     #[must_use]
     pub fn peers(&self) -> Vec<IpAddr> {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What was sent to port 82, one for each connection.
+    #[must_use]
+    pub fn uploads(&self) -> Vec<Vec<u8>> {
+        self.uploads.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The TAPs and the tables of VMs on the host.
@@ -165,16 +208,18 @@ impl TestNet {
 
     /// The sockets are made in the internet namespace, and stay in it.
     fn serve(&self) -> Result<()> {
-        let (web, bulk, dns) = in_namespace(&self.internet, || {
+        let (web, bulk, sink, dns) = in_namespace(&self.internet, || {
             let any = Ipv4Addr::UNSPECIFIED;
-            let (web, bulk) = (TcpListener::bind((any, 80))?, TcpListener::bind((any, 81))?);
+            let [web, bulk, sink] = [80, 81, 82].map(|port| TcpListener::bind((any, port)));
             // An answer comes from the address that was asked.
             let dns = [PUBLIC, FORBIDDEN[0]].map(|address| UdpSocket::bind((address, 53)));
-            Ok((web, bulk, dns))
+            Ok((web?, bulk?, sink?, dns))
         })?;
         let peers = Arc::clone(&self.peers);
         std::thread::spawn(move || end_of("web", answer_web(&web, &peers)));
         std::thread::spawn(move || end_of("bulk", send_bulk(&bulk)));
+        let uploads = Arc::clone(&self.uploads);
+        std::thread::spawn(move || end_of("upload", take_uploads(&sink, &uploads)));
         for socket in dns {
             let socket = socket?;
             std::thread::spawn(move || end_of("dns", answer_dns(&socket)));
@@ -235,6 +280,15 @@ fn send_bulk(listener: &TcpListener) -> Result<()> {
         for _ in 0..count[0] {
             stream.write_all(&megabyte)?;
         }
+    }
+    Ok(())
+}
+
+fn take_uploads(listener: &TcpListener, uploads: &Mutex<Vec<Vec<u8>>>) -> Result<()> {
+    for stream in listener.incoming() {
+        let mut bytes = Vec::new();
+        stream?.read_to_end(&mut bytes)?;
+        uploads.lock().unwrap_or_else(PoisonError::into_inner).push(bytes);
     }
     Ok(())
 }
