@@ -1,7 +1,6 @@
 //! What of a VM outlives a life of its actor.
 
 use std::fmt;
-use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -66,8 +65,10 @@ struct Held {
     subnet: Option<Subnet>,
     /// Until the hypervisor has it: then our descriptor is closed.
     tap: Option<TapHandle>,
-    /// The kernel removes the tables when it is dropped.
+    /// Until the hypervisor has it. The kernel removes the tables when nobody has it any more.
     firewall: Option<FirewallHandle>,
+    /// Whether tables were made, whoever holds them now.
+    has_firewall: bool,
     relinks: RestartBudget,
     /// Cleanup entries that are to be written with the next record.
     cleanup: Cleanup,
@@ -83,6 +84,7 @@ impl Default for Held {
             subnet: None,
             tap: None,
             firewall: None,
+            has_firewall: false,
             relinks: RestartBudget::for_link(),
             cleanup: Cleanup::default(),
         }
@@ -173,10 +175,19 @@ impl VmContext {
         self.held().tap.take()
     }
 
-    pub(crate) fn set_firewall(&self, firewall: Option<FirewallHandle>) {
+    pub(crate) fn set_firewall(&self, firewall: FirewallHandle) {
         // Dropped outside the lock: closing the socket of tables takes a while.
-        let old = std::mem::replace(&mut self.held().firewall, firewall);
+        let old = {
+            let mut held = self.held();
+            held.has_firewall = true;
+            held.firewall.replace(firewall)
+        };
         drop(old);
+    }
+
+    /// Whether tables were made, whoever holds them now.
+    pub(crate) fn has_firewall(&self) -> bool {
+        self.held().has_firewall
     }
 
     pub(crate) fn take_firewall(&self) -> Option<FirewallHandle> {
@@ -203,21 +214,19 @@ impl VmContext {
         self.held().cleanup.retain(|step, entry| written.get(step) != Some(entry));
     }
 
-    /// The machine to launch. It takes the TAP's descriptor: whoever drops the specification after
-    /// the launch leaves the hypervisor as the only one that keeps the TAP there.
-    ///
-    /// # Errors
-    /// When there are no more descriptors.
-    pub(crate) fn machine_spec(&self) -> io::Result<MachineSpec> {
+    /// The machine to launch. It takes the TAP's descriptor and what keeps the firewall there:
+    /// whoever drops the specification after the launch leaves the hypervisor as the only one that
+    /// has them.
+    pub(crate) fn machine_spec(&self) -> MachineSpec {
         let mtu = self.create.spec.network.as_ref().map(|network| network.mtu);
-        let firewall = self.held().firewall.as_ref().map(FirewallHandle::keeper).transpose()?;
+        let firewall = self.take_firewall();
         let nic = self.take_tap().zip(mtu).map(|(tap, mtu)| Nic {
             mac: self.id.mac(),
             mtu,
             tap: Arc::new(tap.into_fd()),
-            firewall: firewall.flatten().map(Arc::new),
+            firewall: firewall.map(Arc::new),
         });
-        Ok(MachineSpec {
+        MachineSpec {
             mark: self.deps.mark(self.id),
             paths: self.paths.clone(),
             kernel: self.create.kernel.clone(),
@@ -226,7 +235,7 @@ impl VmContext {
             vcpus: self.create.spec.vcpus(),
             memory_mb: self.create.spec.memory_mb,
             nic,
-        })
+        }
     }
 
     /// Changes the view that others watch.

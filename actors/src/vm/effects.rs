@@ -346,7 +346,7 @@ async fn serve_owner(context: &VmContext) -> OpResult {
 
 async fn launch(context: &VmContext) -> OpResult {
     let started = Instant::now();
-    let spec = context.machine_spec().map_err(|e| host(&e))?;
+    let spec = context.machine_spec();
     let machine = context.deps.hypervisor.launch(&spec).await.map_err(|e| host(&e))?;
     // The hypervisor has its own descriptors now.
     drop(spec);

@@ -88,7 +88,7 @@ pub(super) async fn apply_firewall(context: &VmContext) -> OpResult {
     };
     let firewall = &context.deps.firewall;
     let tables = firewall.apply(&spec).await.map_err(|e| host(&e))?;
-    context.set_firewall(Some(tables));
+    context.set_firewall(tables);
     if firewall.enable_ip_forward().map_err(|e| host(&e))? {
         tracing::warn!("turned on net.ipv4.ip_forward of this host: VMs with a network need it");
     }
@@ -117,9 +117,8 @@ pub(super) async fn remove_firewall(context: &VmContext) -> OpResult {
         return Ok(());
     }
     let firewall = &context.deps.firewall;
-    let applied = context.take_firewall();
-    let never_applied = applied.is_none();
-    if let Some(tables) = applied {
+    let never_applied = !context.has_firewall();
+    if let Some(tables) = context.take_firewall() {
         firewall.release(tables).await.map_err(|e| host(&e))?;
     }
     let mark = context.deps.mark(context.id);

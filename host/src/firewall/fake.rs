@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use matchlock_model::id::{InstallId, Mark};
@@ -31,6 +32,11 @@ pub enum FirewallOp {
     /// [`Firewall::obstacles`].
     Obstacles,
 }
+
+/// How often a removal looks again whether the tables' owner has ended.
+const OWNER_TRIES: usize = 20;
+
+const OWNER_PAUSE: Duration = Duration::from_millis(10);
 
 /// A host's tables in memory. Clones share them.
 #[derive(Debug, Clone, Default)]
@@ -257,6 +263,13 @@ impl Firewall for FakeFirewall {
     }
 
     async fn remove(&self, tap: &str, mark: &Mark) -> Result<(), FirewallError> {
+        // As the kernel does it: what a process held goes a moment after it.
+        for _ in 0..OWNER_TRIES {
+            match self.run(FirewallOp::Remove, |state| state.remove(tap, mark)).await {
+                Err(FirewallError::OwnerLives { .. }) => tokio::time::sleep(OWNER_PAUSE).await,
+                result => return result,
+            }
+        }
         self.run(FirewallOp::Remove, |state| state.remove(tap, mark)).await
     }
 

@@ -16,7 +16,9 @@
 //!
 //! # Invariants
 //! 1. Both tables come and go in one atomic batch, through one netlink socket that the
-//!    [`FirewallHandle`] holds. They have the owner flag: **the kernel removes them when that
+//!    [`FirewallHandle`] holds, and after the launch the hypervisor alone: an owner that hangs keeps
+//!    no table of a VM that has ended. (Who is to change them then takes the socket from its child,
+//!    as pidfd_getfd does.) They have the owner flag: **the kernel removes them when that
 //!    socket closes**, however its process ends, and lets nobody else change them. (A child that
 //!    is being spawned at that moment holds a copy of the socket until its exec.) Where the kernel
 //!    has no such flag (before 5.12) they are plain tables, and `gc` finds them by mark.

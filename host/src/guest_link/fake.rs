@@ -62,6 +62,9 @@ pub enum FakeCommand {
     Refuse(ExecRefusal),
 }
 
+/// How often a hung guest sees whether it is back.
+const HUNG_POLL: Duration = Duration::from_millis(5);
+
 /// What happened when a guest was asked to shut down.
 type OnShutdown = Box<dyn Fn(&ProcessIdentity) + Send + Sync>;
 
@@ -322,10 +325,15 @@ impl GuestLink for FakeLink {
 
     async fn ping(&self) -> Result<(), LinkError> {
         self.alive()?;
-        if self.guest.script().hung {
-            return Err(self.closed().await);
+        let back = async {
+            while self.guest.script().hung {
+                tokio::time::sleep(HUNG_POLL).await;
+            }
+        };
+        tokio::select! {
+            lost = self.closed() => Err(lost),
+            () = back => Ok(()),
         }
-        Ok(())
     }
 
     async fn closed(&self) -> LinkError {

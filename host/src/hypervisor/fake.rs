@@ -128,6 +128,13 @@ impl Hypervisor for FakeHypervisor {
             dialled: Notify::new(),
         });
         lock(&self.state).machines.push(Arc::clone(&machine));
+        // The kernel closes what a process held when it ends, whoever looks.
+        let held = Arc::clone(&machine);
+        tokio::spawn(async move {
+            held.processes.ended(&held.identity).await;
+            let nic = lock(&held.inner).nic.take();
+            drop(nic);
+        });
         if fault == Some(LaunchFault::DiesAtOnce) {
             machine.end(ExitReason::Died("injected fault".to_owned()));
         }
@@ -170,7 +177,7 @@ impl FakeMachine {
         &self.spec
     }
 
-    /// Its NIC. It holds its TAP open until its end has been awaited.
+    /// Its NIC. It holds its TAP open, and its firewall there, until its end.
     #[must_use]
     pub fn nic(&self) -> Option<Nic> {
         lock(&self.inner).nic.clone()
@@ -231,9 +238,8 @@ impl Machine for FakeMachine {
     async fn wait_exit(&self) -> MachineExit {
         self.processes.ended(&self.identity).await;
         let mut inner = lock(&self.inner);
-        // Connections that the guest never took end with it, and so does its hold on the TAP.
+        // Connections that the guest never took end with it.
         inner.links.clear();
-        inner.nic = None;
         let reason = inner.reason.clone().unwrap_or_else(|| ExitReason::Died(String::new()));
         let status = match reason {
             ExitReason::Killed | ExitReason::Died(_) => "signal: 9 (SIGKILL)",

@@ -32,6 +32,7 @@ use matchlock_model::id::Mark;
 use matchlock_model::identity::ProcessIdentity;
 use tokio::net::UnixStream;
 
+use crate::firewall::FirewallHandle;
 use crate::process::{ProcessError, SpawnError};
 use crate::rootfs::VmPaths;
 
@@ -72,8 +73,9 @@ pub struct Nic {
     /// The TAP. The hypervisor gets a descriptor of its own, so a TAP that is not persistent
     /// goes with it once all others are closed; this one is closed by dropping it.
     pub tap: Arc<OwnedFd>,
-    /// Held open as long as the machine lives, and not used: what keeps the NIC's firewall there.
-    pub firewall: Option<Arc<OwnedFd>>,
+    /// What keeps the NIC's firewall there. The hypervisor holds the socket of its own and does not
+    /// use it: once this is dropped, the tables go with the machine, whatever its owner does.
+    pub firewall: Option<Arc<FirewallHandle>>,
 }
 
 /// How a machine ended.

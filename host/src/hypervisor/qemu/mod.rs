@@ -226,8 +226,8 @@ fn prepare(
     let tap = spec.nic.as_ref().map(|nic| nic.tap.try_clone()).transpose();
     let tap = tap.map_err(failed("hand the TAP over"))?;
     let firewall = spec.nic.as_ref().and_then(|nic| nic.firewall.as_ref());
-    let firewall = firewall.map(|keeper| keeper.try_clone()).transpose();
-    let firewall = firewall.map_err(failed("hand the firewall's socket over"))?;
+    let firewall = firewall.map(|tables| tables.keeper()).transpose();
+    let firewall = firewall.map_err(failed("hand the firewall's socket over"))?.flatten();
     let wiring = Wiring {
         acceleration,
         tsc_khz,
