@@ -321,13 +321,22 @@ fn network_step(context: &VmContext, took: Duration, step: CleanupStep) -> Optio
     Some(step)
 }
 
-pub(super) async fn record(context: &VmContext, phase: Phase, cause: Option<&Failure>) -> OpResult {
+async fn record(context: &VmContext, phase: Phase, cause: Option<&Failure>) -> OpResult {
+    write_phase(context, phase, cause.map(|failure| failure.message.clone())).await
+}
+
+/// Commits a phase; `None` leaves the last error in the row as it is, an empty one ends it.
+pub(super) async fn write_phase(
+    context: &VmContext,
+    phase: Phase,
+    last_error: Option<String>,
+) -> OpResult {
     let cleanup = context.noted_cleanup();
     let op = WriteOp::SetPhase {
         vm: context.id,
         epoch: context.epoch,
         phase,
-        last_error: cause.map(|failure| failure.message.clone()),
+        last_error,
         backend: None,
         resources: None,
         cleanup: cleanup.clone().into_iter().collect(),

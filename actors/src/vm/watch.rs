@@ -27,7 +27,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::actor::VmMsg;
 use super::context::VmContext;
-use super::effects::{EXIT_AFTER_LINK_LOSS, no_machine, record};
+use super::effects::{EXIT_AFTER_LINK_LOSS, no_machine, write_phase};
 
 /// So many ticks without an answer are a hang.
 const HUNG_TICKS: u32 = 30;
@@ -127,7 +127,8 @@ async fn relink(
 /// Records what happened to a running VM. That it cannot be written ends no VM, unless another owner
 /// has taken it.
 pub(super) async fn note(context: &VmContext, cause: Option<&Failure>) -> OpResult {
-    match record(context, Phase::Running, cause).await {
+    let last_error = cause.map_or_else(String::new, |failure| failure.message.clone());
+    match write_phase(context, Phase::Running, Some(last_error)).await {
         Err(failure) if failure.kind != FailureKind::Fenced => {
             tracing::warn!(vm_id = %context.id, %failure, "what happened could not be recorded");
             Ok(())
