@@ -29,6 +29,7 @@ use tokio::task::JoinHandle;
 use super::client::NodeClient;
 use super::config::NodeConfig;
 use super::wiring;
+use crate::points::{HOME, injected};
 
 /// How long the services may take to end.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(60);
@@ -64,12 +65,16 @@ impl Opened {
     /// What is wrong with the directory or the database.
     pub fn open(config: NodeConfig) -> Result<Self, Failure> {
         let home = &config.home;
+        HOME.before("open_state").map_err(injected)?;
         let conn = open_state(home).map_err(|e| failed(&e, "could not open the state"))?;
+        HOME.after("open_state").map_err(injected)?;
         let install = install_id(home).map_err(|e| {
             failed(&e, &format!("could not use {}", home.join(INSTALL_ID_FILE).display()))
         })?;
+        HOME.before("vms_dir").map_err(injected)?;
         make_dir(&config.vms_dir())
             .map_err(|e| failed(&e, &format!("could not make {}", config.vms_dir().display())))?;
+        HOME.after("vms_dir").map_err(injected)?;
         let reader = ReadPool::open(home)
             .map_err(|e| failed(&e, "could not read the state"))?
             .ok_or_else(|| Failure::new(FailureKind::Internal, "the state has just vanished"))?;
@@ -174,11 +179,17 @@ fn install_id(home: &Path) -> io::Result<InstallId> {
     getrandom::fill(&mut random).map_err(io::Error::other)?;
     let id = InstallId::from_bytes(random);
     let aside = home.join(format!("{INSTALL_ID_FILE}.{id}"));
+    HOME.before("write_id")?;
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&aside)?;
+    HOME.after("write_id")?;
+    HOME.before("link_id")?;
     let linked = file
         .write_all(format!("{id}\n").as_bytes())
         .and_then(|()| std::fs::hard_link(&aside, &path));
+    HOME.after("link_id")?;
+    HOME.before("unlink_id")?;
     std::fs::remove_file(&aside)?;
+    HOME.after("unlink_id")?;
     match linked {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
         _ => read_install_id(&path),

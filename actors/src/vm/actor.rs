@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::context::VmContext;
 use super::effects::{self, Progress};
 use super::scope::EffectScope;
+use crate::points;
 
 /// What a VM's actor is told.
 #[derive(Debug)]
@@ -135,6 +136,7 @@ impl Actor for Vm {
         message: VmMsg,
         state: &mut VmActorState,
     ) -> Result<(), ActorProcessingErr> {
+        points::message(&message)?;
         match message {
             VmMsg::Stop(mode) => state.apply(&myself, VmEvent::Stop(mode)),
             VmMsg::MachineExited(cause) => state.apply(&myself, VmEvent::MachineExited(cause)),

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::actor::VmMsg;
 use super::context::VmContext;
 use super::network;
+use crate::points;
 
 /// How far an operation has come.
 #[derive(Debug)]
@@ -66,10 +67,10 @@ pub(super) async fn run(
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => Err(cancelled(effect)),
-                result = carry_out(context, effect, recorded) => result,
+                result = points::effect(effect, carry_out(context, effect, recorded)) => result,
             }
         } else {
-            carry_out(context, effect, recorded).await
+            points::effect(effect, carry_out(context, effect, recorded)).await
         };
         tracing::debug!(
             vm_id = %context.id, %effect, took_us = started.elapsed().as_micros(), ok = result.is_ok(),

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use matchlock_failpoints::{Area, Injected, mutated};
 use matchlock_model::id::VmId;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -14,6 +15,15 @@ use super::OwnerLockError;
 /// The lock file's name in the state directory. It is never removed: the locks of two files with
 /// one name do not see each other.
 const FILE_NAME: &str = "vm.locks";
+
+/// What a crash may come between. After `acquire` the lock is held and there is no row yet.
+pub const POINTS: Area = Area::new("lock", &["acquire"]);
+
+impl From<Injected> for OwnerLockError {
+    fn from(injected: Injected) -> Self {
+        Self::File { path: FILE_NAME.to_owned(), source: injected.into() }
+    }
+}
 
 /// The locks of one state directory.
 #[derive(Debug, Clone)]
@@ -57,6 +67,7 @@ impl LinuxOwnerLocks {
     /// [`OwnerLockError::Held`] when anybody, this process included, holds it already; otherwise
     /// when the file could not be used.
     pub fn try_acquire(&self, vm: VmId) -> Result<OwnerLock, OwnerLockError> {
+        POINTS.before("acquire")?;
         loop {
             let file = OpenOptions::new()
                 .read(true)
@@ -70,11 +81,13 @@ impl LinuxOwnerLocks {
             self.check_regular(&file)?;
             match fcntl(&file, FcntlArg::F_OFD_SETLK(&whole_byte(vm))) {
                 Ok(_) => {}
+                Err(Errno::EAGAIN) if mutated("ignore_owner_lock") => {}
                 Err(Errno::EAGAIN | Errno::EACCES) => return Err(OwnerLockError::Held { vm }),
                 Err(errno) => return Err(self.failed(errno.into())),
             }
             // A file that was replaced between the two steps locks nothing: once more.
             if self.is_current(&file).map_err(|source| self.failed(source))? {
+                POINTS.after("acquire")?;
                 return Ok(OwnerLock { vm, _file: file });
             }
         }

@@ -17,7 +17,7 @@ mod fake;
 mod linux;
 
 pub use fake::FakeOwnerLocks;
-pub use linux::{LinuxOwnerLocks, OwnerLock};
+pub use linux::{LinuxOwnerLocks, OwnerLock, POINTS};
 
 /// Why a lock could not be taken or asked about.
 #[derive(Debug, thiserror::Error)]
