@@ -6,6 +6,7 @@
 
 [ $# = 1 ] || die "usage: scripts/test.sh BUSYBOX.tar"
 export MATCHLOCK_TEST_BIN=$target/debug/matchlock
+export MATCHLOCK_TEST_FAILPOINTS_BIN=$target/debug/matchlock-failpoints
 export MATCHLOCK_TEST_BUSYBOX=$1
 export MATCHLOCK_TEST_CACHE=$target/test-cache
 "$root/scripts/install-bundle.sh" "$MATCHLOCK_TEST_CACHE"
@@ -15,6 +16,8 @@ cd "$root"
 # One selection of packages for everything: another one would unify features anew and build all
 # dependencies twice. The program itself is built with its tests.
 cargo test --workspace --locked --no-run
+# The program with failpoints. With a test, so that features are unified as above.
+cargo build --workspace --locked --features matchlock/failpoints --bin matchlock-failpoints --test crash
 
 say "running the tests"
 exec cargo test --workspace --locked </dev/null
