@@ -30,6 +30,7 @@ mkdir -p "$MATCHLOCK_SOAK_DIR"
 cd "$root"
 
 say "building"
+# In this order: see scripts/test.sh.
 cargo build --workspace --locked --features matchlock/failpoints --bin matchlock-failpoints --test crash
 cargo test --locked --workspace --no-run --test crash
 

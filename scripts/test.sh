@@ -15,9 +15,10 @@ say "building the tests"
 cd "$root"
 # One selection of packages for everything: another one would unify features anew and build all
 # dependencies twice. The program itself is built with its tests.
-cargo test --workspace --locked --no-run
-# The program with failpoints. With a test, so that features are unified as above.
+# First the program with failpoints. With a test, so that features are unified as they are below; as
+# that builds target/debug/matchlock with failpoints too, the ordinary one comes after it.
 cargo build --workspace --locked --features matchlock/failpoints --bin matchlock-failpoints --test crash
+cargo test --workspace --locked --no-run
 
 say "running the tests"
 exec cargo test --workspace --locked </dev/null

@@ -195,7 +195,9 @@ impl<'a> Stage<'a> {
                 if killed && AFTER_THE_HYPERVISOR.iter().any(|p| case.point.starts_with(p)) {
                     seen.wrong.push(format!("the hypervisor lives at {}", case.point));
                 }
-                let signal = if fault == Fault::Both { Signal::KILL } else { Signal::CONT };
+                // Without one there is nothing to see: no use in waiting for a boot.
+                let goes_on = fault == Fault::Hypervisor && killed;
+                let signal = if goes_on { Signal::CONT } else { Signal::KILL };
                 armed.signal(signal)?;
             }
         }
