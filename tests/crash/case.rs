@@ -87,17 +87,36 @@ impl Fault {
 pub(crate) struct Case {
     pub(crate) point: String,
     pub(crate) fault: Fault,
+    /// How often the point is passed before it fires.
+    pub(crate) passes: usize,
 }
 
 impl Case {
+    /// A case that fires at the first pass.
+    pub(crate) fn new(point: impl Into<String>, fault: Fault) -> Self {
+        Self { point: point.into(), fault, passes: 0 }
+    }
+
+    /// The point, and at which of its passes it fires unless that is the first.
+    pub(crate) fn place(&self) -> String {
+        match self.passes {
+            0 => self.point.clone(),
+            passes => format!("{}#{}", self.point, passes + 1),
+        }
+    }
+
     fn failpoints(&self) -> String {
-        format!("{}={}", self.point, self.fault.action())
+        let action = self.fault.action();
+        match self.passes {
+            0 => format!("{}={action}", self.point),
+            passes => format!("{}={passes}*off->{action}", self.point),
+        }
     }
 }
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} × {}", self.point, self.fault.name())
+        write!(f, "{} × {}", self.place(), self.fault.name())
     }
 }
 
@@ -144,7 +163,7 @@ impl<'a> Stage<'a> {
         Ok(Self { net, installation: Installation::new()?, mutation, seen: Default::default() })
     }
 
-    fn log(&self) -> std::path::PathBuf {
+    pub(crate) fn log(&self) -> std::path::PathBuf {
         self.installation.home().with_file_name("failpoints.log")
     }
 

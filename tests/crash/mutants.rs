@@ -91,7 +91,7 @@ fn seen(check: &Check, mutation: Option<&str>) -> Option<String> {
     net.sh("ip link set lo up").unwrap();
     let wrong: Result<Vec<String>> = match check {
         Check::Case(point, fault) => {
-            let case = Case { point: (*point).to_owned(), fault: *fault };
+            let case = Case::new(*point, *fault);
             play(&net, &case, mutation).map(|report| report.leaks)
         }
         BesideGc => frozen::beside_gc(&net, mutation),

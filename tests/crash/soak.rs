@@ -12,13 +12,13 @@ use matchlock_test_support::netns::Namespace;
 use serde::{Deserialize, Serialize};
 
 use super::case::{Case, Fault, Report};
-use super::suite::{jobs, play_all, points, seed};
+use super::suite::{further_passes, jobs, play_all, points, seed};
 use super::{random, suite};
 
 /// A case that was played, as it is kept.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Line {
-    /// The failpoint, or `random <seed>`.
+    /// The failpoint (and at which of its passes, `#2`), or `random <seed>`.
     pub(crate) point: String,
     /// What went wrong there.
     pub(crate) fault: String,
@@ -93,15 +93,16 @@ fn the_whole_matrix() {
         lines().into_iter().map(|line| (line.point, line.fault)).collect();
     let mut cases: Vec<Case> = points()
         .into_iter()
-        .flat_map(|point| Fault::ALL.map(|fault| Case { point: point.clone(), fault }))
-        .filter(|case| !done.contains(&(case.point.clone(), case.fault.name().to_owned())))
+        .flat_map(|point| Fault::ALL.map(|fault| Case::new(&*point, fault)))
+        .chain(further_passes())
+        .filter(|case| !done.contains(&(case.place(), case.fault.name().to_owned())))
         .collect();
     // The same order each time, and every piece of it has some of everything.
     cases.sort_by_key(|case| suite::draw(seed(), &case.to_string()));
     let (count, failed, played) = (cases.len(), Mutex::new(0), Mutex::new(0));
     play_all(cases, None, |case, outcome| {
         *played.lock().unwrap() += 1;
-        told(&append(&case.point, case.fault.name(), outcome), &failed);
+        told(&append(&case.place(), case.fault.name(), outcome), &failed);
         Instant::now() < deadline
     });
     let (played, failed) = (played.into_inner().unwrap(), failed.into_inner().unwrap());

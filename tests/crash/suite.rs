@@ -1,14 +1,14 @@
 //! Every point with SIGKILL, and a seeded third of the other faults.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use matchlock_test_support::netns::Namespace;
 
-use super::case::{Case, Fault, Report, play, program};
-use super::scenario::{NOT_REACHED, boots};
+use super::case::{Case, Fault, PATIENCE, RUN, Report, Stage, play, program};
+use super::scenario::{NOT_REACHED, Scenario, boots, scenario};
 
 /// The seed of `make test`; `MATCHLOCK_CRASH_SEED` is another.
 const SEED: u64 = 20_261_124;
@@ -24,6 +24,27 @@ pub(crate) fn points() -> Vec<String> {
     }
     let reached = |point: &String| NOT_REACHED.iter().all(|(not, _)| not != point);
     listed.into_iter().filter(reached).collect()
+}
+
+/// SIGKILL at each further pass of the points that one `run` passes more than once.
+pub(crate) fn further_passes() -> Vec<Case> {
+    let net = Namespace::new().unwrap();
+    net.sh("ip link set lo up").unwrap();
+    let stage = Stage::new(&net, None).unwrap();
+    let ended = stage.start("", RUN).unwrap().wait(PATIENCE).unwrap();
+    assert!(ended.status.success(), "{ended:?}");
+    let log = std::fs::read_to_string(stage.log()).unwrap();
+    let mut passes: BTreeMap<&str, usize> = BTreeMap::new();
+    for point in log.lines().filter_map(|line| line.strip_prefix("hit ")) {
+        *passes.entry(point).or_default() += 1;
+    }
+    let further = |(point, count): (&str, usize)| {
+        let point = point.to_owned();
+        (1..count).map(move |passes| Case { passes, ..Case::new(&*point, Fault::Kill) })
+    };
+    // Where the point is passed at another moment in its own scenario, it is no further pass of `run`.
+    let of_run = |(point, _): &(&str, usize)| scenario(point) == Scenario::Run("");
+    passes.into_iter().filter(of_run).flat_map(further).collect()
 }
 
 pub(crate) fn seed() -> u64 {
@@ -91,18 +112,19 @@ fn every_point_leaves_nothing_whatever_happens_there() {
     let mut cases = Vec::new();
     for point in points() {
         for fault in [Fault::Kill, Fault::Panic, Fault::Error] {
-            let case = Case { point: point.clone(), fault };
+            let case = Case::new(&*point, fault);
             let all = std::env::var_os("MATCHLOCK_CRASH_ALL").is_some();
             if all || fault == Fault::Kill || draw(seed, &case.to_string()).is_multiple_of(3) {
                 cases.push(case);
             }
         }
     }
+    cases.extend(further_passes());
     if let Ok(only) = std::env::var("MATCHLOCK_CRASH_ONLY") {
         cases.retain(|case| case.to_string().contains(&only));
     }
     // What takes long comes first: at the end nobody waits for it alone.
-    cases.sort_by_key(|case| !boots(&case.point));
+    cases.sort_by_key(|case| case.passes == 0 && !boots(&case.point));
     let count = cases.len();
     eprintln!("{count} cases, seed {seed} (MATCHLOCK_CRASH_SEED)");
     let begun = Instant::now();
