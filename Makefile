@@ -10,19 +10,31 @@ BUSYBOX := $(TARGET)/images/busybox.tar
 export CARGO_TARGET_DIR := $(TARGET)
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 
-.PHONY: help run test bench setup check build guest image fmt lint install clean
+.PHONY: help run test soak soak-table mutants bench setup check build guest image fmt lint install clean
 .DEFAULT_GOAL := help
 # One step after the other; cargo itself uses every core.
 .NOTPARALLEL:
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: build guest image ## Set everything up and run a first command in a microVM
 	@scripts/run.sh $(BINARY) $(BUSYBOX)
 
 test: lint guest image ## Set everything up, check format and lints, run every test
 	@scripts/test.sh $(BUSYBOX)
+
+# A piece of it; PART=matrix or PART=random, MINUTES=8 and KILLS=300 say how much.
+PART ?= all
+
+soak: guest image ## Crash at every failpoint, every fault, and at random instants (long; goes on where it stopped)
+	@scripts/soak.sh $(BUSYBOX) $(PART)
+
+soak-table: guest image ## Write what `make soak` has found into docs/SPECIFICATION.md
+	@scripts/soak.sh $(BUSYBOX) table
+
+mutants: guest image ## Break the program on purpose, and see that the crash suite notices
+	@scripts/soak.sh $(BUSYBOX) mutants
 
 bench: build guest image ## Measure, and write docs/PERFORMANCE.md
 	@scripts/bench.sh $(BUSYBOX)

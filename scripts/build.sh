@@ -34,6 +34,7 @@ lint)
 	cargo fmt --all --check
 	say "running clippy"
 	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo clippy --workspace --locked --features matchlock/failpoints -- -D warnings
 	;;
 *)
 	die "usage: scripts/build.sh host|guest|guest-path|lint"

@@ -6,6 +6,7 @@
 
 [ $# = 1 ] || die "usage: scripts/test.sh BUSYBOX.tar"
 export MATCHLOCK_TEST_BIN=$target/debug/matchlock
+export MATCHLOCK_TEST_FAILPOINTS_BIN=$target/debug/matchlock-failpoints
 export MATCHLOCK_TEST_BUSYBOX=$1
 export MATCHLOCK_TEST_CACHE=$target/test-cache
 "$root/scripts/install-bundle.sh" "$MATCHLOCK_TEST_CACHE"
@@ -14,6 +15,9 @@ say "building the tests"
 cd "$root"
 # One selection of packages for everything: another one would unify features anew and build all
 # dependencies twice. The program itself is built with its tests.
+# First the program with failpoints. With a test, so that features are unified as they are below; as
+# that builds target/debug/matchlock with failpoints too, the ordinary one comes after it.
+cargo build --workspace --locked --features matchlock/failpoints --bin matchlock-failpoints --test crash
 cargo test --workspace --locked --no-run
 
 say "running the tests"

@@ -7,10 +7,23 @@ use cargo_metadata::{DependencyKind, MetadataCommand};
 
 /// Our crates, and which of ours each may depend on.
 const ALLOWED: &[(&str, &[&str])] = &[
-    ("matchlock", &["matchlock-actors", "matchlock-host", "matchlock-model", "matchlock-store"]),
-    ("matchlock-actors", &["matchlock-host", "matchlock-model", "matchlock-store"]),
-    ("matchlock-host", &["matchlock-model", "matchlock-wire"]),
-    ("matchlock-store", &["matchlock-model"]),
+    (
+        "matchlock",
+        &[
+            "matchlock-actors",
+            "matchlock-failpoints",
+            "matchlock-host",
+            "matchlock-model",
+            "matchlock-store",
+        ],
+    ),
+    (
+        "matchlock-actors",
+        &["matchlock-failpoints", "matchlock-host", "matchlock-model", "matchlock-store"],
+    ),
+    ("matchlock-failpoints", &[]),
+    ("matchlock-host", &["matchlock-failpoints", "matchlock-model", "matchlock-wire"]),
+    ("matchlock-store", &["matchlock-failpoints", "matchlock-model"]),
     ("matchlock-model", &[]),
     ("matchlock-wire", &[]),
     ("matchlock-guest", &["matchlock-wire"]),
@@ -28,6 +41,7 @@ const RESERVED: &[(&str, &[&str])] = &[
     ("yamux", &["matchlock-host", "matchlock-guest"]),
     ("ractor", &["matchlock", "matchlock-actors"]),
     ("clap", &["matchlock"]),
+    ("fail", &["matchlock-failpoints"]),
 ];
 
 /// What must not stand in the sources of a folder, and why.
@@ -193,6 +207,7 @@ fn files_stay_readable() {
     for dir in [
         "src",
         "actors/src",
+        "failpoints/src",
         "host/src",
         "model/src",
         "store/src",

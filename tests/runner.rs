@@ -19,7 +19,8 @@ fn no_test_file_is_forgotten() {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
     let this = std::fs::read_to_string(root.join("runner.rs")).unwrap();
     let vm = std::fs::read_to_string(root.join("vm/main.rs")).unwrap();
-    for (dir, includer) in [("cli", &this), ("vm", &vm)] {
+    let crash = std::fs::read_to_string(root.join("crash/main.rs")).unwrap();
+    for (dir, includer) in [("cli", &this), ("vm", &vm), ("crash", &crash)] {
         for entry in std::fs::read_dir(root.join(dir)).unwrap() {
             let name = entry.unwrap().file_name().into_string().unwrap();
             let Some(stem) = name.strip_suffix(".rs").filter(|stem| *stem != "main") else {

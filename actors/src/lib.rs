@@ -40,6 +40,7 @@ pub mod deps;
 pub mod fleet;
 pub mod handle;
 pub mod images;
+pub mod points;
 pub mod reconciler;
 pub mod root;
 pub mod subnet_allocator;

@@ -30,6 +30,7 @@ pub mod hypervisor;
 pub mod image;
 pub mod netlock;
 pub mod owner_lock;
+pub mod points;
 pub mod process;
 pub mod rootfs;
 pub mod socket;

@@ -12,9 +12,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use matchlock_failpoints::Area;
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use tokio::net::UnixStream;
+
+/// What a crash may come between.
+pub const POINTS: Area = Area::new("socket", &["bind", "mode"]);
 
 fn open_dir(path: &Path) -> io::Result<OwnedFd> {
     let dir = path.parent().unwrap_or(Path::new("/"));
@@ -50,8 +54,12 @@ pub fn listen_in(dir: BorrowedFd<'_>, path: &Path) -> io::Result<UnixListener> {
         Ok(()) | Err(Errno::NOENT) => {}
         Err(errno) => return Err(errno.into()),
     }
+    POINTS.before("bind")?;
     let listener = UnixListener::bind(below(dir, path))?;
+    POINTS.after("bind")?;
+    POINTS.before("mode")?;
     rustix::fs::chmodat(dir, name, Mode::RUSR | Mode::WUSR, AtFlags::empty())?;
+    POINTS.after("mode")?;
     Ok(listener)
 }
 

@@ -13,6 +13,7 @@ use super::looking::{Looking, not_found};
 use super::render;
 use crate::node::boot::Node;
 use crate::node::config::NodeConfig;
+use crate::points::{RM, injected};
 
 /// The arguments of `rm`.
 #[derive(Debug, Args)]
@@ -62,6 +63,8 @@ pub(super) async fn rm(args: RmArgs, config: NodeConfig) -> Result<u8, CliError>
 }
 
 async fn remove(node: &Node, id: VmId) -> Result<VmReport, CliError> {
+    RM.before("remove").map_err(injected)?;
     let mut reports = node.client().reconcile(Some(id), Goal::Remove).await?;
+    RM.after("remove").map_err(injected)?;
     reports.pop().ok_or_else(|| CliError::message(format_args!("no report about VM {id}")))
 }

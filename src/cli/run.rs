@@ -29,6 +29,7 @@ use crate::node::client::{not_cleaned_up, running, settled};
 use crate::node::config::NodeConfig;
 use crate::node::relay::{Ending, RelayLimits, relay};
 use crate::node::signals::{Interrupt, Interrupts};
+use crate::points::{EXEC, injected};
 
 /// The arguments of `run`.
 #[derive(Debug, Args)]
@@ -314,7 +315,9 @@ async fn own(
     let started = watch.elapsed();
     let session = node.client().exec_own(vm.id, command).await?;
     let limits = RelayLimits { timeout: spec.timeout, grace: spec.grace };
+    EXEC.before("relay").map_err(injected)?;
     let ending = relay(session, spec.stdin, limits, interrupts).await;
+    EXEC.after("relay").map_err(injected)?;
     watch.exec = Some(watch.elapsed() - started);
     watch.command_ended = Some(Stopwatch::now());
     match ending {

@@ -29,6 +29,7 @@ use tokio::task::JoinHandle;
 use super::client::NodeClient;
 use super::config::NodeConfig;
 use super::wiring;
+use crate::points::{HOME, injected};
 
 /// How long the services may take to end.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(60);
@@ -64,12 +65,16 @@ impl Opened {
     /// What is wrong with the directory or the database.
     pub fn open(config: NodeConfig) -> Result<Self, Failure> {
         let home = &config.home;
+        HOME.before("open_state").map_err(injected)?;
         let conn = open_state(home).map_err(|e| failed(&e, "could not open the state"))?;
+        HOME.after("open_state").map_err(injected)?;
         let install = install_id(home).map_err(|e| {
             failed(&e, &format!("could not use {}", home.join(INSTALL_ID_FILE).display()))
         })?;
+        HOME.before("vms_dir").map_err(injected)?;
         make_dir(&config.vms_dir())
             .map_err(|e| failed(&e, &format!("could not make {}", config.vms_dir().display())))?;
+        HOME.after("vms_dir").map_err(injected)?;
         let reader = ReadPool::open(home)
             .map_err(|e| failed(&e, "could not read the state"))?
             .ok_or_else(|| Failure::new(FailureKind::Internal, "the state has just vanished"))?;
@@ -163,25 +168,56 @@ fn make_dir(path: &Path) -> io::Result<()> {
 }
 
 /// Reads the installation's id, or makes it: written aside and linked into place, so that of two
-/// processes that make it at once one wins and both read the same.
+/// processes that make it at once one wins and both read the same. What a killed one left aside is
+/// removed by the next.
 fn install_id(home: &Path) -> io::Result<InstallId> {
     let path = home.join(INSTALL_ID_FILE);
-    match read_install_id(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        result => return result,
+    let id = match read_install_id(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => make_install_id(home, &path)?,
+        id => id?,
+    };
+    for entry in std::fs::read_dir(home)? {
+        let name = entry?.file_name();
+        let aside = name.to_str().and_then(|name| name.strip_prefix(INSTALL_ID_FILE));
+        if aside.is_some_and(|aside| aside.starts_with('.')) {
+            remove(&home.join(name))?;
+        }
     }
+    Ok(id)
+}
+
+fn make_install_id(home: &Path, path: &Path) -> io::Result<InstallId> {
     let mut random = [0; 8];
     getrandom::fill(&mut random).map_err(io::Error::other)?;
     let id = InstallId::from_bytes(random);
     let aside = home.join(format!("{INSTALL_ID_FILE}.{id}"));
+    HOME.before("write_id")?;
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&aside)?;
+    HOME.after("write_id")?;
+    HOME.before("link_id")?;
     let linked = file
         .write_all(format!("{id}\n").as_bytes())
-        .and_then(|()| std::fs::hard_link(&aside, &path));
-    std::fs::remove_file(&aside)?;
+        .and_then(|()| std::fs::hard_link(&aside, path));
+    HOME.after("link_id")?;
+    HOME.before("unlink_id")?;
+    remove(&aside)?;
+    HOME.after("unlink_id")?;
     match linked {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-        _ => read_install_id(&path),
+        // Another process was first. If it is `NotFound`, that one has removed ours already.
+        Err(error)
+            if !matches!(error.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::NotFound) =>
+        {
+            Err(error)
+        }
+        _ => read_install_id(path),
+    }
+}
+
+/// Removes a file; one that is gone already is fine.
+fn remove(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 
@@ -200,6 +236,18 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let first = install_id(home.path()).unwrap();
         assert_eq!(install_id(home.path()).unwrap(), first);
+        assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_a_killed_process_left_aside_is_removed_by_the_next() {
+        let home = tempfile::tempdir().unwrap();
+        let aside = home.path().join(format!("{INSTALL_ID_FILE}.0011223344556677"));
+        for _ in 0..2 {
+            std::fs::write(&aside, "half").unwrap();
+            install_id(home.path()).unwrap();
+            assert!(!aside.try_exists().unwrap());
+        }
         assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 1);
     }
 

@@ -19,6 +19,8 @@ use matchlock_model::view::VmView;
 use matchlock_model::vm::StopMode;
 use tokio_util::sync::CancellationToken;
 
+use crate::points::{EXEC, injected};
+
 /// How long a request that only passes a message may take: longer than a write to a database that
 /// another process has locked.
 const CALL_LIMIT: Duration = Duration::from_secs(30);
@@ -93,7 +95,11 @@ impl NodeClient {
     }
 
     async fn start(&self, running: &RunningVm, spec: &ExecSpec) -> Result<ExecSession, Failure> {
-        running.link.exec(spec).await.map_err(|e| Failure::from_error(FailureKind::Guest, &e))
+        EXEC.before("start").map_err(injected)?;
+        let started = running.link.exec(spec).await;
+        let session = started.map_err(|e| Failure::from_error(FailureKind::Guest, &e))?;
+        EXEC.after("start").map_err(injected)?;
+        Ok(session)
     }
 
     async fn running_vm(&self, id: VmId) -> Result<RunningVm, Failure> {

@@ -17,6 +17,7 @@ use tokio::time::timeout;
 use tokio_util::codec::Framed;
 
 use super::protocol::{Ended, Frame, FrameCodec, Request, STDIN_FRAMES};
+use crate::points::{CLIENT, injected};
 
 type Connection = Framed<UnixStream, FrameCodec>;
 
@@ -45,8 +46,11 @@ pub async fn kill(vms_dir: &Path, vm: VmId, force: bool, limit: Duration) -> Res
     let asked = async {
         let mut connection = connect(vms_dir, vm).await?;
         let request = Frame::Request(Request::Kill { force });
+        CLIENT.before("kill").map_err(injected)?;
         connection.send(request).await.map_err(|e| lost(vm, &e))?;
-        match connection.next().await {
+        let answer = connection.next().await;
+        CLIENT.after("kill").map_err(injected)?;
+        match answer {
             Some(Ok(Frame::Killed(result))) => result,
             Some(Ok(other)) => {
                 let text = format!("the owner of {vm} answered with {other:?}");
@@ -69,7 +73,9 @@ pub async fn kill(vms_dir: &Path, vm: VmId, force: bool, limit: Duration) -> Res
 /// When its owner cannot be reached.
 pub async fn exec(vms_dir: &Path, vm: VmId, spec: ExecSpec) -> Result<ExecSession, Failure> {
     let mut connection = connect(vms_dir, vm).await?;
+    CLIENT.before("exec").map_err(injected)?;
     connection.send(Frame::Request(Request::Exec(spec))).await.map_err(|e| lost(vm, &e))?;
+    CLIENT.after("exec").map_err(injected)?;
     let (stdin, stdin_waiting) = mpsc::channel(QUEUE);
     let (signals, signals_waiting) = mpsc::channel(QUEUE);
     let (event, events) = mpsc::channel(QUEUE);

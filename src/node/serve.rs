@@ -27,6 +27,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::client::NodeClient;
 use super::protocol::{Ended, Frame, FrameCodec, Request, STDIN_FRAMES};
+use crate::points::{OWNER, injected};
 
 /// How many clients a VM serves at once.
 pub const MAX_CLIENTS: usize = 64;
@@ -124,7 +125,9 @@ async fn answer(vm: VmId, stream: UnixStream, client: &NodeClient) -> io::Result
 
 async fn kill(vm: VmId, client: &NodeClient, force: bool) -> Result<(), Failure> {
     let mode = if force { StopMode::Force } else { StopMode::Graceful(client.grace(vm).await?) };
-    client.stop_vm(vm, mode).await.map(drop)
+    OWNER.before("kill").map_err(injected)?;
+    client.stop_vm(vm, mode).await?;
+    OWNER.after("kill").map_err(injected)
 }
 
 async fn exec(
@@ -137,7 +140,9 @@ async fn exec(
         Ok(session) => session,
         Err(failure) => return connection.send(Frame::Ended(Ended::Failed(failure))).await,
     };
-    carry(connection, session).await
+    OWNER.before("exec")?;
+    carry(connection, session).await?;
+    Ok(OWNER.after("exec")?)
 }
 
 fn unexpected(what: impl std::fmt::Debug) -> io::Error {

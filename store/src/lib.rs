@@ -27,6 +27,7 @@ pub mod error;
 pub mod images;
 pub mod op;
 pub mod open;
+pub mod points;
 pub mod reader;
 
 mod busy;

@@ -27,6 +27,7 @@ use rusqlite::{Connection, Transaction, TransactionBehavior};
 
 use crate::error::WriteError;
 use crate::op::{WriteOp, WriteOutcome};
+use crate::points::{self, DB};
 use crate::rows::{lifecycle, subnets, vms};
 
 type Answer = Result<WriteOutcome, WriteError>;
@@ -58,14 +59,26 @@ impl WriteConn {
     }
 
     fn apply_all(&mut self, ops: Vec<WriteOp>, run: Run) -> Result<Vec<Answer>, WriteError> {
+        for op in &ops {
+            DB.before(points::step(op))?;
+        }
         let mut tx = self.conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
         // What a panic leaves half done is in the transaction, which is then rolled back.
         let answers = catch_unwind(AssertUnwindSafe(|| {
-            ops.into_iter().map(|op| apply_one(&mut tx, op, run)).collect::<Result<Vec<_>, _>>()
+            let write = |op| {
+                let step = points::step(&op);
+                apply_one(&mut tx, op, run).map(|answer| (step, answer))
+            };
+            ops.into_iter().map(write).collect::<Result<Vec<_>, _>>()
         }))
         .map_err(|panic| WriteError::Panicked { message: panic_text(&*panic).to_owned() })??;
         tx.commit()?;
-        Ok(answers)
+        let committed = |(step, answer): (&str, Answer)| {
+            // What a test makes fail here was written all the same: a lost answer.
+            DB.after(step)?;
+            answer
+        };
+        Ok(answers.into_iter().map(committed).collect())
     }
 }
 

@@ -13,6 +13,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio::sync::mpsc;
 
 use super::{BATCH_OPS, DbError, QUEUE_OPS};
+use crate::points;
 
 type Reply = RpcReplyPort<Result<WriteOutcome, DbError>>;
 
@@ -169,6 +170,7 @@ impl Actor for DbWriter {
         message: DbWriterMsg,
         state: &mut DbWriterState,
     ) -> Result<(), ActorProcessingErr> {
+        points::message(&message)?;
         match message {
             DbWriterMsg::Write { op, reply } => {
                 match state.queue.try_send(Waiting::new(op, reply)) {

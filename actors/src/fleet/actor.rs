@@ -27,6 +27,7 @@ use crate::budget::RestartBudget;
 use crate::db_writer::DbError;
 use crate::deps::Deps;
 use crate::handle::ServiceHandle;
+use crate::points;
 use crate::reconciler::{ReconcilerMsg, Target};
 use crate::vm::{CreateVm, EffectScope, StartAs, Vm, VmArgs, VmContext, VmMsg, abandon};
 
@@ -193,6 +194,7 @@ impl Actor for Fleet {
         message: FleetMsg,
         state: &mut FleetState,
     ) -> Result<(), ActorProcessingErr> {
+        points::message(&message)?;
         match message {
             FleetMsg::CreateVm { create, reply } => state.admit(&myself, *create, reply),
             FleetMsg::Registered { result, reply } => {

@@ -12,6 +12,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio_util::sync::CancellationToken;
 
 use super::work;
+use crate::points;
 
 /// The archive.
 pub type ImportInput = Box<dyn Read + Send>;
@@ -91,6 +92,7 @@ impl Actor for Images {
         args: &mut Arc<ImagesArgs>,
     ) -> Result<(), ActorProcessingErr> {
         let args = Arc::clone(args);
+        points::message(&message)?;
         match message {
             ImagesMsg::Import { input, tag, cancel, reply } => {
                 work::spawn(reply, move || work::import(&args, input, tag, &cancel));

@@ -12,6 +12,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use super::report::VmReport;
 use super::work;
 use crate::deps::Deps;
+use crate::points;
 
 /// Which VMs to look at.
 pub enum Target {
@@ -89,6 +90,7 @@ impl Actor for Reconciler {
         message: ReconcilerMsg,
         deps: &mut Deps,
     ) -> Result<(), ActorProcessingErr> {
+        points::message(&message)?;
         let deps = deps.clone();
         tokio::spawn(async move {
             match message {

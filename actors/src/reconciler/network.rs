@@ -1,5 +1,6 @@
 //! What of a VM's network is left on this host, in this network namespace.
 
+use matchlock_failpoints::mutated;
 use matchlock_host::firewall::{FirewallError, ObservedFirewall};
 use matchlock_host::process::NamespaceSighting;
 use matchlock_host::tap::tap_name;
@@ -43,7 +44,7 @@ pub(super) async fn observe(
     }
     let (name, mark) = (tap_name(vm), deps.mark(vm));
     let tap = deps.taps.observe(&name).await.map_err(|e| host(&e))?;
-    let tap = tap.is_some_and(|tap| tap.mark.as_ref() == Some(&mark));
+    let tap = tap.is_some_and(|tap| tap.mark.as_ref() == Some(&mark)) && !mutated("blind_to_taps");
     let tables = match deps.firewall.observe(&name).await {
         Ok(tables) => is_marked(&tables, &mark),
         // Nobody without the right has made any.

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use jiff::Timestamp;
+use matchlock_failpoints::mutated;
 use matchlock_host::owner_lock::{HeldLock, OwnerLockError};
 use matchlock_host::process::MarkedProcess;
 use matchlock_model::failure::{Failure, FailureKind};
@@ -18,6 +19,7 @@ use super::actor::Target;
 use super::network;
 use super::report::{Outcome, VmReport};
 use crate::deps::Deps;
+use crate::points::{self, GC, TAKE_OVER};
 
 pub(super) async fn reconcile(
     deps: &Deps,
@@ -77,7 +79,9 @@ fn host(error: &(dyn std::error::Error + 'static)) -> Failure {
 /// Processes that carry our installation's mark; those of others are not ours to see.
 fn marked(deps: &Deps) -> Result<Vec<MarkedProcess>, Failure> {
     let mut marked = deps.processes.find_marked().map_err(|e| host(&e))?;
-    marked.retain(|process| process.mark.install == deps.install);
+    if !mutated("anybodys_processes") {
+        marked.retain(|process| process.mark.install == deps.install);
+    }
     Ok(marked)
 }
 
@@ -131,8 +135,9 @@ async fn reconcile_one(
     // A VM that was to go with its command goes altogether: that is what its user asked for.
     let goal = if row.as_ref().is_some_and(|row| row.ephemeral) { Goal::Remove } else { goal };
     let recorded = row.as_ref().map(|row| row.phase);
-    let actions = plan(vm, goal, recorded, &observed)
+    let mut actions = plan(vm, goal, recorded, &observed)
         .map_err(|refusal| Failure::from_error(FailureKind::Internal, &refusal))?;
+    points::disturb(&mut actions);
     let mut work = Work::new(deps, vm, recorded);
     if row.is_some() && !actions.is_empty() {
         // Whoever waited for the database in vain would wait again for each further record.
@@ -243,8 +248,12 @@ impl<'a> Work<'a> {
 
     /// Raises the epoch, so that no earlier owner can write any more.
     async fn take_over(&mut self) -> Result<(), Failure> {
+        GC.before(TAKE_OVER).map_err(points::injected)?;
         match raise_epoch(self.deps, self.vm).await {
-            Ok(epoch) => self.epoch = Some(epoch),
+            Ok(epoch) => {
+                self.epoch = Some(epoch);
+                GC.after(TAKE_OVER).map_err(points::injected)?;
+            }
             Err(failure) if failure.kind == FailureKind::Host => {
                 tracing::warn!(vm_id = %self.vm, %failure, "the take-over is written later");
             }
@@ -266,7 +275,8 @@ impl<'a> Work<'a> {
 
     async fn carry_out(mut self, actions: &[Action]) -> Outcome {
         for action in actions {
-            let result = self.act(action).await;
+            let step = points::of_action(action);
+            let result = points::around(GC, step, self.act(action)).await;
             let Some(step) = cleanup_step(action) else {
                 match result {
                     Ok(()) => continue,

@@ -12,6 +12,7 @@ use crate::deps::Deps;
 use crate::fleet::{Fleet, FleetArgs, FleetMsg, Registry};
 use crate::handle::{ServiceHandle, ServiceSlot};
 use crate::images::{Images, ImagesArgs, ImagesMsg};
+use crate::points;
 use crate::reconciler::{Reconciler, ReconcilerMsg};
 use crate::subnet_allocator::{SubnetAllocator, SubnetAllocatorArgs, SubnetAllocatorMsg};
 
@@ -150,6 +151,7 @@ impl Actor for Root {
         message: RootMsg,
         state: &mut RootState,
     ) -> Result<(), ActorProcessingErr> {
+        points::message(&message)?;
         let reply = match message {
             RootMsg::Shutdown { reply } => reply,
             RootMsg::Start { service } if state.closing => {

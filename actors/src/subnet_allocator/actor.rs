@@ -16,6 +16,7 @@ use tokio::time::timeout;
 
 use crate::deps::Deps;
 use crate::handle::ServiceHandle;
+use crate::points::{self, SUBNET, injected};
 use crate::reconciler::{ReconcilerMsg, Target};
 
 /// How long the namespace's lock is waited for.
@@ -104,6 +105,7 @@ impl Actor for SubnetAllocator {
         message: SubnetAllocatorMsg,
         state: &mut SubnetAllocatorArgs,
     ) -> Result<(), ActorProcessingErr> {
+        points::message(&message)?;
         let state = state.clone();
         tokio::spawn(async move {
             match message {
@@ -160,8 +162,10 @@ async fn allocate(
     reply: &RpcReplyPort<Result<Grant, Failure>>,
 ) -> Result<Grant, Failure> {
     let deps = &state.deps;
-    reap_stale_taps(state, vm).await?;
+    points::around(SUBNET, "reap", reap_stale_taps(state, vm)).await?;
+    SUBNET.before("lock").map_err(injected)?;
     let lock = deps.network_locks.acquire(LOCK_PATIENCE).await.map_err(|e| host(&e))?;
+    SUBNET.after("lock").map_err(injected)?;
     let used = deps.taps.host_subnets().await.map_err(|e| host(&e))?;
     avoid.extend(used.iter().map(|used| Ipv4Cidr::containing(used.network, used.prefix)));
     if reply.is_closed() {
@@ -169,8 +173,12 @@ async fn allocate(
     }
     let pool = deps.subnet_pool.clone();
     let op = WriteOp::AllocateSubnet { vm, epoch, pool, avoid, at: (deps.now)() };
+    SUBNET.before("row").map_err(injected)?;
     match deps.db.write(op).await? {
-        WriteOutcome::Subnet(subnet) => Ok(Grant { subnet, lock }),
+        WriteOutcome::Subnet(subnet) => {
+            SUBNET.after("row").map_err(injected)?;
+            Ok(Grant { subnet, lock })
+        }
         other => {
             let text = format!("the store answered an allocation with {other:?}");
             Err(Failure::new(FailureKind::Internal, text))
@@ -216,6 +224,9 @@ async fn release(deps: &Deps, vm: VmId, epoch: OwnerEpoch) -> Result<(), Failure
             format!("the TAP {name} is still there (alias {alias:?}), its subnet stays taken");
         return Err(Failure::new(FailureKind::Host, text));
     }
-    deps.db.write(WriteOp::ReleaseSubnet { vm, epoch }).await?;
-    Ok(())
+    let written = async {
+        deps.db.write(WriteOp::ReleaseSubnet { vm, epoch }).await?;
+        Ok(())
+    };
+    points::around(SUBNET, "release", written).await
 }

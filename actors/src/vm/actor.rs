@@ -16,6 +16,7 @@ use super::context::VmContext;
 use super::effects::{self, Progress};
 use super::scope::EffectScope;
 use super::watch;
+use crate::points;
 
 /// What a VM's actor is told.
 #[derive(Debug)]
@@ -144,6 +145,7 @@ impl Actor for Vm {
         message: VmMsg,
         state: &mut VmActorState,
     ) -> Result<(), ActorProcessingErr> {
+        points::message(&message)?;
         match message {
             VmMsg::Stop(mode) => state.apply(&myself, VmEvent::Stop(mode)),
             VmMsg::MachineExited(cause) => {

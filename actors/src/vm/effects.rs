@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::context::VmContext;
 use super::network;
 use super::watch;
+use crate::points;
 
 /// How far an operation has come.
 #[derive(Debug)]
@@ -64,7 +65,7 @@ pub(super) async fn run(
         let recorded = progress.lock().unwrap_or_else(PoisonError::into_inner).recorded;
         let fenced_and_carried_out = async {
             check_fence(context, effect).await?;
-            carry_out(context, effect, recorded).await
+            points::effect(effect, carry_out(context, effect, recorded)).await
         };
         let result = if is_cancellable(effect) {
             tokio::select! {

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use matchlock_failpoints::{Area, Injected, mutated};
 use matchlock_model::id::{InstallId, Mark};
 use tokio::time::Instant;
 
@@ -47,6 +48,15 @@ const CLOSING: Duration = Duration::from_millis(400);
 
 /// How often a batch is tried again because the tables changed between looking and sending.
 const MAX_TRIES: usize = 5;
+
+/// What a crash may come between.
+pub const POINTS: Area = Area::new("firewall", &["apply", "release", "remove"]);
+
+impl From<Injected> for FirewallError {
+    fn from(injected: Injected) -> Self {
+        Self::of("work on the firewall tables", injected.into())
+    }
+}
 
 /// The firewall of the process's network namespace. Clones share what is known of the kernel.
 #[derive(Debug, Clone)]
@@ -133,7 +143,7 @@ fn find(socket: &mut Socket, tap: &str) -> Result<[Option<Found>; 2], FirewallEr
             Message::new(GET_TABLE, family).with(TABLE_NAME, &[name.as_bytes(), b"\0"].concat());
         let failed = |source| FirewallError::of(format!("look at the table {name}"), source);
         let answer = socket.get(question).map_err(failed)?;
-        Ok(answer.as_ref().and_then(Found::of))
+        Ok::<_, FirewallError>(answer.as_ref().and_then(Found::of))
     };
     Ok([look(INET, filter_table(tap))?, look(IP, nat_table(tap))?])
 }
@@ -192,6 +202,7 @@ impl LinuxFirewall {
     fn apply_now(&self, spec: &FirewallSpec) -> Result<FirewallHandle, FirewallError> {
         let doing = format!("write the firewall tables of {}", spec.tap);
         let mut socket = open()?;
+        POINTS.before("apply")?;
         let owned = self.owner_flag.load(Ordering::Relaxed);
         let mut result = write_tables(&mut socket, spec, owned, false)?;
         let mut held_by_socket = owned;
@@ -209,6 +220,7 @@ impl LinuxFirewall {
             }
         }
         result.map_err(|error| refused(doing, error))?;
+        POINTS.after("apply")?;
         let held =
             if held_by_socket { Held::Socket(Arc::new(Mutex::new(socket))) } else { Held::Nothing };
         Ok(FirewallHandle { tap: spec.tap.clone(), mark: spec.mark.clone(), held })
@@ -221,12 +233,19 @@ fn release_now(handle: FirewallHandle) -> Result<(), FirewallError> {
     let FirewallHandle { tap, mark, held } = handle;
     let Held::Socket(socket) = &held else { return Ok(()) };
     let mut socket = socket.lock().unwrap_or_else(PoisonError::into_inner);
-    remove_through(&mut socket, &tap, &mark)
+    POINTS.before("release")?;
+    remove_through(&mut socket, &tap, &mark)?;
+    Ok(POINTS.after("release")?)
 }
 
 /// Removes a TAP's tables and looks again.
 fn remove_now(tap: &str, mark: &Mark) -> Result<(), FirewallError> {
-    remove_through(&mut open()?, tap, mark)
+    POINTS.before("remove")?;
+    if mutated("firewall_remove_lies") {
+        return Ok(());
+    }
+    remove_through(&mut open()?, tap, mark)?;
+    Ok(POINTS.after("remove")?)
 }
 
 fn remove_through(socket: &mut Socket, tap: &str, mark: &Mark) -> Result<(), FirewallError> {

@@ -54,7 +54,7 @@ mod netlink;
 mod policy;
 
 pub use fake::{FakeFirewall, FirewallOp};
-pub use linux::LinuxFirewall;
+pub use linux::{LinuxFirewall, POINTS};
 pub use policy::{ALWAYS_REFUSED, PRIVATE_RANGES};
 
 /// What the name of each of our tables begins with.

@@ -40,7 +40,7 @@ mod fake;
 mod qemu;
 
 pub use fake::{FakeHypervisor, FakeMachine, LaunchFault};
-pub use qemu::{Acceleration, Qemu, QemuOptions};
+pub use qemu::{Acceleration, POINTS, Qemu, QemuOptions};
 
 /// What a machine is made of.
 #[derive(Debug, Clone)]

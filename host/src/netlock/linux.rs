@@ -7,6 +7,7 @@ use std::os::unix::net::{SocketAddr, UnixListener, UnixStream as BlockingStream}
 use std::time::Duration;
 
 use async_trait::async_trait;
+use matchlock_failpoints::{Area, Injected};
 use rustix::net::sockopt;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::UnixStream;
@@ -16,6 +17,15 @@ use super::{HeldNetworkLock, Holder, NetworkLockError, NetworkLocks};
 
 /// The socket's name.
 const NAME: &[u8] = b"matchlock-subnets";
+
+/// What a crash may come between.
+pub const POINTS: Area = Area::new("netlock", &["acquire"]);
+
+impl From<Injected> for NetworkLockError {
+    fn from(injected: Injected) -> Self {
+        Self::Socket(injected.into())
+    }
+}
 
 /// How long to wait at most before trying again. A holder's end is seen at once, but not when its
 /// queue of waiters is full, or when it had not begun to listen.
@@ -83,10 +93,12 @@ async fn wait_for(holder: Option<UnixStream>, deadline: Instant) {
 #[async_trait]
 impl NetworkLocks for LinuxNetworkLocks {
     async fn acquire(&self, patience: Duration) -> Result<HeldNetworkLock, NetworkLockError> {
+        POINTS.before("acquire")?;
         let begun = Instant::now();
         let mut last_holder = None;
         loop {
             if let Some(listener) = try_acquire().map_err(NetworkLockError::Socket)? {
+                POINTS.after("acquire")?;
                 return Ok(Box::new(listener));
             }
             let (stream, holder) = connect().unzip();

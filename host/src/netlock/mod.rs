@@ -29,7 +29,7 @@ mod fake;
 mod linux;
 
 pub use fake::FakeNetworkLocks;
-pub use linux::LinuxNetworkLocks;
+pub use linux::{LinuxNetworkLocks, POINTS};
 
 /// Why the lock was not had.
 #[derive(Debug, thiserror::Error)]

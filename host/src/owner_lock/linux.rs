@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use matchlock_failpoints::{Area, Injected, mutated};
 use matchlock_model::id::VmId;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -22,6 +23,15 @@ pub(super) enum Role {
     Owner,
     /// Who cleans it up.
     Cleaner,
+}
+
+/// What a crash may come between. After `acquire` the lock is held and there is no row yet.
+pub const POINTS: Area = Area::new("lock", &["acquire"]);
+
+impl From<Injected> for OwnerLockError {
+    fn from(injected: Injected) -> Self {
+        Self::File { path: FILE_NAME.to_owned(), source: injected.into() }
+    }
 }
 
 /// The locks of one state directory.
@@ -70,6 +80,9 @@ impl LinuxOwnerLocks {
     }
 
     pub(super) fn acquire(&self, vm: VmId, role: Role) -> Result<OwnerLock, OwnerLockError> {
+        if role == Role::Owner {
+            POINTS.before("acquire")?;
+        }
         loop {
             let file = OpenOptions::new()
                 .read(true)
@@ -83,11 +96,15 @@ impl LinuxOwnerLocks {
             self.check_regular(&file)?;
             match fcntl(&file, FcntlArg::F_OFD_SETLK(&whole_byte(vm, role))) {
                 Ok(_) => {}
+                Err(Errno::EAGAIN) if mutated("ignore_owner_lock") => {}
                 Err(Errno::EAGAIN | Errno::EACCES) => return Err(OwnerLockError::Held { vm }),
                 Err(errno) => return Err(self.failed(errno.into())),
             }
             // A file that was replaced between the two steps locks nothing: once more.
             if self.is_current(&file).map_err(|source| self.failed(source))? {
+                if role == Role::Owner {
+                    POINTS.after("acquire")?;
+                }
                 return Ok(OwnerLock { vm, _file: file });
             }
         }

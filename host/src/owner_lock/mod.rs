@@ -18,7 +18,7 @@ mod fake;
 mod linux;
 
 pub use fake::FakeOwnerLocks;
-pub use linux::{LinuxOwnerLocks, OwnerLock};
+pub use linux::{LinuxOwnerLocks, OwnerLock, POINTS};
 
 use linux::Role;
 

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use matchlock_failpoints::{Area, Injected};
 use matchlock_model::id::Mark;
 use matchlock_model::identity::{Namespaces, ProcessIdentity};
 use rustix::io::Errno;
@@ -20,6 +21,15 @@ use super::{MarkedProcess, NamespaceSighting, ProcessError, Processes};
 
 /// The number of SIGKILL, for messages.
 const SIGKILL: i32 = 9;
+
+/// What a crash may come between.
+pub const POINTS: Area = Area::new("process", &["kill"]);
+
+impl From<Injected> for ProcessError {
+    fn from(injected: Injected) -> Self {
+        Self::List(injected.into())
+    }
+}
 
 /// The processes of this host.
 #[derive(Debug, Clone)]
@@ -279,6 +289,7 @@ impl Processes for LinuxProcesses {
         if !self.is_alive(identity)? {
             return Ok(());
         }
+        POINTS.before("kill")?;
         match pidfd_send_signal(&pidfd, Signal::KILL) {
             Ok(()) => {}
             Err(Errno::SRCH) => return Ok(()),
@@ -287,7 +298,10 @@ impl Processes for LinuxProcesses {
             }
         }
         match timeout(deadline, wait_ended(pidfd)).await {
-            Ok(ended) => ended.map_err(look),
+            Ok(ended) => {
+                ended.map_err(look)?;
+                Ok(POINTS.after("kill")?)
+            }
             Err(_) => Err(ProcessError::WillNotDie { pid, waited: deadline }),
         }
     }

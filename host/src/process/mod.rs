@@ -24,8 +24,9 @@ mod namespaces;
 mod spawn;
 
 pub use fake::FakeProcesses;
-pub use linux::LinuxProcesses;
 pub(crate) use linux::boot_id;
+pub use linux::{LinuxProcesses, POINTS};
+pub use spawn::POINTS as SPAWN_POINTS;
 pub use spawn::{Child, ChildExit, ChildSpec, SpawnError, Spawner};
 
 /// Forbids core dumps of this process and its children: they would hold what the guest and its

@@ -28,6 +28,7 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use matchlock_failpoints::{Area, Injected};
 use matchlock_model::identity::ProcessIdentity;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
@@ -93,6 +94,15 @@ pub enum SpawnError {
     /// The thread that starts children could not be started or has ended.
     #[error("the thread that starts child processes is not running")]
     NoThread(#[source] Option<io::Error>),
+}
+
+/// On the thread that starts children. After `start` the child runs and nobody has it yet.
+pub const POINTS: Area = Area::new("spawn", &["start"]);
+
+impl From<Injected> for SpawnError {
+    fn from(injected: Injected) -> Self {
+        Self::Failed { program: PathBuf::new(), source: injected.into() }
+    }
 }
 
 /// Starts children. All clones share one thread; when the last is dropped, its children are
@@ -323,12 +333,18 @@ impl Thread {
         if job.reply.is_closed() {
             return;
         }
-        let started = start(job.spec).map(|(tracked, child)| {
-            self.children.push(tracked);
-            Unclaimed(Some(child))
-        });
+        let started = self.start(job.spec);
         // A caller that has gone drops the answer, and `Unclaimed` ends the child.
         drop(job.reply.send(started));
+    }
+
+    fn start(&mut self, spec: ChildSpec) -> Result<Unclaimed, SpawnError> {
+        POINTS.before("start")?;
+        let (tracked, child) = start(spec)?;
+        self.children.push(tracked);
+        let unclaimed = Unclaimed(Some(child));
+        POINTS.after("start")?;
+        Ok(unclaimed)
     }
 
     /// Sleeps until there is a job or a child has ended.

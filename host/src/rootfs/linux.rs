@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use async_trait::async_trait;
+use matchlock_failpoints::{Area, Injected};
 use matchlock_model::id::VmId;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use rustix::io::Errno;
@@ -24,6 +25,27 @@ const TEMPORARY_DISK: &str = "rootfs.ext4.tmp";
 
 /// How much of what mke2fs printed goes into an error.
 const MAX_STDERR: usize = 1024;
+
+/// What a crash may come between.
+pub const POINTS: Area = Area::new(
+    "rootfs",
+    &[
+        "make_dir",
+        "make_logs",
+        "make_sparse",
+        "run_mke2fs",
+        "rename_disk",
+        "remove_disk",
+        "remove_sockets",
+        "remove_dir",
+    ],
+);
+
+impl From<Injected> for RootfsError {
+    fn from(injected: Injected) -> Self {
+        Self::File { doing: "work on", path: PathBuf::new(), source: injected.into() }
+    }
+}
 
 /// The files of VMs on this host.
 #[derive(Debug, Clone, Copy, Default)]
@@ -103,8 +125,12 @@ fn make_dirs(paths: &VmPaths) -> Result<(), RootfsError> {
         Err(errno) => return Err(refused("create", vms)(errno)),
     }
     let vms = open_dir(CWD, vms).map_err(refused("open the directory", vms))?;
+    POINTS.before("make_dir")?;
     let dir = make_dir(&vms, &paths.dir)?;
-    make_dir(&dir, &paths.logs()).map(drop)
+    POINTS.after("make_dir")?;
+    POINTS.before("make_logs")?;
+    make_dir(&dir, &paths.logs())?;
+    Ok(POINTS.after("make_logs")?)
 }
 
 /// Removes a name from a directory and looks again.
@@ -223,29 +249,47 @@ impl Rootfs for LinuxRootfs {
         let program = find_mke2fs()?;
         let temporary = paths.dir.join(TEMPORARY_DISK);
         let dir = open_dir(CWD, &paths.dir).map_err(refused("open the directory", &paths.dir))?;
+        POINTS.before("make_sparse")?;
         make_sparse(&dir, &temporary, size_mb.saturating_mul(1024 * 1024))?;
+        POINTS.after("make_sparse")?;
+        POINTS.before("run_mke2fs")?;
         run_mke2fs(&program, &dir, &temporary).await?;
+        POINTS.after("run_mke2fs")?;
+        POINTS.before("rename_disk")?;
         // Complete or absent: the disk gets its name when it is done.
         rustix::fs::renameat(&dir, TEMPORARY_DISK, &dir, name_of(&paths.rootfs()))
-            .map_err(refused("rename", &temporary))
+            .map_err(refused("rename", &temporary))?;
+        Ok(POINTS.after("rename_disk")?)
     }
 
     async fn remove_disk(&self, paths: &VmPaths) -> Result<(), RootfsError> {
         let own = paths.clone();
         blocking(&paths.dir, move || {
-            remove_names(&own.dir, &[own.rootfs(), own.dir.join(TEMPORARY_DISK)])
+            POINTS.before("remove_disk")?;
+            remove_names(&own.dir, &[own.rootfs(), own.dir.join(TEMPORARY_DISK)])?;
+            Ok(POINTS.after("remove_disk")?)
         })
         .await
     }
 
     async fn remove_sockets(&self, paths: &VmPaths) -> Result<(), RootfsError> {
         let own = paths.clone();
-        blocking(&paths.dir, move || remove_names(&own.dir, &own.sockets())).await
+        blocking(&paths.dir, move || {
+            POINTS.before("remove_sockets")?;
+            remove_names(&own.dir, &own.sockets())?;
+            Ok(POINTS.after("remove_sockets")?)
+        })
+        .await
     }
 
     async fn remove_dir(&self, paths: &VmPaths) -> Result<(), RootfsError> {
         let own = paths.clone();
-        blocking(&paths.dir, move || remove_tree(&own.dir)).await
+        blocking(&paths.dir, move || {
+            POINTS.before("remove_dir")?;
+            remove_tree(&own.dir)?;
+            Ok(POINTS.after("remove_dir")?)
+        })
+        .await
     }
 
     fn list_dirs(&self, vms_dir: &Path) -> Result<Vec<VmId>, RootfsError> {

@@ -17,7 +17,7 @@ mod fake;
 mod linux;
 
 pub use fake::{FakeRootfs, RootfsFault, RootfsOp};
-pub use linux::LinuxRootfs;
+pub use linux::{LinuxRootfs, POINTS};
 
 /// The paths of a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]

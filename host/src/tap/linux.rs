@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
 use async_trait::async_trait;
+use matchlock_failpoints::{Area, Injected, mutated};
 use matchlock_model::id::{InstallId, Mark};
 use rtnetlink::LinkUnspec;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
@@ -38,6 +39,18 @@ impl LinuxTaps {
     #[must_use]
     pub const fn new() -> Self {
         Self
+    }
+}
+
+/// What a crash may come between.
+pub const POINTS: Area = Area::new(
+    "tap",
+    &["create", "mark", "mtu", "settings", "address", "neighbour", "up", "remove"],
+);
+
+impl From<Injected> for TapError {
+    fn from(injected: Injected) -> Self {
+        Self::of("work on a TAP", injected.into())
     }
 }
 
@@ -280,10 +293,15 @@ async fn set_up(route: &Route, name: &str, index: u32, spec: &TapSpec) -> Result
         move |source| TapError::of(doing, source)
     };
     let mark = LinkUnspec::new_with_index(index).alias(spec.mark.to_string()).build();
+    POINTS.before("mark")?;
     route.order(RouteNetlinkMessage::SetLink(mark)).await.map_err(failed("mark"))?;
+    POINTS.after("mark")?;
     let mtu = LinkUnspec::new_with_index(index).mtu(spec.mtu).build();
     let doing = format!("set the MTU {} of", spec.mtu);
+    POINTS.before("mtu")?;
     route.order(RouteNetlinkMessage::SetLink(mtu)).await.map_err(failed(&doing))?;
+    POINTS.after("mtu")?;
+    POINTS.before("settings")?;
     // A link with an MTU below 1280 has no IPv6, and no settings of it.
     if spec.mtu >= LEAST_IPV6_MTU {
         disable_ipv6(name)?;
@@ -292,17 +310,24 @@ async fn set_up(route: &Route, name: &str, index: u32, spec: &TapSpec) -> Result
     let silent = LinkUnspec::new_with_index(index).address(mac).arp(false).build();
     let failed_arp = failed("give a hardware address and no ARP to");
     route.order(RouteNetlinkMessage::SetLink(silent)).await.map_err(failed_arp)?;
+    POINTS.after("settings")?;
     let address = rtnetlink::AddressMessageBuilder::<Ipv4Addr>::new()
         .index(index)
         .address(spec.gateway, spec.prefix)
         .build();
     let doing = format!("give the address {}/{} to", spec.gateway, spec.prefix);
+    POINTS.before("address")?;
     route.order(RouteNetlinkMessage::NewAddress(address)).await.map_err(failed(&doing))?;
+    POINTS.after("address")?;
+    POINTS.before("neighbour")?;
     let guest = neighbour(index, spec.guest, spec.mark.vm.mac());
     let doing = format!("make {} the neighbour of", spec.guest);
     route.put(RouteNetlinkMessage::NewNeighbour(guest)).await.map_err(failed(&doing))?;
+    POINTS.after("neighbour")?;
     let up = LinkUnspec::new_with_index(index).up().build();
-    route.order(RouteNetlinkMessage::SetLink(up)).await.map_err(failed("set up"))
+    POINTS.before("up")?;
+    route.order(RouteNetlinkMessage::SetLink(up)).await.map_err(failed("set up"))?;
+    Ok(POINTS.after("up")?)
 }
 
 #[async_trait]
@@ -310,6 +335,7 @@ impl Taps for LinuxTaps {
     async fn create(&self, spec: &TapSpec) -> Result<TapHandle, TapError> {
         let name = spec.name();
         let route = connect()?;
+        POINTS.before("create")?;
         let fd = match make_tap(&name) {
             Ok(fd) => fd,
             Err(TapError::Kernel { doing, source }) => {
@@ -320,6 +346,7 @@ impl Taps for LinuxTaps {
             }
             Err(error) => return Err(error),
         };
+        POINTS.after("create")?;
         let gone = || TapError::of(format!("find the TAP {name}"), io::ErrorKind::NotFound.into());
         let index = find(&route, &name).await?.ok_or_else(gone)?.index;
         set_up(&route, &name, index, spec).await?;
@@ -355,6 +382,10 @@ impl Taps for LinuxTaps {
             let (name, alias) = (tap.name, tap.alias);
             return Err(TapError::NotOurs { name, alias, expected: mark.clone() });
         }
+        POINTS.before("remove")?;
+        if mutated("tap_remove_lies") {
+            return Ok(());
+        }
         // By index: the name might mean another link by now.
         let link = LinkUnspec::new_with_index(tap.index).build();
         match route.order(RouteNetlinkMessage::DelLink(link)).await {
@@ -363,6 +394,7 @@ impl Taps for LinuxTaps {
             }
             _ => {}
         }
+        POINTS.after("remove")?;
         match find(&route, name).await? {
             Some(still) if still.mark.as_ref() == Some(mark) => {
                 Err(TapError::StillThere { name: name.to_owned() })

@@ -44,7 +44,7 @@ mod linux;
 mod route;
 
 pub use fake::{FakeTaps, TapOp};
-pub use linux::LinuxTaps;
+pub use linux::{LinuxTaps, POINTS};
 
 /// What the name of each of our TAPs begins with.
 pub const TAP_PREFIX: &str = "fc-";

@@ -35,10 +35,14 @@ pub const FORBIDDEN: [Ipv4Addr; 5] = [
 
 /// A namespace, kept by a process.
 #[derive(Debug)]
-struct Namespace(Child);
+pub struct Namespace(Child);
 
 impl Namespace {
-    fn new() -> Result<Self> {
+    /// A new one, with nothing in it; it goes with the thread that made it.
+    ///
+    /// # Errors
+    /// When it cannot be made: it takes root.
+    pub fn new() -> Result<Self> {
         let mut keeper = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "unshare", "-n", "sh", "-c", "echo; exec sleep 100000"])
             .stdin(Stdio::null())
@@ -58,13 +62,18 @@ impl Namespace {
     }
 
     /// A command in the namespace.
-    fn command(&self, program: &str) -> Command {
+    #[must_use]
+    pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new("nsenter");
         command.arg("--net").arg("--target").arg(self.pid().to_string()).arg("--").arg(program);
         command
     }
 
-    fn sh(&self, script: &str) -> Result<String> {
+    /// Runs a script in it; what it printed.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn sh(&self, script: &str) -> Result<String> {
         let output = self.command("sh").args(["-ec", script]).output()?;
         if !output.status.success() {
             bail!("{script}: {}", String::from_utf8_lossy(&output.stderr));

@@ -30,6 +30,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use matchlock_failpoints::{Area, Injected};
 use matchlock_model::identity::ProcessIdentity;
 use rustix::fs::{Mode, OFlags};
 use serde::Serialize;
@@ -70,6 +71,16 @@ const EVIDENCE_LINES: usize = 400;
 
 /// A file that a machine writes may be this large at least; see [`largest_file`].
 const MIN_FILE_BYTES: u64 = 64 * 1024 * 1024;
+
+/// What a crash may come between. After `spawn` the process runs and no row names it yet.
+pub const POINTS: Area =
+    Area::new("hypervisor", &["link_socket", "qmp_socket", "json", "spawn", "kill"]);
+
+impl From<Injected> for HypervisorError {
+    fn from(injected: Injected) -> Self {
+        Self::Io { doing: "launch or end QEMU".to_owned(), source: injected.into() }
+    }
+}
 
 /// How QEMU is used.
 #[derive(Debug, Clone, Default)]
@@ -179,9 +190,15 @@ impl Hypervisor for Qemu {
         // of the next launch.
         let prepared = prepare(spec, program, self.acceleration, tsc_khz)?;
         let qmp = UnixStream::from_std(prepared.qmp).map_err(failed("use qmp.sock"))?;
+        POINTS.before("spawn")?;
         let child = self.spawner.spawn(prepared.child).await?;
         // No await from here on.
-        Ok(Arc::new(QemuMachine::start(child, prepared.dir, qmp)))
+        let machine = QemuMachine::start(child, prepared.dir, qmp);
+        if let Err(injected) = POINTS.after("spawn") {
+            machine.child.send_kill()?;
+            return Err(injected.into());
+        }
+        Ok(Arc::new(machine))
     }
 }
 
@@ -215,8 +232,12 @@ fn prepare(
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let dir = rustix::fs::open(&paths.dir, flags, Mode::empty())
         .map_err(|errno| failed(format!("open {}", paths.dir.display()))(errno.into()))?;
+    POINTS.before("link_socket")?;
     let link = listen(&dir, &paths.link_socket())?;
+    POINTS.after("link_socket")?;
+    POINTS.before("qmp_socket")?;
     let qmp_listener = listen(&dir, &paths.qmp_socket())?;
+    POINTS.after("qmp_socket")?;
     // Queued until QEMU serves it; refused by the kernel if QEMU never does.
     let qmp = unix::UnixStream::connect(socket::below(dir.as_fd(), &paths.qmp_socket()))
         .and_then(|stream| stream.set_nonblocking(true).map(|()| stream))
@@ -239,7 +260,9 @@ fn prepare(
     let log = open_log(&dir)?;
     // A descriptor of the spawner's own: given up, the launch closes ours at any moment.
     let cwd_fd = dir.try_clone().map_err(failed("keep the VM's directory open"))?;
+    POINTS.before("json")?;
     write_json(&dir, spec, acceleration, &program, &args)?;
+    POINTS.after("json")?;
     let child = ChildSpec {
         program,
         args,
@@ -420,7 +443,9 @@ impl Machine for QemuMachine {
 
     async fn kill(&self, deadline: Duration) -> Result<(), HypervisorError> {
         self.killed.store(true, Ordering::Release);
-        self.child.kill(deadline).await.map(drop).map_err(HypervisorError::from)
+        POINTS.before("kill")?;
+        self.child.kill(deadline).await?;
+        Ok(POINTS.after("kill")?)
     }
 
     fn console_tail(&self, max_lines: usize) -> Result<Vec<String>, HypervisorError> {

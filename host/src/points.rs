@@ -1,0 +1,18 @@
+//! Where a test can make the host's side fail; each area is listed beside its code.
+
+use matchlock_failpoints::Area;
+
+use crate::{firewall, hypervisor, netlock, owner_lock, process, rootfs, socket, tap};
+
+/// Every area of this crate.
+pub const AREAS: &[Area] = &[
+    rootfs::POINTS,
+    socket::POINTS,
+    tap::POINTS,
+    firewall::POINTS,
+    netlock::POINTS,
+    owner_lock::POINTS,
+    hypervisor::POINTS,
+    process::SPAWN_POINTS,
+    process::POINTS,
+];

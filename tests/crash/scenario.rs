@@ -1,0 +1,151 @@
+//! How each failpoint is reached.
+
+/// What leads to a point.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scenario {
+    /// `run` of a short command, with further points armed that lead there.
+    Run(&'static str),
+    /// `run --rm=false`, and SIGTERM once it runs.
+    Stop,
+    /// `run`, and SIGKILL to the hypervisor once it runs.
+    LosesMachine,
+    /// `run` whose disk takes longer than a cancelled effect may, and SIGINT meanwhile.
+    Overslept,
+    /// `run` whose hypervisor stands still, with further points armed that lead there.
+    Hangs(&'static str),
+    /// `gc` of a VM that holds everything there is.
+    Gc,
+    /// `rm` of a kept VM whose owner was killed.
+    Rm,
+    /// `kill` of a running VM: the owner has the point, or whoever asks.
+    Kill(Side),
+    /// `exec` in a running VM.
+    Exec(Side),
+    /// `image import`.
+    ImageImport,
+    /// `image rm`.
+    ImageRemove,
+}
+
+/// Who has the point.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    Owner,
+    Client,
+}
+
+/// QEMU is spawned and nobody waits for its boot: what comes is the removal of everything.
+const NO_BOOT: &str = "vm.connect_guest.before=return(error)";
+
+/// Points that no scenario reaches, and why.
+pub(crate) const NOT_REACHED: &[(&str, &str)] = &[(
+    "actor.vm.link_lost.before",
+    "nothing outside the guest can end its link and leave the machine running",
+)];
+
+/// Whether the guest must be up before the point is reached: that takes seconds of CPU.
+pub(crate) fn boots(point: &str) -> bool {
+    match scenario(point) {
+        Scenario::Stop
+        | Scenario::LosesMachine
+        | Scenario::Hangs(_)
+        | Scenario::Kill(_)
+        | Scenario::Exec(_) => true,
+        Scenario::Run("") => NEED_A_GUEST.iter().any(|prefix| point.starts_with(prefix)),
+        Scenario::Run(lead) => lead == STOP_FAILS,
+        Scenario::Overslept
+        | Scenario::Gc
+        | Scenario::Rm
+        | Scenario::ImageImport
+        | Scenario::ImageRemove => false,
+    }
+}
+
+const STOP_FAILS: &str = "vm.close_machine.before=1*return(error)";
+
+const NEED_A_GUEST: &[&str] = &[
+    "exec.",
+    "vm.connect_guest.after",
+    "vm.configure_guest",
+    "vm.record_running",
+    "vm.record_stopping",
+    "actor.vm.stop",
+    "actor.fleet.stop_vm",
+    "actor.fleet.open_link",
+];
+
+/// Points of the removal, reached without a boot.
+const REMOVAL: &[&str] = &[
+    "vm.record_start_failed",
+    "vm.record_cleaning",
+    "vm.record_cleaned",
+    "vm.close_machine",
+    "vm.remove_",
+    "vm.release_subnet",
+    "subnet.release",
+    "actor.subnet_allocator.release",
+    "actor.fleet.stop_all",
+    "actor.root.shutdown",
+    "rootfs.remove_",
+    "firewall.release",
+    "firewall.remove",
+    "hypervisor.kill",
+    "db.release_subnet",
+    "db.remove_vm",
+];
+
+const OF_GC: &[&str] = &[
+    "gc.",
+    "actor.reconciler.",
+    "tap.remove",
+    "process.kill",
+    "db.raise_epoch",
+    "db.prune_history",
+];
+
+const SPECIAL: &[(&str, Scenario)] = &[
+    ("owner.kill", Scenario::Kill(Side::Owner)),
+    ("client.kill", Scenario::Kill(Side::Client)),
+    ("owner.exec", Scenario::Exec(Side::Owner)),
+    ("client.exec", Scenario::Exec(Side::Client)),
+    ("rm.", Scenario::Rm),
+    ("actor.images.import", Scenario::ImageImport),
+    ("actor.images.remove", Scenario::ImageRemove),
+    ("vm.shutdown_guest", Scenario::Stop),
+    ("actor.vm.machine_exited", Scenario::LosesMachine),
+    ("actor.vm.cancel_deadline", Scenario::Overslept),
+    ("vm.record_create_failed", Scenario::Run("vm.create_disk.before=1*return(error)")),
+    ("vm.record_stop_failed", Scenario::Run(STOP_FAILS)),
+    (
+        "vm.record_cleanup_failed",
+        Scenario::Run(
+            "vm.connect_guest.before=return(error);vm.remove_disk.before=1*return(error)",
+        ),
+    ),
+    ("actor.fleet.scope_closed", Scenario::Run("actor.vm.op_done.before=1*return(panic)")),
+    ("actor.fleet.compensated", Scenario::Run("actor.vm.op_done.before=return(panic)")),
+    ("actor.vm.hung", Scenario::Hangs("")),
+    ("vm.note", Scenario::Hangs("")),
+    ("vm.reattach", Scenario::Hangs("actor.vm.hung.before=1*return(panic)")),
+    (
+        "actor.root.start",
+        Scenario::Run(
+            "actor.subnet_allocator.allocate.before=return(panic);actor.subnet_allocator.release.before=return(panic)",
+        ),
+    ),
+    ("actor.db_writer.thread_panicked", Scenario::Run("db.set_phase.before=1*return(panic)")),
+];
+
+/// How a point is reached.
+pub(crate) fn scenario(point: &str) -> Scenario {
+    let starts = |prefixes: &[&str]| prefixes.iter().any(|prefix| point.starts_with(prefix));
+    if let Some((_, special)) = SPECIAL.iter().find(|(prefix, _)| point.starts_with(prefix)) {
+        *special
+    } else if starts(OF_GC) {
+        Scenario::Gc
+    } else if starts(REMOVAL) {
+        Scenario::Run(NO_BOOT)
+    } else {
+        Scenario::Run("")
+    }
+}
