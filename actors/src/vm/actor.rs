@@ -243,6 +243,7 @@ impl VmActorState {
             (Arc::clone(&self.context), self.scope.clone(), myself.clone());
         self.scope.spawn(async move {
             let message = tokio::select! {
+                biased;
                 () = scope.closed() => return,
                 message = effects::watch(&context) => message,
             };
