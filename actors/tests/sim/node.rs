@@ -102,7 +102,7 @@ impl Node {
             db_writer: DbWriterArgs { open, thread: Arc::clone(&writer), queue_wait: QUEUE_WAIT },
             deps: deps(&Host(Arc::clone(&process)), &services),
             images: ImagesArgs {
-                dirs: ImageDirs::new(sim.home.path()),
+                dirs: ImageDirs::new(&sim.home),
                 limits: ImportLimits::default(),
                 now,
             },

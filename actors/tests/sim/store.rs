@@ -120,7 +120,7 @@ pub(crate) fn writer(of: &Arc<Proc>) -> (OpenStore, Pace) {
     let (this, shared) = (Arc::clone(of), Arc::clone(&drawn));
     let open: OpenStore = Arc::new(move || {
         let failed = |_| OpenError::WrongKind { path: "/fake".into(), wanted: "directory" };
-        let work = || open_state(this.sim.home.path());
+        let work = || open_state(&this.sim.home);
         let inner = this.act_now(Act::OpenStore, None, work, failed)?;
         let drawn = Arc::clone(&shared);
         Ok(Box::new(SimStore { of: Arc::clone(&this), inner, drawn }))

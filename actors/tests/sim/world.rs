@@ -90,15 +90,17 @@ pub(crate) struct Sim {
     pub(crate) machines: Mutex<Vec<Launched>>,
     pub(crate) rows: Mutex<ReadConn>,
     tokens: AtomicU64,
-    pub(crate) home: TempDir,
+    pub(crate) home: PathBuf,
+    dir: Mutex<Option<TempDir>>,
 }
 
 impl Sim {
     pub(crate) fn new(seed: u64, replayed: bool) -> Arc<Self> {
         BEGAN.set(Some(Instant::now()));
         let mut rng = Rng::new(seed);
-        let home = home();
-        drop(open_state(home.path()).unwrap());
+        let dir = directory();
+        let home = dir.path().to_owned();
+        drop(open_state(&home).unwrap());
         let processes = FakeProcesses::new();
         let firewall =
             if rng.chance(30) { FakeFirewall::with_plain_tables() } else { FakeFirewall::new() };
@@ -119,10 +121,11 @@ impl Sim {
             network_lock: Mutex::default(),
             network_lock_freed: Notify::new(),
             machines: Mutex::default(),
-            rows: Mutex::new(ReadConn::open(home.path()).unwrap().unwrap()),
+            rows: Mutex::new(ReadConn::open(&home).unwrap().unwrap()),
             tokens: AtomicU64::new(1),
             rng: Mutex::new(rng),
             home,
+            dir: Mutex::new(Some(dir)),
         });
         sim.settle_strangers();
         sim
@@ -163,6 +166,11 @@ impl Sim {
         }
     }
 
+    /// Removes the database, whoever of the dead still holds something of this host.
+    pub(crate) fn close(&self) {
+        lock(&self.dir).take().unwrap().close().unwrap();
+    }
+
     /// Ends a process, by whatever.
     pub(crate) fn end(&self, identity: &ProcessIdentity) {
         self.processes.end(identity);
@@ -171,7 +179,7 @@ impl Sim {
 }
 
 /// A directory in memory if there is one: thousands of small databases are made here.
-fn home() -> TempDir {
+fn directory() -> TempDir {
     tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 
