@@ -8,7 +8,7 @@ use matchlock_host::fault::Fault;
 use matchlock_host::firewall::FirewallOp;
 use matchlock_host::process::{NamespaceSighting, Processes as _};
 use matchlock_host::tap::{TapOp, Taps as _, tap_name};
-use matchlock_model::id::VmId;
+use matchlock_model::id::{InstallId, Mark, VmId};
 use matchlock_model::identity::Namespaces;
 use matchlock_model::phase::Phase;
 use matchlock_model::reconcile::Goal;
@@ -197,5 +197,21 @@ async fn elsewhere_until(sighting: NamespaceSighting) {
     let reports = world.reconcile(Target::One(vm.id), Goal::Remove).await;
     assert!(matches!(reports[0].outcome, Outcome::Cleaned { .. }), "{reports:?}");
     world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+/// Whatever carries the name of our TAP and is not ours, it does not keep a subnet taken for ever.
+#[tokio::test]
+async fn a_link_of_others_with_our_name_keeps_nothing_of_ours() {
+    let world = World::new().await;
+    let foreign = Mark { install: InstallId::from_bytes([9; 8]), vm: VmId::new(1) }.to_string();
+    world.taps.add_link(&tap_name(VmId::new(1)), Some(&foreign), &[]);
+    let mut vm = world.create(true).await.unwrap();
+    let view = settled(&mut vm).await;
+    assert!(view.cause.unwrap().message.contains("left alone"));
+    world.lock_is_free(vm.id).await;
+    world.reconcile(Target::All, Goal::Remove).await;
+    assert!(world.deps.reader.vms().await.unwrap().is_empty());
+    assert_eq!(world.taps.existing(), [tap_name(VmId::new(1))]);
     world.shutdown().await;
 }
