@@ -23,6 +23,8 @@ pub(crate) struct Laws {
     tried: BTreeMap<VmId, BTreeSet<Act>>,
     /// VMs whose last view was seen, and the tenure of the lock at that moment.
     settled: BTreeMap<VmId, Settled>,
+    /// VMs for which a subnet was asked when they were created no more: they must not get it.
+    late_subnets: BTreeSet<VmId>,
 }
 
 /// The moment of a VM's last view.
@@ -258,6 +260,13 @@ impl Sim {
                     wrong(*vm, "law 7: the subnet is released before the disk");
                 }
             }
+            WriteOp::AllocateSubnet { vm, .. } if self.is_theirs(pid, op) => {
+                // A creation that was cancelled must not take anything any more.
+                let row = lock(&self.rows).vm(*vm).unwrap();
+                if row.is_none_or(|row| row.phase != Phase::Creating) {
+                    lock(&self.laws).late_subnets.insert(*vm);
+                }
+            }
             WriteOp::SetPhase { vm, phase: Phase::Cleaned, .. } if self.is_theirs(pid, op) => {
                 let row = lock(&self.rows).vm(*vm).unwrap();
                 let subnet = row.is_some_and(|row| row.holds_subnet);
@@ -284,6 +293,11 @@ impl Sim {
 
     /// A write of an owner was committed.
     pub(crate) fn check_written(&self, pid: i32, op: &WriteOp, owner: Option<i32>) {
+        if let WriteOp::AllocateSubnet { vm, .. } = op
+            && lock(&self.laws).late_subnets.remove(vm)
+        {
+            self.trace.broken(format_args!("law 4: {vm} got a subnet when it was created no more"));
+        }
         if let Some((vm, _)) = epoch_of(op)
             && owner != Some(pid)
         {
@@ -305,6 +319,10 @@ impl Sim {
             laws.settled.insert(vm, Settled { token: tenure.token, stuck });
         }
         let remains = self.remains(vm);
+        let row = lock(&self.rows).vm(vm).unwrap();
+        if cleaned_up && row.is_some_and(|row| row.holds_subnet) {
+            self.trace.broken(format_args!("{vm} is cleaned up, it says, but it holds a subnet"));
+        }
         if cleaned_up && !remains.is_empty() {
             self.trace
                 .broken(format_args!("{vm} is cleaned up, it says, but there is {remains:?}"));
@@ -332,8 +350,8 @@ impl Sim {
         for vm in (1..=highest).map(VmId::new) {
             let history = lock(&self.rows).history(vm).unwrap();
             for pair in history.windows(2) {
-                if !pair[0].phase.may_become(pair[1].phase) {
-                    let (from, to) = (pair[0].phase, pair[1].phase);
+                let (from, to) = (pair[0].phase, pair[1].phase);
+                if from != to && !from.successors().contains(&to) {
                     self.trace.broken(format_args!("{vm}: {from} became {to}"));
                 }
             }
