@@ -16,9 +16,10 @@ use matchlock_host::process::Processes;
 use matchlock_host::rootfs::{Rootfs, VmPaths};
 use matchlock_host::tap::Taps;
 use matchlock_model::failure::Failure;
-use matchlock_model::id::{InstallId, Mark, VmId};
+use matchlock_model::id::{InstallId, Mark, OwnerEpoch, VmId};
+use matchlock_model::record::{LifecycleRecord, VmRecord, VmRemains, VmSummary};
 use matchlock_model::subnet::SubnetPool;
-use matchlock_store::ReadPool;
+use matchlock_store::{BadRow, ReadError, ReadPool};
 
 use crate::db_writer::DbHandle;
 use crate::subnet_allocator::SubnetHandle;
@@ -35,6 +36,62 @@ pub trait OwnerServer: Send + Sync {
 
 /// Ends the serving of a VM's owner socket when dropped.
 pub type ServeGuard = Box<dyn Send + Sync>;
+
+/// Reads rows; what each answers is said at [`ReadPool`], which is the one outside of simulations.
+#[async_trait]
+pub trait Rows: Send + Sync {
+    /// The VM's row.
+    async fn vm(&self, vm: VmId) -> Result<Option<VmRecord>, ReadError>;
+
+    /// All VMs.
+    async fn vms(&self) -> Result<Vec<Result<VmSummary, BadRow>>, ReadError>;
+
+    /// The ids of all VMs.
+    async fn vm_ids(&self) -> Result<Vec<Result<VmId, BadRow>>, ReadError>;
+
+    /// What cleaning the VM up needs to know of it.
+    async fn remains(&self, vm: VmId) -> Result<Option<VmRemains>, ReadError>;
+
+    /// Which owner the VM has; `None` when it has no row.
+    async fn owner_epoch(&self, vm: VmId) -> Result<Option<OwnerEpoch>, ReadError>;
+
+    /// The VM's latest lifecycle row.
+    async fn lifecycle_head(&self, vm: VmId) -> Result<Option<LifecycleRecord>, ReadError>;
+
+    /// All lifecycle rows of a VM, oldest first.
+    async fn history(&self, vm: VmId) -> Result<Vec<LifecycleRecord>, ReadError>;
+}
+
+#[async_trait]
+impl Rows for ReadPool {
+    async fn vm(&self, vm: VmId) -> Result<Option<VmRecord>, ReadError> {
+        Self::vm(self, vm).await
+    }
+
+    async fn vms(&self) -> Result<Vec<Result<VmSummary, BadRow>>, ReadError> {
+        Self::vms(self).await
+    }
+
+    async fn vm_ids(&self) -> Result<Vec<Result<VmId, BadRow>>, ReadError> {
+        Self::vm_ids(self).await
+    }
+
+    async fn remains(&self, vm: VmId) -> Result<Option<VmRemains>, ReadError> {
+        Self::remains(self, vm).await
+    }
+
+    async fn owner_epoch(&self, vm: VmId) -> Result<Option<OwnerEpoch>, ReadError> {
+        Self::owner_epoch(self, vm).await
+    }
+
+    async fn lifecycle_head(&self, vm: VmId) -> Result<Option<LifecycleRecord>, ReadError> {
+        Self::lifecycle_head(self, vm).await
+    }
+
+    async fn history(&self, vm: VmId) -> Result<Vec<LifecycleRecord>, ReadError> {
+        Self::history(self, vm).await
+    }
+}
 
 /// How long things may take.
 #[derive(Debug, Clone, Copy)]
@@ -100,7 +157,7 @@ pub struct Deps {
     /// Writes rows.
     pub db: DbHandle,
     /// Reads rows.
-    pub reader: ReadPool,
+    pub reader: Arc<dyn Rows>,
     /// The memory that a new VM may use, in MiB; asked at admission.
     pub available_memory_mb: Arc<dyn Fn() -> Result<u64, Failure> + Send + Sync>,
     /// The time.

@@ -66,7 +66,7 @@ pub(super) fn deps(
         locks: owner_locks(config)?,
         owner_server: Arc::new(OwnerSockets::new(NodeClient::new(services.clone()))),
         db: DbHandle(services.db_writer.clone()),
-        reader,
+        reader: Arc::new(reader),
         available_memory_mb: Arc::new(|| facts::available_memory_mb().map_err(|e| host(&e))),
         now: jiff::Timestamp::now,
         random_u32: Arc::new(|| getrandom::u32().map_err(|e| host(&e))),

@@ -355,6 +355,14 @@ pub enum WriteError {
         /// Its phase.
         phase: Phase,
     },
+    /// Only a VM that is being created gets a subnet: what asked for it was given up since.
+    #[error("{vm} is {phase}, only a VM that is being created gets a subnet")]
+    NotCreating {
+        /// The VM.
+        vm: VmId,
+        /// Its phase.
+        phase: Phase,
+    },
     /// The VM still holds a subnet.
     #[error("{vm} still holds a subnet: clean it with `matchlock gc {vm}`")]
     SubnetHeld {
@@ -436,6 +444,7 @@ impl WriteError {
             | Self::Fenced { .. }
             | Self::Transition(_)
             | Self::NotCleaned { .. }
+            | Self::NotCreating { .. }
             | Self::SubnetHeld { .. }
             | Self::NoFreeSubnet { .. }
             | Self::Row(_)

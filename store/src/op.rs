@@ -95,7 +95,8 @@ pub enum WriteOp {
     /// Gives a VM the lowest free subnet of the pool, or the one that it has already, and names it
     /// in the next lifecycle row. Answers [`WriteOutcome::Subnet`].
     ///
-    /// Refused with `NoFreeSubnet` when none is left.
+    /// Refused with `NoFreeSubnet` when none is left, and with `NotCreating` in any other phase than
+    /// `creating`.
     AllocateSubnet {
         /// The VM.
         vm: VmId,

@@ -158,6 +158,86 @@ impl ReadPool {
     }
 }
 
+/// One read-only connection that reads on its caller's thread: for whoever may block, and for
+/// simulations, which no second thread must disturb.
+#[derive(Debug)]
+pub struct ReadConn {
+    conn: Connection,
+    path: PathBuf,
+}
+
+impl ReadConn {
+    /// As [`ReadPool::open`].
+    ///
+    /// # Errors
+    /// As [`ReadPool::open`].
+    pub fn open(home: &Path) -> Result<Option<Self>, OpenError> {
+        let files = DbFiles::new(home, STATE_DB);
+        let conn = migrate::open_to_read(&files, migrations::STATE)?;
+        Ok(conn.map(|conn| Self { conn, path: files.db }))
+    }
+
+    /// As [`ReadPool::vm`].
+    ///
+    /// # Errors
+    /// When it could not be read.
+    pub fn vm(&self, vm: VmId) -> Result<Option<VmRecord>, ReadError> {
+        self.answer(vms::find(&self.conn, vm))
+    }
+
+    /// As [`ReadPool::vms`].
+    ///
+    /// # Errors
+    /// When none could be read.
+    pub fn vms(&self) -> Result<Vec<Result<VmSummary, BadRow>>, ReadError> {
+        self.answer(vms::all(&self.conn))
+    }
+
+    /// As [`ReadPool::vm_ids`].
+    ///
+    /// # Errors
+    /// When none could be read.
+    pub fn vm_ids(&self) -> Result<Vec<Result<VmId, BadRow>>, ReadError> {
+        self.answer(vms::ids(&self.conn))
+    }
+
+    /// As [`ReadPool::remains`].
+    ///
+    /// # Errors
+    /// When that could not be read.
+    pub fn remains(&self, vm: VmId) -> Result<Option<VmRemains>, ReadError> {
+        self.answer(vms::remains(&self.conn, vm))
+    }
+
+    /// As [`ReadPool::owner_epoch`].
+    ///
+    /// # Errors
+    /// When it could not be read.
+    pub fn owner_epoch(&self, vm: VmId) -> Result<Option<OwnerEpoch>, ReadError> {
+        self.answer(vms::owner_epoch(&self.conn, vm))
+    }
+
+    /// As [`ReadPool::lifecycle_head`].
+    ///
+    /// # Errors
+    /// When it could not be read.
+    pub fn lifecycle_head(&self, vm: VmId) -> Result<Option<LifecycleRecord>, ReadError> {
+        self.answer(lifecycle::head(&self.conn, vm))
+    }
+
+    /// As [`ReadPool::history`].
+    ///
+    /// # Errors
+    /// When they could not be read.
+    pub fn history(&self, vm: VmId) -> Result<Vec<LifecycleRecord>, ReadError> {
+        self.answer(lifecycle::history(&self.conn, vm))
+    }
+
+    fn answer<T>(&self, read: rusqlite::Result<T>) -> Result<T, ReadError> {
+        read.map_err(|e| ReadError::of(&self.path, e))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use tempfile::TempDir;

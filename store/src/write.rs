@@ -23,6 +23,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
 use matchlock_model::failure::panic_text;
+use matchlock_model::phase::Phase;
 use rusqlite::{Connection, Transaction, TransactionBehavior};
 
 use crate::error::WriteError;
@@ -131,6 +132,11 @@ fn run(conn: &Connection, op: WriteOp) -> Answer {
         WriteOp::RaiseEpoch { vm, owner, at } => vms::raise_epoch(conn, vm, &owner, at),
         WriteOp::AllocateSubnet { vm, epoch, pool, avoid, at } => {
             vms::check_epoch(conn, vm, epoch)?;
+            // Asked for by an effect that was cancelled since, it would outlive its VM.
+            let phase = lifecycle::latest_phase(conn, vm)?.unwrap_or(Phase::Creating);
+            if phase != Phase::Creating {
+                return Err(WriteError::NotCreating { vm, phase });
+            }
             let subnet = subnets::allocate(conn, vm, &pool, &avoid, at)?;
             let change = lifecycle::Change {
                 resources: Some(lifecycle::ResourceChange::Subnet(subnet)),

@@ -2,20 +2,19 @@
 
 use std::fmt;
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
-use matchlock_model::failure::panic_text;
 use matchlock_store::{OpenError, WriteConn, WriteError, WriteOp, WriteOutcome};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
-use super::{BATCH_OPS, DbError, QUEUE_OPS};
+use super::runner::{ThreadSlot, Work, join_thread};
+use super::{DbError, QUEUE_OPS};
 use crate::points;
 
-type Reply = RpcReplyPort<Result<WriteOutcome, DbError>>;
+pub(super) type Reply = RpcReplyPort<Result<WriteOutcome, DbError>>;
 
 /// What the writer is asked.
 pub enum DbWriterMsg {
@@ -59,15 +58,12 @@ impl Store for WriteConn {
 /// Opens the store; called for each life of the writer.
 pub type OpenStore = Arc<dyn Fn() -> Result<Box<dyn Store>, OpenError> + Send + Sync>;
 
-/// The thread of the current life, kept by the root so that the next life can join it.
-pub type ThreadSlot = Arc<Mutex<Option<JoinHandle<()>>>>;
-
 /// What a writer is started with.
 #[derive(Clone)]
 pub struct DbWriterArgs {
     /// Opens the store.
     pub open: OpenStore,
-    /// Where the thread is kept.
+    /// Where it writes: on a thread, which is kept there.
     pub thread: ThreadSlot,
     /// How long a write may wait for the thread; see [`QUEUE_WAIT`](super::QUEUE_WAIT).
     pub queue_wait: Duration,
@@ -92,7 +88,7 @@ pub struct DbWriterState {
 /// A write that waits for the thread. Dropped before the thread has taken it, it says so: then it
 /// was not written for sure.
 #[derive(Debug)]
-struct Waiting {
+pub(super) struct Waiting {
     op: Option<Box<WriteOp>>,
     reply: Option<Reply>,
     sent: Instant,
@@ -111,7 +107,7 @@ impl Waiting {
 
     /// From here on nobody knows but the thread. What has waited too long is refused instead: its
     /// caller would be gone before its answer.
-    fn take(mut self, queue_wait: Duration) -> Option<(WriteOp, Reply)> {
+    pub(super) fn take(mut self, queue_wait: Duration) -> Option<(WriteOp, Reply)> {
         if self.sent.elapsed() > queue_wait {
             self.refuse(DbError::Delayed);
             return None;
@@ -128,19 +124,6 @@ impl Drop for Waiting {
     }
 }
 
-/// Waits until the thread of an ended life has written everything.
-///
-/// # Errors
-/// When it panicked past its own guard.
-pub async fn join_thread(slot: &ThreadSlot) -> Result<(), DbError> {
-    let thread = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let Some(thread) = thread else { return Ok(()) };
-    match tokio::task::spawn_blocking(move || thread.join()).await {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(_)) | Err(_) => Err(DbError::Lost),
-    }
-}
-
 impl Actor for DbWriter {
     type Msg = DbWriterMsg;
     type State = DbWriterState;
@@ -154,13 +137,9 @@ impl Actor for DbWriter {
         if let Err(error) = join_thread(&args.thread).await {
             tracing::error!(%error, "the database writer's thread panicked");
         }
-        let open = Arc::clone(&args.open);
-        let store = tokio::task::spawn_blocking(move || open()).await??;
         let (queue, waiting) = mpsc::channel(QUEUE_OPS);
-        let thread = std::thread::Builder::new()
-            .name("db-writer".into())
-            .spawn(move || write_until_closed(store, waiting, &myself, args.queue_wait))?;
-        *args.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        let queue_wait = args.queue_wait;
+        args.thread.start(&args.open, Work { waiting, actor: myself, queue_wait }).await?;
         Ok(DbWriterState { queue })
     }
 
@@ -193,45 +172,8 @@ impl Actor for DbWriter {
 }
 
 /// A caller that is gone needs no answer.
-fn answer(reply: Reply, outcome: Result<WriteOutcome, DbError>) {
+pub(super) fn answer(reply: Reply, outcome: Result<WriteOutcome, DbError>) {
     if reply.send(outcome).is_err() {
         tracing::debug!("a writer's caller was gone before its answer");
-    }
-}
-
-/// The thread: ends when the queue is closed and empty, or with a panic, which it tells the actor.
-fn write_until_closed(
-    mut store: Box<dyn Store>,
-    mut waiting: mpsc::Receiver<Waiting>,
-    actor: &ActorRef<DbWriterMsg>,
-    queue_wait: Duration,
-) {
-    // Nothing of what the panic may have left half done is used again: the next life opens anew.
-    let guarded = AssertUnwindSafe(|| write_batches(&mut *store, &mut waiting, queue_wait));
-    let Err(panic) = catch_unwind(guarded) else { return };
-    let message = panic_text(&*panic).to_owned();
-    if actor.cast(DbWriterMsg::ThreadPanicked { message }).is_err() {
-        tracing::error!("the database writer's thread panicked after its actor had ended");
-    }
-}
-
-/// Takes all that is queued, commits once, answers. A panic drops the reply ports of its batch,
-/// which their callers see as [`DbError::Call`]: what they asked for may have been written.
-fn write_batches(
-    store: &mut dyn Store,
-    waiting: &mut mpsc::Receiver<Waiting>,
-    queue_wait: Duration,
-) {
-    let mut batch = Vec::with_capacity(BATCH_OPS);
-    while waiting.blocking_recv_many(&mut batch, BATCH_OPS) > 0 {
-        let (ops, replies): (Vec<_>, Vec<_>) =
-            batch.drain(..).filter_map(|waiting| waiting.take(queue_wait)).unzip();
-        if ops.is_empty() {
-            continue;
-        }
-        let outcomes = store.apply(ops);
-        for (reply, outcome) in replies.into_iter().zip(outcomes) {
-            answer(reply, outcome.map_err(DbError::from));
-        }
     }
 }

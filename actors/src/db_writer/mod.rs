@@ -22,8 +22,10 @@
 //! * Draining the actor, and then joining the thread, answers everything that was sent before.
 
 mod actor;
+mod runner;
 
-pub use actor::{DbWriter, DbWriterArgs, DbWriterMsg, OpenStore, Store, ThreadSlot, join_thread};
+pub use actor::{DbWriter, DbWriterArgs, DbWriterMsg, OpenStore, Store};
+pub use runner::{Moment, Pace, Runner, ThreadSlot, join_thread};
 
 use std::time::Duration;
 

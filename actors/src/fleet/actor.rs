@@ -1,15 +1,18 @@
 //! The actor.
 
+use std::any::Any;
 use std::fmt;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use matchlock_host::firewall::{filter_table, nat_table};
 use matchlock_host::guest_link::GuestLink;
 
 use matchlock_host::owner_lock::{HeldLock, OwnerLockError};
 use matchlock_host::tap::tap_name;
-use matchlock_model::failure::{Failure, FailureKind};
+use matchlock_model::failure::{Failure, FailureKind, panic_text};
 use matchlock_model::id::{Generation, OwnerEpoch, VmId};
 use matchlock_model::phase::Phase;
 use matchlock_model::reconcile::Goal;
@@ -252,6 +255,11 @@ fn answer<T>(reply: Reply<T>, result: Result<T, Failure>) {
     }
 }
 
+fn panicked(what: &str, panic: &(dyn Any + Send)) -> Failure {
+    let text = format!("{what} of a VM panicked: {}", panic_text(panic));
+    Failure::new(FailureKind::Internal, text)
+}
+
 fn unknown(id: VmId) -> Failure {
     Failure::new(FailureKind::NotFound, format!("VM {id} not found in this process"))
 }
@@ -264,7 +272,10 @@ impl FleetState {
         self.registering += 1;
         let (deps, myself) = (self.deps.clone(), myself.clone());
         tokio::spawn(async move {
-            let result = Box::new(register(deps, create).await);
+            // The node could never be stopped if it were not told that this VM is not coming.
+            let registered = AssertUnwindSafe(register(deps, create)).catch_unwind().await;
+            let result =
+                Box::new(registered.unwrap_or_else(|panic| Err(panicked("the creation", &*panic))));
             if myself.cast(FleetMsg::Registered { result, reply }).is_err() {
                 // The lock goes with the message; the row is the reconciler's.
                 tracing::error!("the fleet was gone before a VM was registered");
@@ -406,7 +417,11 @@ impl FleetState {
             let phase = match scope.close(deps.limits.cancel).await {
                 Ok(()) => {
                     tokio::time::sleep(wait.unwrap_or_default()).await;
-                    recorded_phase(&deps, id).await
+                    // A VM without an actor would never settle if this did not come back.
+                    AssertUnwindSafe(recorded_phase(&deps, id))
+                        .catch_unwind()
+                        .await
+                        .unwrap_or_else(|panic| Err(panicked("the recovery", &*panic)))
                 }
                 Err(stuck) => Err(Failure::from_error(FailureKind::Internal, &stuck)),
             };

@@ -196,7 +196,8 @@ async fn reap_stale_taps(state: &SubnetAllocatorArgs, vm: VmId) -> Result<(), Fa
     let taps = deps.taps.list_marked(&deps.install).await.map_err(|e| host(&e))?;
     let mut stale = Vec::new();
     for left in taps.into_iter().filter_map(|tap| tap.mark).map(|mark| mark.vm) {
-        if left != vm && !deps.locks.is_held(left).map_err(|e| host(&e))? {
+        // A lock that cannot be looked at is no reason to fail: the TAP's subnet is avoided.
+        if left != vm && matches!(deps.locks.is_held(left), Ok(false)) {
             stale.push(left);
         }
     }
@@ -218,10 +219,11 @@ async fn reap_stale_taps(state: &SubnetAllocatorArgs, vm: VmId) -> Result<(), Fa
 
 async fn release(deps: &Deps, vm: VmId, epoch: OwnerEpoch) -> Result<(), Failure> {
     let name = tap_name(vm);
-    if let Some(tap) = deps.taps.observe(&name).await.map_err(|e| host(&e))? {
-        let alias = tap.alias.unwrap_or_default();
-        let text =
-            format!("the TAP {name} is still there (alias {alias:?}), its subnet stays taken");
+    let tap = deps.taps.observe(&name).await.map_err(|e| host(&e))?;
+    // A link of that name that is not ours keeps nothing of ours taken, and whatever subnet it uses
+    // is not given to anybody.
+    if tap.is_some_and(|tap| tap.mark == Some(deps.mark(vm))) {
+        let text = format!("the TAP {name} is still there, its subnet stays taken");
         return Err(Failure::new(FailureKind::Host, text));
     }
     let written = async {

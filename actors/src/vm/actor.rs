@@ -84,6 +84,8 @@ pub struct Vm;
 struct InFlight {
     op: u64,
     cancel: CancellationToken,
+    /// Closed, nothing is begun any more, the taking down neither.
+    fence: CancellationToken,
     progress: Arc<Mutex<Progress>>,
 }
 
@@ -215,14 +217,20 @@ impl VmActorState {
     fn start_operation(&mut self, myself: &ActorRef<VmMsg>, effects: Vec<Effect>) {
         self.ops += 1;
         let op = self.ops;
-        let cancel = self.scope.operation();
+        let fence = self.scope.operation();
+        let cancel = fence.child_token();
         let progress = Arc::new(Mutex::new(Progress::new(self.recorded)));
-        self.in_flight =
-            Some(InFlight { op, cancel: cancel.clone(), progress: Arc::clone(&progress) });
+        self.in_flight = Some(InFlight {
+            op,
+            cancel: cancel.clone(),
+            fence: fence.clone(),
+            progress: Arc::clone(&progress),
+        });
         let (context, myself) = (Arc::clone(&self.context), myself.clone());
         self.scope.spawn(async move {
             // A panic must not leave the actor waiting for an answer that never comes.
-            let run = AssertUnwindSafe(effects::run(&context, &effects, &cancel, &progress));
+            let run =
+                AssertUnwindSafe(effects::run(&context, &effects, &cancel, &fence, &progress));
             let result = run.catch_unwind().await.unwrap_or_else(|panic| Err(panicked(&*panic)));
             let recorded = progress.lock().unwrap_or_else(PoisonError::into_inner).recorded;
             if myself.cast(VmMsg::OpDone { op, recorded, result }).is_err() {
@@ -242,6 +250,7 @@ impl VmActorState {
 
     fn give_up_operation(&mut self, myself: &ActorRef<VmMsg>) -> Result<(), ActorProcessingErr> {
         let Some(in_flight) = self.in_flight.take() else { return Ok(()) };
+        in_flight.fence.cancel();
         let (recorded, effect) = {
             let progress = in_flight.progress.lock().unwrap_or_else(PoisonError::into_inner);
             (progress.recorded, progress.effect)
@@ -266,6 +275,7 @@ impl VmActorState {
                 }
             };
             tokio::select! {
+                biased;
                 () = scope.closed() => {}
                 last = watch::watch(&context, &tell) => tell(last),
             }

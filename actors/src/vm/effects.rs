@@ -49,14 +49,21 @@ const CONSOLE_LINES: usize = 5;
 /// A record on the way down that cannot be written (a full disk, a locked database) does not keep
 /// anything from being released: the row names what the VM holds already, and what is released may
 /// be what fills the disk. It is written with the last record. Only a new owner stops us.
+///
+/// A closed fence ends the operation before its next effect, whatever that is: whoever closed it has
+/// told others, or another life, that nothing more is begun.
 pub(super) async fn run(
     context: &Arc<VmContext>,
     effects: &[Effect],
     cancel: &CancellationToken,
+    fence: &CancellationToken,
     progress: &Mutex<Progress>,
 ) -> OpResult {
     let mut failed: Option<Failure> = None;
     for effect in effects {
+        if fence.is_cancelled() {
+            return Err(given_up(effect));
+        }
         if failed.is_some() && !is_removal(effect) {
             break;
         }
@@ -104,6 +111,13 @@ pub(super) async fn run(
 
 fn cancelled(effect: &Effect) -> Failure {
     Failure::new(FailureKind::Cancelled, format!("{effect} was cancelled by a stop"))
+}
+
+fn given_up(effect: &Effect) -> Failure {
+    Failure::new(
+        FailureKind::Cancelled,
+        format!("{effect} was not begun: its operation was given up"),
+    )
 }
 
 /// A record of the way down but the last.

@@ -1,4 +1,4 @@
-//! The writer: what is queued is committed at once, nothing beyond the bound is taken, and whatever
+//! The writer, on its thread and in a task as simulations have it: what is queued is committed at once, nothing beyond the bound is taken, and whatever
 //! fails, nobody is told anything that is not so.
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,7 +9,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use matchlock_actors::db_writer::{
     BATCH_OPS, DbError, DbHandle, DbWriter, DbWriterArgs, DbWriterMsg, QUEUE_OPS, QUEUE_WAIT,
-    Store, ThreadSlot, join_thread,
+    Runner, Store, ThreadSlot, join_thread,
 };
 use matchlock_actors::handle::{CallError, ServiceSlot};
 use matchlock_model::id::{OwnerEpoch, VmId};
@@ -37,7 +37,8 @@ struct Gate {
 impl Store for Gate {
     fn apply(&mut self, ops: Vec<WriteOp>) -> Answers {
         self.asked.send(ops.len()).unwrap();
-        self.let_through.recv().unwrap();
+        // As a task it must not keep others of its runtime waiting.
+        tokio::task::block_in_place(|| self.let_through.recv().unwrap());
         self.conn.apply(ops)
     }
 }
@@ -54,17 +55,16 @@ struct Gated {
 }
 
 impl Gated {
-    async fn new() -> Self {
-        Self::patient(QUEUE_WAIT).await
+    async fn new(thread: ThreadSlot) -> Self {
+        Self::patient(thread, QUEUE_WAIT).await
     }
 
-    async fn patient(queue_wait: Duration) -> Self {
+    async fn patient(thread: ThreadSlot, queue_wait: Duration) -> Self {
         let home = tempfile::tempdir().unwrap();
         let (asked_tx, asked) = channel();
         let (open, let_through) = channel();
         let conn = open_state(home.path()).unwrap();
         let gate = Mutex::new(Some(Gate { conn, asked: asked_tx, let_through }));
-        let thread = ThreadSlot::default();
         let args = DbWriterArgs {
             open: Arc::new(move || Ok(Box::new(gate.lock().unwrap().take().unwrap()))),
             thread: Arc::clone(&thread),
@@ -84,6 +84,11 @@ impl Gated {
         self.actor.cast(message).unwrap();
         answer
     }
+}
+
+/// The real runner, and that of simulations, which nothing holds up here: both keep all that is said.
+fn runners() -> [ThreadSlot; 2] {
+    [ThreadSlot::default(), Runner::simulated(Box::new(|_| Box::pin(std::future::ready(()))))]
 }
 
 fn insert(number: u32) -> WriteOp {
@@ -117,7 +122,13 @@ fn set_phase(number: u32, phase: Phase) -> WriteOp {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_queued_is_committed_at_once_and_answered_one_by_one() {
-    let gated = Gated::new().await;
+    for runner in runners() {
+        what_is_queued_is_committed_at_once_and_answered_one_by_one_on(runner).await;
+    }
+}
+
+async fn what_is_queued_is_committed_at_once_and_answered_one_by_one_on(runner: ThreadSlot) {
+    let gated = Gated::new(runner).await;
     let first = gated.send(insert(0));
     assert_eq!(gated.asked.recv_timeout(PATIENCE), Ok(1));
     let mut sent = Vec::new();
@@ -148,7 +159,15 @@ async fn what_is_queued_is_committed_at_once_and_answered_one_by_one() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn more_than_the_queue_holds_is_refused_retryably_and_nothing_taken_is_lost() {
-    let gated = Gated::new().await;
+    for runner in runners() {
+        more_than_the_queue_holds_is_refused_retryably_and_nothing_taken_is_lost_on(runner).await;
+    }
+}
+
+async fn more_than_the_queue_holds_is_refused_retryably_and_nothing_taken_is_lost_on(
+    runner: ThreadSlot,
+) {
+    let gated = Gated::new(runner).await;
     let first = gated.send(insert(0));
     assert_eq!(gated.asked.recv_timeout(PATIENCE), Ok(1));
     let many = u32::try_from(QUEUE_OPS).unwrap() + 30;
@@ -180,7 +199,13 @@ async fn more_than_the_queue_holds_is_refused_retryably_and_nothing_taken_is_los
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn draining_writes_everything_that_was_sent() {
-    let gated = Gated::new().await;
+    for runner in runners() {
+        draining_writes_everything_that_was_sent_on(runner).await;
+    }
+}
+
+async fn draining_writes_everything_that_was_sent_on(runner: ThreadSlot) {
+    let gated = Gated::new(runner).await;
     let mut sent = vec![gated.send(insert(0))];
     assert_eq!(gated.asked.recv_timeout(PATIENCE), Ok(1));
     for number in 1..300 {
@@ -204,7 +229,13 @@ async fn draining_writes_everything_that_was_sent() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_has_waited_too_long_is_not_written_any_more() {
-    let gated = Gated::patient(Duration::from_millis(50)).await;
+    for runner in runners() {
+        what_has_waited_too_long_is_not_written_any_more_on(runner).await;
+    }
+}
+
+async fn what_has_waited_too_long_is_not_written_any_more_on(runner: ThreadSlot) {
+    let gated = Gated::patient(runner, Duration::from_millis(50)).await;
     let first = gated.send(insert(1));
     assert_eq!(gated.asked.recv_timeout(PATIENCE), Ok(1));
     let late = gated.send(insert(2));
@@ -222,7 +253,13 @@ async fn what_has_waited_too_long_is_not_written_any_more() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_next_life_waits_until_the_last_one_has_written() {
-    let gated = Gated::new().await;
+    for runner in runners() {
+        the_next_life_waits_until_the_last_one_has_written_on(runner).await;
+    }
+}
+
+async fn the_next_life_waits_until_the_last_one_has_written_on(runner: ThreadSlot) {
+    let gated = Gated::new(runner).await;
     let first = gated.send(insert(1));
     assert_eq!(gated.asked.recv_timeout(PATIENCE), Ok(1));
     gated.actor.kill();

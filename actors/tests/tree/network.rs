@@ -235,3 +235,19 @@ async fn a_tap_and_tables_without_a_row_are_swept_and_a_strangers_are_not() {
     assert_eq!(world.firewall.existing().len(), 2);
     world.shutdown().await;
 }
+
+/// Whatever carries the name of our TAP and is not ours, it does not keep a subnet taken for ever.
+#[tokio::test]
+async fn a_link_of_others_with_our_name_keeps_nothing_of_ours() {
+    let world = World::new().await;
+    let foreign = Mark { install: InstallId::from_bytes([9; 8]), vm: VmId::new(1) }.to_string();
+    world.taps.add_link(&tap_name(VmId::new(1)), Some(&foreign), &[]);
+    let mut vm = world.create(true).await.unwrap();
+    let view = settled(&mut vm).await;
+    assert!(view.cause.unwrap().message.contains("left alone"));
+    world.lock_is_free(vm.id).await;
+    world.reconcile(Target::All, Goal::Remove).await;
+    assert!(world.deps.reader.vms().await.unwrap().is_empty());
+    assert_eq!(world.taps.existing(), [tap_name(VmId::new(1))]);
+    world.shutdown().await;
+}

@@ -135,7 +135,7 @@ impl World {
             locks: Arc::new(locks.clone()),
             owner_server: Arc::new(NoServer),
             db: DbHandle(services.db_writer.clone()),
-            reader: ReadPool::open(home.path()).unwrap().unwrap(),
+            reader: Arc::new(ReadPool::open(home.path()).unwrap().unwrap()),
             available_memory_mb: Arc::new(move || Ok(memory_mb)),
             now: jiff::Timestamp::now,
             random_u32: Arc::new(move || Ok(ids.fetch_add(1, Ordering::Relaxed))),

@@ -175,6 +175,17 @@ impl FakeFirewall {
         self.state().existing(tap).find_map(|table| table.spec.clone())
     }
 
+    /// The process that owns a TAP's tables has ended: they are gone, whoever still has the handle.
+    /// Plain tables stay.
+    pub fn end_owner(&self, tap: &str) {
+        let mut state = self.state();
+        for name in names(tap) {
+            if state.tables.get(&name).is_some_and(|table| table.owner.is_some()) {
+                state.tables.remove(&name);
+            }
+        }
+    }
+
     /// Makes a table that nobody owns; `name` with its family.
     pub fn add_table(&self, name: &str, comment: Option<&str>) {
         let shown = ObservedTable {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use matchlock_model::id::Mark;
 use matchlock_model::identity::{Namespaces, ProcessIdentity};
-use tokio::sync::watch;
+use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use super::{MarkedProcess, NamespaceSighting, ProcessError, Processes};
@@ -21,7 +21,8 @@ const BOOT_ID: &str = "00000000-0000-4000-8000-000000000000";
 #[derive(Debug, Clone)]
 pub struct FakeProcesses {
     table: Arc<Mutex<Table>>,
-    changed: watch::Sender<()>,
+    /// Wakes in the order of waiting, so that a simulation replays; a `watch` does not.
+    changed: Arc<Notify>,
 }
 
 #[derive(Debug)]
@@ -64,7 +65,7 @@ impl Default for FakeProcesses {
                 list_fails: false,
                 kills: Vec::new(),
             })),
-            changed: watch::Sender::new(()),
+            changed: Arc::default(),
         }
     }
 }
@@ -107,18 +108,23 @@ impl FakeProcesses {
             table.running.remove(&identity.pid);
         }
         drop(table);
-        self.changed.send_replace(());
+        self.changed.notify_waiters();
     }
 
     /// Waits until a process has ended, whether or not it can be looked at.
     pub async fn ended(&self, identity: &ProcessIdentity) {
-        let mut changed = self.changed.subscribe();
         let runs = || {
             let table = self.table();
             table.running.get(&identity.pid).is_some_and(|entry| entry.identity == *identity)
         };
-        // We hold a sender, so the channel cannot be closed.
-        while runs() && changed.changed().await.is_ok() {}
+        loop {
+            // Before the look: a change right after it is noticed.
+            let changed = self.changed.notified();
+            if !runs() {
+                return;
+            }
+            changed.await;
+        }
     }
 
     /// From now on SIGKILL does (not) end this pid; [`end`](Self::end) does.
@@ -241,7 +247,7 @@ impl Processes for FakeProcesses {
                 table.running.remove(&pid);
             }
         }
-        self.changed.send_replace(());
+        self.changed.notify_waiters();
         timeout(deadline, self.ended(identity))
             .await
             .map_err(|_| ProcessError::WillNotDie { pid, waited: deadline })

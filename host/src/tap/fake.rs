@@ -149,6 +149,21 @@ impl FakeTaps {
         self.state().links.keys().cloned().collect()
     }
 
+    /// Whoever holds a TAP open has ended: it is gone, whoever still has its descriptor here.
+    pub fn close(&self, name: &str) {
+        let mut state = self.state();
+        if state.links.get(name).is_some_and(|link| link.alive.is_some()) {
+            state.links.remove(name);
+        }
+    }
+
+    /// From now on the link stays although nobody holds it open, as a persistent one would.
+    pub fn set_persistent(&self, name: &str) {
+        if let Some(link) = self.state().links.get_mut(name) {
+            link.alive = None;
+        }
+    }
+
     /// Makes a link that nobody holds open, as somebody else or a persistent TAP would be.
     pub fn add_link(&self, name: &str, alias: Option<&str>, addresses: &[(Ipv4Addr, u8)]) {
         let mut state = self.state();

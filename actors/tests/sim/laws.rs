@@ -1,0 +1,392 @@
+//! The laws of `docs/ARCHITECTURE.md`, checked at the moment an operation touches the host.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+
+use futures::FutureExt as _;
+use matchlock_host::firewall::filter_table;
+use matchlock_host::process::Processes as _;
+use matchlock_host::tap::{Taps as _, tap_name};
+use matchlock_model::id::{InstallId, Mark, VmId};
+use matchlock_model::phase::Phase;
+use matchlock_model::record::LifecycleRecord;
+use matchlock_store::WriteOp;
+
+use super::faults::{Act, Kind};
+use super::world::{Sim, lock};
+
+/// What the laws need to remember.
+#[derive(Debug, Default)]
+pub(crate) struct Laws {
+    in_flight: BTreeMap<u64, (i32, VmId, Act)>,
+    /// What was tried to be taken away of a VM since something was made for it last.
+    tried: BTreeMap<VmId, BTreeSet<Act>>,
+    /// VMs whose last view was seen, and the tenure of the lock at that moment.
+    settled: BTreeMap<VmId, Settled>,
+    /// VMs for which a subnet was asked when they were created no more: they must not get it.
+    late_subnets: BTreeSet<VmId>,
+}
+
+/// The moment of a VM's last view.
+#[derive(Debug, Clone, Copy)]
+struct Settled {
+    /// The tenure of its lock.
+    token: u64,
+    /// What was under way: an operation that does not end is told in the view, and may end.
+    stuck: Option<Act>,
+}
+
+impl Settled {
+    /// Whether this is a second step of what was under way.
+    fn goes_on_with(self, act: Act) -> bool {
+        let one_effect = [(Act::ReleaseFirewall, Act::RemoveFirewall), (Act::Kill, Act::Kill)];
+        self.stuck.is_some_and(|stuck| one_effect.contains(&(stuck, act)))
+    }
+}
+
+impl Laws {
+    /// Begins an operation; the other one that is under way on the same VM, if there is one.
+    pub(crate) fn enter(&mut self, id: u64, pid: i32, vm: VmId, act: Act) -> Option<String> {
+        let other = self
+            .in_flight
+            .values()
+            .find(|(_, other, _)| *other == vm)
+            .map(|(pid, _, act)| format!("{act:?} of p{pid}"));
+        self.in_flight.insert(id, (pid, vm, act));
+        match act.kind() {
+            Kind::Build => drop(self.tried.remove(&vm)),
+            // What fails was tried too: as much as possible is released.
+            _ => drop(self.tried.entry(vm).or_default().insert(act)),
+        }
+        other
+    }
+
+    pub(crate) fn leave(&mut self, id: u64) {
+        self.in_flight.remove(&id);
+    }
+
+    /// The process is dead: what it began will never be done.
+    pub(crate) fn forget(&mut self, pid: i32) {
+        self.in_flight.retain(|_, (of, ..)| *of != pid);
+    }
+}
+
+/// A VM of another installation, with everything of it on this host.
+fn stranger() -> Mark {
+    Mark { install: InstallId::from_bytes([9; 8]), vm: VmId::new(7) }
+}
+
+/// Of another installation, with the name of a TAP that may be ours.
+pub(crate) fn squatter() -> Mark {
+    Mark { install: InstallId::from_bytes([9; 8]), vm: VmId::new(3) }
+}
+
+impl Sim {
+    /// Others live on this host too.
+    pub(crate) fn settle_strangers(&self) {
+        let (mark, squatter) = (stranger(), squatter());
+        self.processes.add(Some(mark.clone()), None);
+        self.taps.add_link("fc-99999999", Some(&mark.to_string()), &[gateway(100)]);
+        self.taps.add_link(&tap_name(squatter.vm), Some(&squatter.to_string()), &[]);
+        self.firewall.add_table("inet strangers", Some(&mark.to_string()));
+        let table = format!("inet {}", filter_table(&tap_name(squatter.vm)));
+        self.firewall.add_table(&table, Some(&squatter.to_string()));
+    }
+
+    /// Nobody has touched them.
+    pub(crate) fn check_strangers(&self) {
+        let there = self.processes.find_marked().unwrap();
+        let process = there.iter().any(|process| process.mark == stranger());
+        let (taps, tables) = (self.taps.existing(), self.firewall.existing());
+        let squatted = tap_name(squatter().vm);
+        let taps = ["fc-99999999".to_owned(), squatted.clone()].iter().all(|t| taps.contains(t));
+        let table = format!("inet {}", filter_table(&squatted));
+        let tables = ["inet strangers".to_owned(), table].iter().all(|t| tables.contains(t));
+        if !(process && taps && tables) {
+            self.trace.broken("law 8: something of another installation was touched");
+        }
+    }
+
+    pub(crate) fn has_hypervisor(&self, vm: VmId) -> bool {
+        let mark = self.mark(vm);
+        self.processes.find_marked().unwrap().iter().any(|process| process.mark == mark)
+    }
+
+    pub(crate) fn has_tap(&self, vm: VmId) -> bool {
+        vm != squatter().vm && self.taps.existing().contains(&tap_name(vm))
+    }
+
+    pub(crate) fn has_tables(&self, vm: VmId) -> bool {
+        let tap = tap_name(vm);
+        vm != squatter().vm && self.firewall.existing().iter().any(|table| table.ends_with(&tap))
+    }
+
+    fn has_disk(&self, vm: VmId) -> bool {
+        self.rootfs.existing().contains(&Self::paths(vm).rootfs())
+    }
+
+    fn has_sockets(&self, vm: VmId) -> bool {
+        let files = self.rootfs.existing();
+        Self::paths(vm).sockets().iter().any(|socket| files.contains(socket))
+    }
+
+    fn has_dir(&self, vm: VmId) -> bool {
+        self.rootfs.existing().contains(&Self::paths(vm).dir)
+    }
+
+    /// What of a VM is there that a cleaned one must not have.
+    pub(crate) fn remains(&self, vm: VmId) -> Vec<&'static str> {
+        [
+            (self.has_hypervisor(vm), "hypervisor"),
+            (self.has_tap(vm), "TAP"),
+            (self.has_tables(vm), "tables"),
+            (self.has_sockets(vm), "sockets"),
+            (self.has_disk(vm), "disk"),
+        ]
+        .into_iter()
+        .filter_map(|(there, what)| there.then_some(what))
+        .collect()
+    }
+
+    pub(crate) fn has_dir_or_row(&self, vm: VmId) -> bool {
+        self.has_dir(vm) || lock(&self.rows).vm(vm).unwrap().is_some()
+    }
+
+    fn broken(&self, pid: i32, act: Act, vm: VmId, why: &str) {
+        self.trace.broken(format_args!("{act:?} on {vm} by p{pid}: {why}"));
+    }
+
+    /// An operation begins; it may be late.
+    pub(crate) fn begin(&self, pid: i32, act: Act, vm: VmId) {
+        let tenure = lock(&self.locks).get(&vm).copied();
+        let settled = lock(&self.laws).settled.get(&vm).copied();
+        if let (Some(tenure), Some(settled)) = (tenure, settled)
+            && tenure.token == settled.token
+            && !settled.goes_on_with(act)
+        {
+            self.broken(pid, act, vm, "law 4: its last view was published already");
+        }
+    }
+
+    /// An operation is about to touch the host.
+    pub(crate) fn check(&self, pid: i32, act: Act, vm: VmId) {
+        if !matches!(act.kind(), Kind::Build | Kind::Undo) {
+            return;
+        }
+        let tenure = lock(&self.locks).get(&vm).copied();
+        match tenure {
+            Some(tenure) if tenure.pid == pid => {}
+            other => {
+                let text = format!("law 5: the VM's lock is not held by it but by {other:?}");
+                self.broken(pid, act, vm, &text);
+            }
+        }
+        match act.kind() {
+            Kind::Build => self.check_build(pid, act, vm),
+            Kind::Undo => self.check_undo(pid, act, vm),
+            Kind::Wait | Kind::Look | Kind::Now => {}
+        }
+    }
+
+    /// Law 1: the row that names a resource is there before the resource, and it is ours.
+    fn check_build(&self, pid: i32, act: Act, vm: VmId) {
+        let rows = lock(&self.rows);
+        let (row, head) = (rows.vm(vm).unwrap(), rows.lifecycle_head(vm).unwrap());
+        drop(rows);
+        let (Some(row), Some(head)) = (row, head) else {
+            return self.broken(pid, act, vm, "law 1: there is no row");
+        };
+        if row.owner.as_ref().map(|owner| owner.pid) != Some(pid) {
+            self.broken(pid, act, vm, "law 4: the row has another owner");
+        }
+        let phase = if act == Act::Launch { Phase::Starting } else { Phase::Creating };
+        if head.phase != phase {
+            let text = format!("law 1: the recorded phase is {}", head.phase);
+            self.broken(pid, act, vm, &text);
+        }
+        if !names(act, vm, &head) || (act == Act::CreateTap && !row.holds_subnet) {
+            self.broken(pid, act, vm, "law 1: the row does not name it");
+        }
+        if act == Act::Launch && !(self.has_disk(vm) && self.has_tap(vm) && self.has_tables(vm)) {
+            self.broken(pid, act, vm, "something that it needs is not there");
+        }
+    }
+
+    /// Law 7: hypervisor, TAP, tables, sockets and disk, subnet, directory.
+    fn check_undo(&self, pid: i32, act: Act, vm: VmId) {
+        if act == Act::Kill {
+            return;
+        }
+        if self.has_hypervisor(vm) {
+            self.broken(pid, act, vm, "law 7: its hypervisor lives");
+        }
+        let tried = lock(&self.laws).tried.get(&vm).cloned().unwrap_or_default();
+        let tap = !self.has_tap(vm) || tried.contains(&Act::RemoveTap);
+        let tables = !self.has_tables(vm)
+            || tried.contains(&Act::RemoveFirewall)
+            || tried.contains(&Act::ReleaseFirewall);
+        let in_order = match act {
+            Act::RemoveFirewall | Act::ReleaseFirewall => tap,
+            Act::RemoveSockets | Act::RemoveDisk => tap && tables,
+            Act::RemoveDir => self.remains(vm).is_empty(),
+            _ => true,
+        };
+        if !in_order {
+            self.broken(pid, act, vm, "law 7: something that comes before it is there");
+        }
+        let row = lock(&self.rows).vm(vm).unwrap();
+        if act == Act::RemoveDir && row.is_some_and(|row| row.phase != Phase::Cleaned) {
+            self.broken(pid, act, vm, "law 9: its row does not say that it is clean");
+        }
+    }
+
+    /// A write is about to be committed.
+    pub(crate) fn check_write(&self, pid: i32, op: &WriteOp) {
+        let wrong = |vm: VmId, why: &str| {
+            self.trace.broken(format_args!("a write for {vm} by p{pid}: {why}"));
+        };
+        match op {
+            WriteOp::ReleaseSubnet { vm, .. } if self.is_theirs(pid, op) => {
+                if self.has_tap(*vm) || self.has_hypervisor(*vm) {
+                    wrong(*vm, "law 7: the subnet is released while its TAP is there");
+                }
+                let creating = lock(&self.rows)
+                    .vm(*vm)
+                    .unwrap()
+                    .is_none_or(|row| row.phase == Phase::Creating);
+                let tried = lock(&self.laws).tried.get(vm).cloned().unwrap_or_default();
+                let disk = self.has_disk(*vm) && !tried.contains(&Act::RemoveDisk);
+                if !creating && disk {
+                    wrong(*vm, "law 7: the subnet is released before the disk");
+                }
+            }
+            WriteOp::AllocateSubnet { vm, .. } if self.is_theirs(pid, op) => {
+                // A creation that was cancelled must not take anything any more.
+                let row = lock(&self.rows).vm(*vm).unwrap();
+                if row.is_none_or(|row| row.phase != Phase::Creating) {
+                    lock(&self.laws).late_subnets.insert(*vm);
+                }
+            }
+            WriteOp::SetPhase { vm, phase: Phase::Cleaned, .. } if self.is_theirs(pid, op) => {
+                let row = lock(&self.rows).vm(*vm).unwrap();
+                let subnet = row.is_some_and(|row| row.holds_subnet);
+                let remains = self.remains(*vm);
+                if subnet || !remains.is_empty() {
+                    wrong(*vm, &format!("cleaned, but there is {remains:?}, subnet {subnet}"));
+                }
+            }
+            WriteOp::RemoveVm { vm, .. } if self.is_theirs(pid, op) => {
+                let remains = self.remains(*vm);
+                if self.has_dir(*vm) || !remains.is_empty() {
+                    wrong(*vm, &format!("law 9: the row goes, but there is {remains:?}"));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether an op's epoch is the present one, so that the store lets it pass.
+    pub(crate) fn is_theirs(&self, _pid: i32, op: &WriteOp) -> bool {
+        let Some((vm, epoch)) = epoch_of(op) else { return true };
+        lock(&self.rows).vm(vm).unwrap().is_some_and(|row| row.owner_epoch == epoch)
+    }
+
+    /// A write of an owner was committed.
+    pub(crate) fn check_written(&self, pid: i32, op: &WriteOp, owner: Option<i32>) {
+        if let WriteOp::AllocateSubnet { vm, .. } = op
+            && lock(&self.laws).late_subnets.remove(vm)
+        {
+            self.trace.broken(format_args!("law 4: {vm} got a subnet when it was created no more"));
+        }
+        if let Some((vm, _)) = epoch_of(op)
+            && owner != Some(pid)
+        {
+            let text = format!("law 4: p{pid} wrote for {vm}, which {owner:?} owns: {op:?}");
+            self.trace.broken(text);
+        }
+    }
+
+    pub(crate) fn owner(&self, op: &WriteOp) -> Option<i32> {
+        let (vm, _) = epoch_of(op)?;
+        Some(lock(&self.rows).vm(vm).unwrap()?.owner?.pid)
+    }
+
+    /// A VM's last view was seen.
+    pub(crate) fn check_settled(&self, vm: VmId, cleaned_up: bool, ephemeral: bool) {
+        if let Some(tenure) = lock(&self.locks).get(&vm) {
+            let mut laws = lock(&self.laws);
+            let stuck = laws.in_flight.values().find(|(_, of, _)| *of == vm).map(|(.., act)| *act);
+            laws.settled.insert(vm, Settled { token: tenure.token, stuck });
+        }
+        let remains = self.remains(vm);
+        let row = lock(&self.rows).vm(vm).unwrap();
+        if cleaned_up && row.is_some_and(|row| row.holds_subnet) {
+            self.trace.broken(format_args!("{vm} is cleaned up, it says, but it holds a subnet"));
+        }
+        if cleaned_up && !remains.is_empty() {
+            self.trace
+                .broken(format_args!("{vm} is cleaned up, it says, but there is {remains:?}"));
+        }
+        if cleaned_up && ephemeral && self.has_dir_or_row(vm) {
+            self.trace
+                .broken(format_args!("{vm} is gone, it says, but its row or directory is not"));
+        }
+    }
+
+    /// No two TAPs of ours on one subnet.
+    pub(crate) fn check_address(&self, vm: VmId, gateway: Ipv4Addr) {
+        let used = self.taps.host_subnets().now_or_never().expect("the fake waits for nothing");
+        let network = Ipv4Addr::from_bits(gateway.to_bits() & !0xFF);
+        let ours = tap_name(vm);
+        for other in used.unwrap().into_iter().filter(|used| used.network == network) {
+            if other.link.as_ref().is_some_and(|link| *link != ours && link.starts_with("fc-")) {
+                self.trace.broken(format_args!("{vm} got {gateway}, which {:?} has", other.link));
+            }
+        }
+    }
+
+    /// Law 2: the history of each VM goes by the table of phases.
+    pub(crate) fn check_histories(&self, highest: u32) {
+        for vm in (1..=highest).map(VmId::new) {
+            let history = lock(&self.rows).history(vm).unwrap();
+            for pair in history.windows(2) {
+                let (from, to) = (pair[0].phase, pair[1].phase);
+                if from != to && !from.successors().contains(&to) {
+                    self.trace.broken(format_args!("{vm}: {from} became {to}"));
+                }
+            }
+        }
+    }
+}
+
+fn gateway(octet: u8) -> (Ipv4Addr, u8) {
+    (Ipv4Addr::new(192, 168, octet, 1), 24)
+}
+
+/// Whether the row names what is to be made.
+fn names(act: Act, vm: VmId, head: &LifecycleRecord) -> bool {
+    let (held, paths) = (&head.resources, Sim::paths(vm));
+    let is = |named: &Option<String>, path: std::path::PathBuf| named.as_deref() == path.to_str();
+    match act {
+        Act::CreateDir => is(&held.state_dir, paths.dir),
+        Act::ServeOwner => is(&held.owner_socket, paths.owner_socket()),
+        Act::CreateDisk => is(&held.rootfs_path, paths.rootfs()),
+        Act::CreateTap => held.tap_name == Some(tap_name(vm)) && held.subnet_cidr.is_some(),
+        Act::ApplyFirewall => held.firewall_table == Some(filter_table(&tap_name(vm))),
+        Act::Launch => is(&held.link_socket, paths.link_socket()),
+        _ => true,
+    }
+}
+
+fn epoch_of(op: &WriteOp) -> Option<(VmId, matchlock_model::id::OwnerEpoch)> {
+    match op {
+        WriteOp::SetPhase { vm, epoch, .. }
+        | WriteOp::SetHypervisor { vm, epoch, .. }
+        | WriteOp::AllocateSubnet { vm, epoch, .. }
+        | WriteOp::ReleaseSubnet { vm, epoch }
+        | WriteOp::RemoveVm { vm, epoch } => Some((*vm, *epoch)),
+        WriteOp::InsertVm { .. } | WriteOp::RaiseEpoch { .. } | WriteOp::PruneHistory { .. } => {
+            None
+        }
+    }
+}

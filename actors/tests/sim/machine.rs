@@ -1,0 +1,272 @@
+//! Hypervisors, and the guests in them.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+use matchlock_host::guest_link::{ExecSession, GuestLink, LinkConnector, LinkError};
+use matchlock_host::hypervisor::{
+    ExitReason, FakeMachine, Hypervisor, HypervisorError, Machine, MachineExit, MachineSpec,
+};
+use matchlock_host::rootfs::VmPaths;
+use matchlock_model::exec::ExecSpec;
+use matchlock_model::guest::{AgentInfo, GuestConfig};
+use matchlock_model::id::VmId;
+use matchlock_model::identity::ProcessIdentity;
+use tokio::net::UnixStream;
+use tokio::sync::Notify;
+use tokio::time::sleep;
+
+use super::faults::Act;
+use super::host::Host;
+use super::world::{Launched, Sim, lock};
+
+fn control(source: io::Error) -> HypervisorError {
+    HypervisorError::Io { doing: "work on the machine".into(), source }
+}
+
+#[async_trait]
+impl Hypervisor for Host {
+    fn backend(&self) -> &'static str {
+        "fake"
+    }
+
+    fn acceleration(&self) -> &'static str {
+        "fake"
+    }
+
+    fn check(&self) -> Result<(), HypervisorError> {
+        Ok(())
+    }
+
+    async fn launch(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>, HypervisorError> {
+        let work = || -> BoxFuture<'_, _> { self.start(spec).boxed() };
+        self.0.act(Act::Launch, Some(spec.mark.vm), work, control).await
+    }
+}
+
+impl Host {
+    async fn start(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>, HypervisorError> {
+        let (sim, vm) = (&self.0.sim, spec.mark.vm);
+        let launched = sim.hypervisor.launch(spec).await?;
+        let machine = sim.hypervisor.machine(vm).expect("it was just launched");
+        assert_eq!(machine.identity(), launched.identity());
+        sockets(sim, &spec.paths);
+        let (pid, inner) = (self.0.pid, Arc::clone(&machine));
+        lock(&sim.machines).push(Launched { vm, pid, machine, links: Vec::new() });
+        Ok(Arc::new(SimMachine { host: self.clone(), vm, inner }))
+    }
+}
+
+/// What a hypervisor makes when it starts.
+fn sockets(sim: &Sim, paths: &VmPaths) {
+    sim.rootfs.add_file(&paths.link_socket());
+    sim.rootfs.add_file(&paths.qmp_socket());
+}
+
+/// A machine, as the node that launched it has it.
+struct SimMachine {
+    host: Host,
+    vm: VmId,
+    inner: Arc<FakeMachine>,
+}
+
+#[async_trait]
+impl Machine for SimMachine {
+    fn identity(&self) -> ProcessIdentity {
+        self.inner.identity()
+    }
+
+    async fn open_link(&self) -> Result<UnixStream, HypervisorError> {
+        Err(control(io::Error::other("no wire in a simulation")))
+    }
+
+    async fn wait_exit(&self) -> MachineExit {
+        let exit = self.inner.wait_exit().await;
+        self.host.0.gate().await;
+        exit
+    }
+
+    async fn kill(&self, deadline: Duration) -> Result<(), HypervisorError> {
+        let identity = self.inner.identity();
+        Ok(self.host.kill_process(Some(self.vm), &identity, deadline).await?)
+    }
+
+    fn console_tail(&self, max_lines: usize) -> Result<Vec<String>, HypervisorError> {
+        self.inner.console_tail(max_lines)
+    }
+}
+
+/// A link's end, and who waits for it.
+#[derive(Debug, Default)]
+pub(crate) struct LinkState {
+    cause: Mutex<Option<LinkError>>,
+    ended: Notify,
+}
+
+impl LinkState {
+    pub(crate) fn end(&self, cause: &str) {
+        lock(&self.cause).get_or_insert_with(|| LinkError::Lost { cause: cause.to_owned() });
+        self.ended.notify_waiters();
+    }
+
+    fn alive(&self) -> Result<(), LinkError> {
+        lock(&self.cause).clone().map_or(Ok(()), Err)
+    }
+
+    async fn closed(&self) -> LinkError {
+        loop {
+            let ended = self.ended.notified();
+            if let Some(cause) = lock(&self.cause).clone() {
+                return cause;
+            }
+            ended.await;
+        }
+    }
+}
+
+fn lost(source: io::Error) -> LinkError {
+    LinkError::from_io(&source)
+}
+
+#[async_trait]
+impl LinkConnector for Host {
+    async fn connect(
+        &self,
+        machine: &dyn Machine,
+        deadline: Duration,
+    ) -> Result<Arc<dyn GuestLink>, LinkError> {
+        let identity = machine.identity();
+        let sim = &self.0.sim;
+        let vm = sim.vm_of(&identity);
+        let work = || -> BoxFuture<'_, Result<Arc<dyn GuestLink>, LinkError>> {
+            async {
+                let boot = sim.rng().up_to(Duration::from_secs(4));
+                sleep(boot.min(deadline)).await;
+                self.0.gate().await;
+                let state = Arc::new(LinkState::default());
+                if !sim.add_link(&identity, &state) {
+                    return Err(LinkError::Lost { cause: "the machine has ended".into() });
+                }
+                let link = SimLink { host: self.clone(), vm, identity: identity.clone(), state };
+                Ok(Arc::new(link) as Arc<dyn GuestLink>)
+            }
+            .boxed()
+        };
+        let asked = self.0.act(Act::Connect, vm, work, lost);
+        tokio::time::timeout(deadline, asked)
+            .await
+            .unwrap_or_else(|_| Err(LinkError::Timeout { what: "the handshake", waited: deadline }))
+    }
+}
+
+impl Sim {
+    fn vm_of(&self, identity: &ProcessIdentity) -> Option<VmId> {
+        let machines = lock(&self.machines);
+        machines.iter().find(|l| l.machine.identity() == *identity).map(|l| l.vm)
+    }
+
+    /// Whether the machine still lives.
+    fn add_link(&self, identity: &ProcessIdentity, link: &Arc<LinkState>) -> bool {
+        use matchlock_host::process::Processes as _;
+        let alive = self.processes.is_alive(identity).unwrap();
+        let mut machines = lock(&self.machines);
+        let launched = machines.iter_mut().find(|l| l.machine.identity() == *identity);
+        match launched {
+            Some(launched) if alive => {
+                launched.links.push(Arc::clone(link));
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Something happens to the guest that was launched last for this VM; whether it lives.
+    pub(crate) fn disturb_guest(&self, vm: VmId, what: u64) -> bool {
+        use matchlock_host::process::Processes as _;
+        let found = {
+            let machines = lock(&self.machines);
+            let launched = machines.iter().rev().find(|launched| launched.vm == vm);
+            launched.map(|launched| (Arc::clone(&launched.machine), launched.links.clone()))
+        };
+        let Some((machine, links)) = found else { return false };
+        if !self.processes.is_alive(&machine.identity()).unwrap() {
+            return false;
+        }
+        let reason = match what {
+            0 => {
+                links.iter().for_each(|link| link.end("cut"));
+                return true;
+            }
+            1 => ExitReason::PowerOff,
+            2 => ExitReason::Reset,
+            3 => ExitReason::GuestPanic("Kernel panic - not syncing: simulated".into()),
+            _ => ExitReason::Died("killed by somebody else".into()),
+        };
+        machine.end(reason);
+        self.reap();
+        true
+    }
+}
+
+struct SimLink {
+    host: Host,
+    vm: Option<VmId>,
+    identity: ProcessIdentity,
+    state: Arc<LinkState>,
+}
+
+/// What every guest says of itself.
+static AGENT: std::sync::LazyLock<AgentInfo> = std::sync::LazyLock::new(|| AgentInfo {
+    agent_version: "sim".into(),
+    kernel_release: "sim".into(),
+    init_started_us: 1,
+    agent_ready_us: 2,
+});
+
+#[async_trait]
+impl GuestLink for SimLink {
+    fn agent(&self) -> &AgentInfo {
+        &AGENT
+    }
+
+    async fn configure(&self, _config: &GuestConfig) -> Result<(), LinkError> {
+        let work = || -> BoxFuture<'_, _> { async { self.state.alive() }.boxed() };
+        self.host.0.act(Act::Configure, self.vm, work, lost).await
+    }
+
+    async fn exec(&self, _spec: &ExecSpec) -> Result<ExecSession, LinkError> {
+        Err(LinkError::Lost { cause: "no commands in a simulation".into() })
+    }
+
+    async fn shutdown(&self, _grace: Duration) -> Result<(), LinkError> {
+        let work = || -> BoxFuture<'_, _> {
+            async {
+                self.state.alive()?;
+                let (sim, identity) = (Arc::clone(&self.host.0.sim), self.identity.clone());
+                let takes = sim.rng().up_to(Duration::from_secs(8));
+                let (vm, obeys) = (self.vm, sim.rng().chance(80));
+                tokio::spawn(async move {
+                    sleep(takes).await;
+                    if obeys && sim.vm_of(&identity).is_some() {
+                        sim.trace
+                            .note(format_args!("guest {} powers off", super::world::shown(vm)));
+                        sim.end(&identity);
+                    }
+                });
+                Ok(())
+            }
+            .boxed()
+        };
+        self.host.0.act(Act::Shutdown, self.vm, work, lost).await
+    }
+
+    async fn closed(&self) -> LinkError {
+        let cause = self.state.closed().await;
+        self.host.0.gate().await;
+        cause
+    }
+}

@@ -1,0 +1,407 @@
+//! What users, guests and fate do to a host, from a seed; and what must be so in the end.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use matchlock_actors::fleet::VmHandle;
+use matchlock_actors::handle::CallError;
+use matchlock_actors::reconciler::{Outcome, Target, VmReport};
+use matchlock_model::id::VmId;
+use matchlock_model::phase::Phase;
+use matchlock_model::reconcile::Goal;
+use matchlock_model::vm::StopMode;
+use ractor::ActorCell;
+use tokio::time::{Instant, sleep};
+
+use super::laws::squatter;
+use super::node::{IDS, Node};
+use super::world::{Sim, lock};
+
+/// How long a VM that was told to stop may take, with every effect as late as can be.
+const SETTLE: Duration = Duration::from_secs(1800);
+
+/// How long a VM takes that nothing disturbs.
+pub(crate) const UNDISTURBED: Duration = Duration::from_secs(60);
+
+/// Who plays, and what they know.
+#[derive(Clone)]
+pub(crate) struct Game {
+    pub(crate) sim: Arc<Sim>,
+    pub(crate) nodes: Arc<Mutex<Vec<Arc<Node>>>>,
+    /// The VMs that were created, by their node's pid, and whether their last view was seen.
+    pub(crate) vms: Arc<Mutex<BTreeMap<VmId, (i32, bool)>>>,
+}
+
+impl Game {
+    pub(crate) fn new(sim: &Arc<Sim>) -> Self {
+        Self { sim: Arc::clone(sim), nodes: Arc::default(), vms: Arc::default() }
+    }
+
+    fn below(&self, bound: u64) -> u64 {
+        self.sim.rng().below(bound)
+    }
+
+    pub(crate) async fn boot(&self) -> Option<Arc<Node>> {
+        let node = Arc::new(Node::boot(&self.sim).await?);
+        lock(&self.nodes).push(Arc::clone(&node));
+        Some(node)
+    }
+
+    pub(crate) fn living(&self) -> Vec<Arc<Node>> {
+        lock(&self.nodes).iter().filter(|node| node.process.is_alive()).cloned().collect()
+    }
+
+    fn any_vm(&self) -> Option<VmId> {
+        let vms: Vec<_> = lock(&self.vms).keys().copied().collect();
+        (!vms.is_empty()).then(|| *self.sim.rng().pick(&vms))
+    }
+
+    /// A call was not answered in time, by a node that lives.
+    fn check_answered<T>(&self, node: &Node, what: &str, answer: &Result<T, CallError>) {
+        let how = match answer {
+            Ok(_) => "answered",
+            Err(CallError::Timeout { .. }) => "timed out",
+            Err(CallError::Died { .. }) => "died",
+            Err(CallError::Ended { .. }) => "ended",
+        };
+        node.process.note(format_args!("{what}: {how}"));
+        if matches!(answer, Err(CallError::Timeout { .. })) && node.process.is_alive() {
+            self.sim.trace.broken(format_args!("law 12: {what} was not answered in time"));
+        }
+    }
+
+    pub(crate) async fn create(self, node: Arc<Node>, ephemeral: bool) -> Option<VmHandle> {
+        let answer = node.create(ephemeral).await;
+        self.check_answered(&node, "create", &answer);
+        let handle = answer.ok()?.ok()?;
+        node.process.note(format_args!("created {} ephemeral {ephemeral}", handle.id));
+        lock(&self.vms).insert(handle.id, (node.process.pid, false));
+        tokio::spawn(self.watch(node, handle.clone(), ephemeral));
+        Some(handle)
+    }
+
+    /// Follows a VM until its last view.
+    async fn watch(self, node: Arc<Node>, mut handle: VmHandle, ephemeral: bool) {
+        loop {
+            let view = handle.view.borrow_and_update().clone();
+            node.process.note(format_args!(
+                "{} is {} life {} cause {} settled {}",
+                handle.id,
+                view.phase,
+                view.generation.0,
+                view.cause.is_some(),
+                view.settled
+            ));
+            if !node.process.is_alive() {
+                return;
+            }
+            if view.settled {
+                self.sim.trace.count(format!("settled {}", view.phase));
+                self.sim.check_settled(handle.id, view.cleaned_up, ephemeral);
+                lock(&self.vms).insert(handle.id, (node.process.pid, true));
+                return;
+            }
+            if handle.view.changed().await.is_err() {
+                if node.process.is_alive() {
+                    let text = format!("{} was forgotten before it was settled", handle.id);
+                    self.sim.trace.broken(text);
+                }
+                return;
+            }
+        }
+    }
+
+    /// Stops a VM, and sees that it settles.
+    async fn stop(self, node: Arc<Node>, vm: VmId, mode: StopMode) {
+        let answer = node.stop(vm, mode).await;
+        self.check_answered(&node, "stop", &answer);
+        if let Ok(Ok(_)) = answer {
+            self.settles(&node, vm).await;
+        }
+    }
+
+    async fn settles(&self, node: &Node, vm: VmId) {
+        let began = Instant::now();
+        while node.process.is_alive() && lock(&self.vms).get(&vm).is_none_or(|(_, done)| !done) {
+            if began.elapsed() > SETTLE {
+                self.sim.trace.broken(format_args!("law 5: {vm} was stopped and does not settle"));
+                return;
+            }
+            sleep(Duration::from_secs(5)).await;
+        }
+    }
+
+    /// Compensates, and sees that what is called clean is.
+    pub(crate) async fn reconcile(
+        self,
+        node: Arc<Node>,
+        target: Target,
+        goal: Goal,
+    ) -> Option<Vec<VmReport>> {
+        let answer = node.reconcile(target, goal).await;
+        self.check_answered(&node, "reconcile", &answer);
+        let reports = answer.ok()?.ok()?;
+        for VmReport { vm, outcome } in &reports {
+            node.process.note(format_args!("reconciled {vm}: {}", brief(outcome)));
+            self.sim.trace.count(format!("reconciled {}", brief(outcome)));
+            let clean = matches!(outcome, Outcome::Cleaned { .. });
+            let remains = self.sim.remains(*vm);
+            if clean && !remains.is_empty() {
+                self.sim.trace.broken(format_args!("{vm} was cleaned, but there is {remains:?}"));
+            }
+            if clean && goal == Goal::Remove && self.sim.has_dir_or_row(*vm) {
+                self.sim.trace.broken(format_args!("{vm} was removed, but it is there"));
+            }
+        }
+        Some(reports)
+    }
+
+    fn mode(&self) -> StopMode {
+        if self.below(2) == 0 {
+            return StopMode::Force;
+        }
+        StopMode::Graceful(self.sim.rng().up_to(Duration::from_secs(5)))
+    }
+
+    /// One thing happens.
+    async fn step(&self) {
+        let living = self.living();
+        let Some(node) = (!living.is_empty()).then(|| self.sim.rng().pick(&living).clone()) else {
+            drop(self.boot().await);
+            return;
+        };
+        let action = self.below(100);
+        self.sim.trace.note(format_args!("action {action} at p{}", node.process.pid));
+        match action {
+            0..=29 => {
+                let ephemeral = self.below(3) > 0;
+                tokio::spawn(self.clone().create(node, ephemeral));
+            }
+            30..=44 => {
+                let Some(vm) = self.any_vm() else { return };
+                let mode = self.mode();
+                tokio::spawn(self.clone().stop(node, vm, mode));
+            }
+            45..=56 => self.compensate(node),
+            57..=68 => self.kill_actor(&node),
+            69..=80 => {
+                let Some(vm) = self.any_vm() else { return };
+                let what = self.below(5);
+                let done = self.sim.disturb_guest(vm, what);
+                self.sim.trace.note(format_args!("guest {vm} disturbed by {what}: {done}"));
+            }
+            81..=84 => {
+                let Some(vm) = self.any_vm() else { return };
+                let game = self.clone();
+                tokio::spawn(async move {
+                    let answer = node.link(vm).await;
+                    game.check_answered(&node, "link", &answer);
+                });
+            }
+            85..=88 => {
+                if living.len() < 3 {
+                    drop(self.boot().await);
+                }
+            }
+            89..=91 => node.crash(),
+            92..=93 => {
+                let (game, mode) = (self.clone(), self.mode());
+                tokio::spawn(async move { game.stop_all(&node, mode).await });
+            }
+            _ => sleep(Duration::from_secs(60)).await,
+        }
+    }
+
+    fn compensate(&self, node: Arc<Node>) {
+        let goal = if self.below(3) == 0 { Goal::Remove } else { Goal::Clean };
+        let target = match self.any_vm() {
+            Some(vm) if self.below(2) == 0 => Target::One(vm),
+            _ => Target::All,
+        };
+        tokio::spawn(self.clone().reconcile(node, target, goal));
+    }
+
+    fn kill_actor(&self, node: &Node) {
+        let actors = if self.below(3) > 0 { node.vm_actors() } else { node.children() };
+        if actors.is_empty() {
+            return;
+        }
+        let index = usize::try_from(self.below(actors.len() as u64)).unwrap();
+        node.process.note(format_args!("actor {index} of {} is killed", actors.len()));
+        actors[index].kill();
+    }
+
+    async fn stop_all(&self, node: &Node, mode: StopMode) {
+        let answer = node.stop_all(mode).await;
+        self.check_answered(node, "stop all", &answer);
+        for handle in answer.into_iter().flatten() {
+            self.settles(node, handle.id).await;
+        }
+    }
+
+    /// The faults cease; everybody ends in order, or not; a new node finds nothing that it cannot
+    /// clean.
+    pub(crate) async fn finish(&self) {
+        lock(&self.sim.plan).on = false;
+        self.sim.trace.note("faults cease");
+        sleep(UNDISTURBED).await;
+        for node in self.living() {
+            self.end(&node).await;
+        }
+        sleep(UNDISTURBED).await;
+        let Some(last) = self.boot().await else {
+            return self.sim.trace.broken("a node could not boot without a fault");
+        };
+        self.clean(&last, Goal::Clean).await;
+        for vm in (1..=IDS).map(VmId::new) {
+            let (row, remains) = (lock(&self.sim.rows).vm(vm).unwrap(), self.sim.remains(vm));
+            let dirty = row.is_some_and(|row| row.phase != Phase::Cleaned || row.holds_subnet);
+            if dirty || !remains.is_empty() {
+                self.sim.trace.broken(format_args!("{vm} leaks {remains:?}, dirty row {dirty}"));
+            }
+        }
+        self.clean(&last, Goal::Remove).await;
+        for vm in (1..=IDS).map(VmId::new) {
+            if self.sim.has_dir_or_row(vm) {
+                self.sim.trace.broken(format_args!("{vm} was removed, but it is there"));
+            }
+        }
+        self.sim.check_strangers();
+        self.sim.check_histories(IDS);
+        if !last.shutdown().await {
+            self.sim.trace.broken("a node without VMs did not shut down");
+        }
+    }
+
+    async fn clean(&self, node: &Arc<Node>, goal: Goal) {
+        let reports = self.clone().reconcile(Arc::clone(node), Target::All, goal).await;
+        let Some(reports) = reports else {
+            return self.sim.trace.broken("gc without faults failed");
+        };
+        for VmReport { vm, outcome } in reports {
+            if !matches!(outcome, Outcome::Cleaned { .. } | Outcome::Unknown) {
+                self.sim.trace.broken(format_args!("gc without faults: {vm} {outcome:?}"));
+            }
+        }
+    }
+
+    async fn end(&self, node: &Node) {
+        if self.below(3) == 0 {
+            return node.crash();
+        }
+        self.stop_all(node, StopMode::Force).await;
+        let mine: Vec<VmId> = lock(&self.vms)
+            .iter()
+            .filter_map(|(vm, (pid, done))| (*pid == node.process.pid && !done).then_some(*vm))
+            .collect();
+        for vm in mine {
+            self.settles(node, vm).await;
+        }
+        let began = Instant::now();
+        while lock(&self.sim.locks).values().any(|tenure| tenure.pid == node.process.pid) {
+            if began.elapsed() > SETTLE {
+                self.sim.trace.broken("locks are held of VMs that are settled");
+                break;
+            }
+            sleep(Duration::from_secs(1)).await;
+        }
+        if node.process.is_alive() && !node.shutdown().await && node.process.is_alive() {
+            self.sim.trace.broken("a node did not shut down");
+        }
+        node.process.die();
+    }
+}
+
+fn brief(outcome: &Outcome) -> String {
+    match outcome {
+        Outcome::Running => "running".to_owned(),
+        Outcome::Unknown => "unknown".to_owned(),
+        Outcome::Cleaned { removed } => format!("cleaned {}", removed.len()),
+        Outcome::Failed { step, .. } => format!("failed {step}"),
+    }
+}
+
+/// Anything may happen.
+pub(crate) async fn anything(sim: &Arc<Sim>) {
+    let game = Game::new(sim);
+    let steps = 5 + game.below(40);
+    for _ in 0..steps {
+        game.step().await;
+        let pause = sim.rng().up_to(Duration::from_secs(8));
+        sleep(pause).await;
+        if sim.trace.is_broken() {
+            return;
+        }
+    }
+    game.finish().await;
+}
+
+/// One VM has all the bad luck: the others notice nothing.
+pub(crate) async fn one_is_unlucky(sim: &Arc<Sim>) {
+    let game = Game::new(sim);
+    lock(&sim.plan).on = false;
+    let node = game.boot().await.expect("without a fault");
+    let victim = game.clone().create(Arc::clone(&node), false).await.expect("without a fault");
+    let mut lucky = Vec::new();
+    for _ in 0..=game.below(3) {
+        lucky.extend(game.clone().create(Arc::clone(&node), true).await);
+    }
+    sleep(UNDISTURBED).await;
+    if victim.view.borrow().phase != Phase::Running {
+        // Its id is that of somebody's link.
+        return game.finish().await;
+    }
+    let spared: Vec<_> = node.vm_actors().iter().skip(1).map(ActorCell::get_id).collect();
+    {
+        let mut plan = lock(&sim.plan);
+        plan.target = Some(victim.id);
+        plan.on = true;
+    }
+    let mut late = None;
+    for round in 0..8 {
+        let what = game.below(40);
+        sim.disturb_guest(victim.id, what);
+        if game.below(3) == 0 {
+            tokio::spawn(game.clone().stop(Arc::clone(&node), victim.id, game.mode()));
+        }
+        // Its actor is killed, life after life.
+        let of_victim =
+            node.vm_actors().into_iter().filter(|cell| !spared.contains(&cell.get_id()));
+        if round != 7 {
+            of_victim.for_each(|cell| cell.kill());
+        }
+        if round == 7 {
+            late = game.clone().create(Arc::clone(&node), true).await;
+        }
+        let pause = sim.rng().up_to(Duration::from_secs(3));
+        sleep(pause).await;
+    }
+    sleep(UNDISTURBED).await;
+    for vm in lucky.into_iter().chain(late) {
+        game.check_lucky(&node, vm).await;
+    }
+    game.finish().await;
+}
+
+impl Game {
+    /// A VM that nothing was done to runs, until it is told to stop; and then leaves nothing.
+    async fn check_lucky(&self, node: &Arc<Node>, vm: VmHandle) {
+        if vm.id == squatter().vm {
+            return;
+        }
+        let view = vm.view.borrow().clone();
+        let link = node.link(vm.id).await;
+        if view.phase != Phase::Running || !matches!(link, Ok(Ok(()))) {
+            let text = format!("{} was disturbed by another VM: {view:?} {link:?}", vm.id);
+            self.sim.trace.broken(text);
+        }
+        self.check_answered(node, "stop", &node.stop(vm.id, StopMode::Force).await);
+        // Not awaited: two who wait for one view wake in random order.
+        sleep(UNDISTURBED).await;
+        let view = vm.view.borrow().clone();
+        if !(view.settled && view.cleaned_up && view.cause.is_none()) {
+            self.sim.trace.broken(format_args!("{} did not end as it should: {view:?}", vm.id));
+        }
+    }
+}
