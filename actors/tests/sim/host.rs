@@ -205,16 +205,20 @@ struct Held {
     of: Arc<Proc>,
     vm: Option<VmId>,
     tenure: Tenure,
+    /// Of who cleans the VM up, not of its owner.
+    cleaner: bool,
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
         let sim = &self.of.sim;
         if let Some(vm) = self.vm {
-            let mut locks = lock(&sim.locks);
+            let mut locks = lock(if self.cleaner { &sim.cleaners } else { &sim.locks });
             if locks.get(&vm) == Some(&self.tenure) {
                 locks.remove(&vm);
-                self.of.note(format_args!("unlocks {vm}"));
+                if !self.cleaner {
+                    self.of.note(format_args!("unlocks {vm}"));
+                }
             }
         } else {
             lock(&sim.network_lock).take_if(|tenure| *tenure == self.tenure);
@@ -233,10 +237,21 @@ impl OwnerLocks for Host {
             }
             locks.insert(vm, tenure);
             self.0.note(format_args!("locks {vm}"));
-            let held: HeldLock = Box::new(Held { of: Arc::clone(&self.0), vm: Some(vm), tenure });
+            let held: HeldLock =
+                Box::new(Held { of: Arc::clone(&self.0), vm: Some(vm), tenure, cleaner: false });
             Ok(held)
         };
         self.0.act_now(Act::TryLock, Some(vm), work, lock_file)
+    }
+
+    fn try_acquire_cleaner(&self, vm: VmId) -> Result<HeldLock, OwnerLockError> {
+        let mut cleaners = lock(&self.0.sim.cleaners);
+        if cleaners.contains_key(&vm) {
+            return Err(OwnerLockError::Held { vm });
+        }
+        let tenure = Tenure { pid: self.0.pid, token: self.0.sim.token() };
+        cleaners.insert(vm, tenure);
+        Ok(Box::new(Held { of: Arc::clone(&self.0), vm: Some(vm), tenure, cleaner: true }))
     }
 
     fn is_held(&self, vm: VmId) -> Result<bool, OwnerLockError> {
@@ -272,7 +287,12 @@ impl Host {
                 if held.is_none() {
                     let tenure = Tenure { pid: self.0.pid, token: self.0.sim.token() };
                     *held = Some(tenure);
-                    return Box::new(Held { of: Arc::clone(&self.0), vm: None, tenure });
+                    return Box::new(Held {
+                        of: Arc::clone(&self.0),
+                        vm: None,
+                        tenure,
+                        cleaner: false,
+                    });
                 }
             }
             freed.await;

@@ -147,10 +147,8 @@ impl LinkConnector for Host {
                 let boot = sim.rng().up_to(Duration::from_secs(4));
                 sleep(boot.min(deadline)).await;
                 self.0.gate().await;
-                let state = Arc::new(LinkState::default());
-                if !sim.add_link(&identity, &state) {
-                    return Err(LinkError::Lost { cause: "the machine has ended".into() });
-                }
+                let state = sim.add_link(&identity)?;
+                let state = Mutex::new(state);
                 let link = SimLink { host: self.clone(), vm, identity: identity.clone(), state };
                 Ok(Arc::new(link) as Arc<dyn GuestLink>)
             }
@@ -169,18 +167,19 @@ impl Sim {
         machines.iter().find(|l| l.machine.identity() == *identity).map(|l| l.vm)
     }
 
-    /// Whether the machine still lives.
-    fn add_link(&self, identity: &ProcessIdentity, link: &Arc<LinkState>) -> bool {
+    /// A session with a machine that still lives.
+    fn add_link(&self, identity: &ProcessIdentity) -> Result<Arc<LinkState>, LinkError> {
         use matchlock_host::process::Processes as _;
         let alive = self.processes.is_alive(identity).unwrap();
         let mut machines = lock(&self.machines);
         let launched = machines.iter_mut().find(|l| l.machine.identity() == *identity);
         match launched {
             Some(launched) if alive => {
-                launched.links.push(Arc::clone(link));
-                true
+                let link = Arc::new(LinkState::default());
+                launched.links.push(Arc::clone(&link));
+                Ok(link)
             }
-            _ => false,
+            _ => Err(LinkError::Lost { cause: "the machine has ended".into() }),
         }
     }
 
@@ -216,7 +215,13 @@ struct SimLink {
     host: Host,
     vm: Option<VmId>,
     identity: ProcessIdentity,
-    state: Arc<LinkState>,
+    state: Mutex<Arc<LinkState>>,
+}
+
+impl SimLink {
+    fn session(&self) -> Arc<LinkState> {
+        Arc::clone(&lock(&self.state))
+    }
 }
 
 /// What every guest says of itself.
@@ -234,7 +239,7 @@ impl GuestLink for SimLink {
     }
 
     async fn configure(&self, _config: &GuestConfig) -> Result<(), LinkError> {
-        let work = || -> BoxFuture<'_, _> { async { self.state.alive() }.boxed() };
+        let work = || -> BoxFuture<'_, _> { async { self.session().alive() }.boxed() };
         self.host.0.act(Act::Configure, self.vm, work, lost).await
     }
 
@@ -245,7 +250,7 @@ impl GuestLink for SimLink {
     async fn shutdown(&self, _grace: Duration) -> Result<(), LinkError> {
         let work = || -> BoxFuture<'_, _> {
             async {
-                self.state.alive()?;
+                self.session().alive()?;
                 let (sim, identity) = (Arc::clone(&self.host.0.sim), self.identity.clone());
                 let takes = sim.rng().up_to(Duration::from_secs(8));
                 let (vm, obeys) = (self.vm, sim.rng().chance(80));
@@ -264,8 +269,33 @@ impl GuestLink for SimLink {
         self.host.0.act(Act::Shutdown, self.vm, work, lost).await
     }
 
+    async fn ping(&self) -> Result<(), LinkError> {
+        self.session().alive()
+    }
+
+    async fn reconnect(&self, _machine: &dyn Machine, deadline: Duration) -> Result<(), LinkError> {
+        let sim = &self.host.0.sim;
+        let work = || -> BoxFuture<'_, _> {
+            async {
+                let takes = sim.rng().up_to(Duration::from_secs(1));
+                sleep(takes).await;
+                self.host.0.gate().await;
+                let session = sim.add_link(&self.identity)?;
+                *lock(&self.state) = session;
+                Ok(())
+            }
+            .boxed()
+        };
+        let asked = self.host.0.act(Act::Connect, self.vm, work, lost);
+        tokio::time::timeout(deadline, asked)
+            .await
+            .unwrap_or_else(|_| Err(LinkError::Timeout { what: "the handshake", waited: deadline }))
+    }
+
+    fn give_up(&self) {}
+
     async fn closed(&self) -> LinkError {
-        let cause = self.state.closed().await;
+        let cause = self.session().closed().await;
         self.host.0.gate().await;
         cause
     }

@@ -47,6 +47,8 @@ pub(crate) struct Node {
 fn limits() -> Limits {
     Limits {
         boot: Duration::from_secs(30),
+        hang: Duration::from_secs(30),
+        reap: Duration::from_secs(20),
         kill: Duration::from_secs(3),
         power_off: Duration::from_secs(5),
         cancel: Duration::from_secs(5),

@@ -5,7 +5,7 @@
 //! is still there: an operation of a dead node never returns.
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::io;
 use std::path::PathBuf;
@@ -21,6 +21,7 @@ use matchlock_host::hypervisor::{FakeHypervisor, FakeMachine, Machine as _};
 use matchlock_host::process::{FakeProcesses, Processes as _};
 use matchlock_host::rootfs::{FakeRootfs, VmPaths};
 use matchlock_host::tap::FakeTaps;
+use matchlock_host::tap::tap_name;
 use matchlock_model::id::{InstallId, Mark, VmId};
 use matchlock_model::identity::ProcessIdentity;
 use matchlock_store::{ReadConn, open_state};
@@ -70,6 +71,13 @@ pub(crate) struct Launched {
     pub(crate) links: Vec<Arc<LinkState>>,
 }
 
+impl Launched {
+    /// The TAP that it holds as long as it lives.
+    fn tap_held(&self) -> Option<String> {
+        self.machine.nic().map(|_| tap_name(self.vm))
+    }
+}
+
 /// The host.
 pub(crate) struct Sim {
     pub(crate) trace: Trace,
@@ -85,6 +93,8 @@ pub(crate) struct Sim {
     /// A kernel without dead-man's switches: TAPs stay until they are removed.
     pub(crate) persistent_taps: bool,
     pub(crate) locks: Mutex<BTreeMap<VmId, Tenure>>,
+    /// Who cleans a VM up.
+    pub(crate) cleaners: Mutex<BTreeMap<VmId, Tenure>>,
     pub(crate) network_lock: Mutex<Option<Tenure>>,
     pub(crate) network_lock_freed: Notify,
     pub(crate) machines: Mutex<Vec<Launched>>,
@@ -118,6 +128,7 @@ impl Sim {
             firewall,
             persistent_taps,
             locks: Mutex::default(),
+            cleaners: Mutex::default(),
             network_lock: Mutex::default(),
             network_lock_freed: Notify::new(),
             machines: Mutex::default(),
@@ -358,9 +369,12 @@ impl Proc {
         let sim = &self.sim;
         lock(&sim.laws).forget(self.pid);
         lock(&sim.locks).retain(|_, tenure| tenure.pid != self.pid);
+        lock(&sim.cleaners).retain(|_, tenure| tenure.pid != self.pid);
         lock(&sim.network_lock).take_if(|tenure| tenure.pid == self.pid);
         sim.network_lock_freed.notify_waiters();
-        for tap in lock(&self.taps).iter() {
+        // Where there is a hypervisor, it has what keeps the tables there.
+        let held: BTreeSet<_> = lock(&sim.machines).iter().filter_map(Launched::tap_held).collect();
+        for tap in lock(&self.taps).iter().filter(|tap| !held.contains(*tap)) {
             sim.firewall.end_owner(tap);
         }
         let delay = sim.rng().up_to(DEATH_SIGNAL);
@@ -383,6 +397,7 @@ impl Proc {
             sim.end(&child);
         }
         for tap in lock(&self.taps).iter() {
+            sim.firewall.end_owner(tap);
             sim.taps.close(tap);
         }
         self.note("its hypervisors are gone");
