@@ -25,7 +25,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::MAX_VMS;
-use super::registry::{Entry, Registry, VmHandle};
+use super::registry::{Entry, Registry, Release, VmHandle};
 use crate::budget::RestartBudget;
 use crate::db_writer::DbError;
 use crate::deps::Deps;
@@ -219,7 +219,7 @@ impl Actor for Fleet {
             FleetMsg::ScopeClosed { id, outcome } => {
                 state.recover(&myself, id, outcome).await?;
             }
-            FleetMsg::Compensated { id, cause } => state.give_up(id, cause),
+            FleetMsg::Compensated { id, cause } => state.publish_end(id, cause, Release::Plain),
         }
         Ok(())
     }
@@ -395,7 +395,7 @@ impl FleetState {
             .get(&id)
             .is_some_and(|entry| entry.context.watch().borrow().settled);
         if settled {
-            self.registry.retire(id);
+            self.registry.retire(id, Release::Plain);
             return;
         }
         let reason = reason.unwrap_or_else(|| "no reason".to_owned());
@@ -505,22 +505,24 @@ impl FleetState {
         });
     }
 
-    /// Publishes the end of a VM that has no actor any more, and forgets it.
+    /// Gives up a VM that has no actor any more and cannot get one: ends its hypervisor, and leaves
+    /// the rest to the reconciler.
     fn give_up(&self, id: VmId, cause: Failure) {
+        self.publish_end(id, cause, Release::Abandon);
+    }
+
+    /// Publishes the end of a VM that has no actor any more, and forgets it.
+    fn publish_end(&self, id: VmId, cause: Failure, release: Release) {
         let Some(context) = self.registry.lock().get(&id).map(|entry| Arc::clone(&entry.context))
         else {
             return;
         };
         tracing::error!(vm_id = %id, %cause, "a VM was given up");
-        let registry = self.registry.clone();
-        tokio::spawn(async move {
-            abandon(&context).await;
-            context.publish(|view| {
-                view.cause = Some(cause);
-                view.settled = true;
-            });
-            registry.retire(id);
+        context.publish(|view| {
+            view.cause = Some(cause);
+            view.settled = true;
         });
+        self.registry.retire(id, release);
     }
 }
 

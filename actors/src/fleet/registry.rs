@@ -11,7 +11,7 @@ use ractor::{ActorId, ActorRef};
 use tokio::sync::watch;
 
 use crate::budget::RestartBudget;
-use crate::vm::{EffectScope, VmContext, VmMsg};
+use crate::vm::{EffectScope, VmContext, VmMsg, abandon};
 
 /// A VM for those who asked for it.
 #[derive(Debug, Clone)]
@@ -33,6 +33,15 @@ pub(super) struct Entry {
     pub(super) budget: RestartBudget,
     /// Held for the VM's whole life; dropping it tells every process that the owner is gone.
     pub(super) lock: Option<HeldLock>,
+}
+
+/// How a VM is let go of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Release {
+    /// Nothing of it is ours any more.
+    Plain,
+    /// Its hypervisor may still run; it is not to do so without an owner.
+    Abandon,
 }
 
 /// The VMs of this node. It outlives the Fleet actor: the root keeps it.
@@ -68,10 +77,13 @@ impl Registry {
 
     /// Forgets a VM. Its lock is released once none of its effects runs any more: until then
     /// nobody else may touch what they could.
-    pub(super) fn retire(&self, id: VmId) {
+    pub(super) fn retire(&self, id: VmId, release: Release) {
         let Some(entry) = self.lock().remove(&id) else { return };
         tokio::spawn(async move {
             entry.scope.ended().await;
+            if release == Release::Abandon {
+                abandon(&entry.context).await;
+            }
             drop(entry);
         });
     }

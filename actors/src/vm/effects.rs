@@ -70,18 +70,22 @@ pub(super) async fn run(
         progress.lock().unwrap_or_else(PoisonError::into_inner).effect = effect.name();
         let started = Instant::now();
         let recorded = progress.lock().unwrap_or_else(PoisonError::into_inner).recorded;
-        let fenced_and_carried_out = async {
-            check_fence(context, effect).await?;
-            points::effect(effect, carry_out(context, effect, recorded)).await
+        let work = async {
+            match check_fence(context, effect).await {
+                Ok(()) => {
+                    (true, points::effect(effect, carry_out(context, effect, recorded)).await)
+                }
+                Err(failure) => (false, Err(failure)),
+            }
         };
-        let result = if is_cancellable(effect) {
+        let (begun, result) = if is_cancellable(effect) {
             tokio::select! {
                 biased;
-                () = cancel.cancelled() => Err(cancelled(effect)),
-                result = fenced_and_carried_out => result,
+                () = cancel.cancelled() => (true, Err(cancelled(effect))),
+                result = work => result,
             }
         } else {
-            fenced_and_carried_out.await
+            work.await
         };
         tracing::debug!(
             vm_id = %context.id, %effect, took_us = started.elapsed().as_micros(), ok = result.is_ok(),
@@ -97,6 +101,8 @@ pub(super) async fn run(
                 abandon(context).await;
                 return Err(failure);
             }
+            // Whoever cannot see that the VM is its own touches nothing more of it.
+            (Err(failure), _) if !begun => return Err(failure),
             (Err(failure), effect) if is_removal(effect) => {
                 failed.get_or_insert(failure);
             }
