@@ -31,6 +31,7 @@ fn specs(number: u32) -> (TapSpec, FirewallSpec) {
     let tap = TapSpec {
         mark: mark.clone(),
         gateway: Ipv4Addr::from_bits(subnet + 1),
+        guest: Ipv4Addr::from_bits(subnet + 2),
         prefix: 30,
         mtu: MTU,
     };

@@ -194,7 +194,7 @@ impl<'a> Stage<'a> {
         Ok(!remains.processes.is_empty())
     }
 
-    fn signal_hypervisors(&self, signal: Signal) -> Result<()> {
+    pub(crate) fn signal_hypervisors(&self, signal: Signal) -> Result<()> {
         let remains = self.installation.remains()?;
         for (pid, _) in remains.processes.iter().filter(|(_, line)| line.contains("qemu")) {
             let pid = rustix::process::Pid::from_raw(*pid).context("a process id")?;
@@ -270,7 +270,7 @@ impl<'a> Stage<'a> {
 pub(crate) const RUN: &[&str] = &["run", "--image", "busybox", "--", "true"];
 const KEPT: &[&str] =
     &["run", "--rm=false", "--graceful-shutdown", "2s", "--image", "busybox", "--", "true"];
-const LONG: &[&str] = &["run", "--image", "busybox", "--", "sleep", "1000"];
+pub(crate) const LONG: &[&str] = &["run", "--image", "busybox", "--", "sleep", "1000"];
 
 /// Carries a case out.
 pub(crate) fn play(net: &Namespace, case: &Case, mutation: Option<&str>) -> Result<Report> {

@@ -7,7 +7,7 @@ use matchlock_test_support::netns::Namespace;
 use matchlock_test_support::{Running, wait_until};
 use rustix::process::Signal;
 
-use super::case::{PATIENCE, RUN, Stage};
+use super::case::{LONG, PATIENCE, RUN, Stage};
 use super::host;
 
 /// An owner that stands still before it launches; with everything but a hypervisor.
@@ -58,6 +58,36 @@ pub(crate) fn overtaken(net: &Namespace, mutation: Option<&str>) -> Result<Vec<S
     Ok(wrong)
 }
 
+/// Takes the VM of an owner that stands still, by force; then the owner goes on.
+fn overruled(net: &Namespace) -> Result<Vec<String>> {
+    let stage = Stage::new(net, None)?;
+    let before = host::kernel(net, &stage.installation)?;
+    let owner = stage.start("", LONG)?;
+    stage.installation.wait_for_status("running")?;
+    owner.signal(Signal::STOP)?;
+    let plain = stage.start("", &["gc"])?.wait(PATIENCE)?;
+    let said = String::from_utf8_lossy(&plain.stdout).into_owned();
+    ensure!(said.contains("skipped (VM is running)"), "gc said: {said}");
+    let forced = stage.start("", &["gc", "--force-running"])?.wait(PATIENCE)?;
+    ensure!(forced.status.success(), "{}", String::from_utf8_lossy(&forced.stderr));
+    let mut wrong = host::difference(&before, &host::kernel(net, &stage.installation)?);
+    // It is ours, and stands still.
+    wrong.retain(|line| !line.contains("matchlock-failpoints"));
+    let rows = "select count(*) from vms";
+    ensure!(stage.installation.sql(rows)?.trim() == "0", "its row is there");
+    let history = "select count(*) from vm_lifecycle";
+    let told = stage.installation.sql(history)?;
+    owner.signal(Signal::CONT)?;
+    let ended = owner.wait(PATIENCE)?;
+    ensure!(!ended.status.success(), "an overruled owner reported success");
+    if stage.installation.sql(history)? != told {
+        wrong.push("an overruled owner wrote history".to_owned());
+    }
+    wrong.extend(stage.recover()?.1);
+    wrong.extend(host::difference(&before, &host::kernel(net, &stage.installation)?));
+    Ok(wrong)
+}
+
 fn net() -> Namespace {
     let net = Namespace::new().unwrap();
     net.sh("ip link set lo up").unwrap();
@@ -72,6 +102,35 @@ fn gc_leaves_the_vm_of_a_frozen_owner_alone() {
 #[test]
 fn an_overtaken_owner_writes_nothing() {
     assert_eq!(overtaken(&net(), None).unwrap(), Vec::<String>::new());
+}
+
+#[test]
+fn a_frozen_owner_is_overruled_by_force_and_harms_nothing_when_it_goes_on() {
+    assert_eq!(overruled(&net()).unwrap(), Vec::<String>::new());
+}
+
+/// The VM's actor panics while its guest stands still: the VM goes on, and its command with it.
+#[test]
+fn a_vm_whose_actor_panics_goes_on_without_a_lost_or_repeated_byte() {
+    let net = net();
+    let stage = Stage::new(&net, None).unwrap();
+    let script = "i=0; while [ $i -lt 40 ]; do i=$((i+1)); echo line $i; sleep 0.2; done; exit 7";
+    let args = ["run", "--image", "busybox", "--", "sh", "-c", script];
+    let mut command = stage.command("actor.vm.hung.before=1*return(panic)", &args);
+    command.env("MATCHLOCK_HANG_TIMEOUT", "1");
+    let owner = Running::start(&mut command).unwrap();
+    stage.installation.wait_for_status("running").unwrap();
+    stage.signal_hypervisors(Signal::STOP).unwrap();
+    let why = "select count(*) from vm_lifecycle
+               where phase = 'running' and last_error like '%injected%'";
+    let noted = || Ok(stage.installation.sql(why)?.trim() == "1");
+    wait_until(PATIENCE, "the next life", noted).unwrap();
+    stage.signal_hypervisors(Signal::CONT).unwrap();
+    let ended = owner.wait(PATIENCE).unwrap();
+    assert_eq!(ended.status.code(), Some(7), "{}", String::from_utf8_lossy(&ended.stderr));
+    let expected: String = (1..=40).map(|i| format!("line {i}\n")).collect();
+    assert_eq!(String::from_utf8_lossy(&ended.stdout), expected);
+    assert_eq!(stage.recover().unwrap().1, Vec::<String>::new());
 }
 
 /// The dead-man's switch: nobody starts Matchlock again.

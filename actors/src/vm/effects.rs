@@ -72,6 +72,8 @@ pub(super) async fn run(
         let recorded = progress.lock().unwrap_or_else(PoisonError::into_inner).recorded;
         let work = async {
             match check_fence(context, effect).await {
+                // Given up while it looked.
+                Ok(()) if fence.is_cancelled() => (false, Err(given_up(effect))),
                 Ok(()) => {
                     (true, points::effect(effect, carry_out(context, effect, recorded)).await)
                 }

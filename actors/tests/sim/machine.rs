@@ -289,7 +289,7 @@ impl GuestLink for SimLink {
         let asked = self.host.0.act(Act::Connect, self.vm, work, lost);
         tokio::time::timeout(deadline, asked)
             .await
-            .unwrap_or_else(|_| Err(LinkError::Timeout { what: "the handshake", waited: deadline }))
+            .unwrap_or(Err(LinkError::Timeout { what: "the handshake", waited: deadline }))
     }
 
     fn give_up(&self) {}
