@@ -189,7 +189,6 @@ pub(super) async fn reconnection(
     assert!(matches!(timeout(SOON, link.closed()).await, Ok(LinkError::Lost { .. })));
     cat.stdin.send(StdinInput::Data(Bytes::from_static(b"def"))).await.expect("taken");
     cat.stdin.send(StdinInput::Eof).await.expect("taken");
-    sleep.signals.send(15).await.expect("taken");
     let dropped = sleep_of(&*link, &lose, machine).await;
     for _ in 0..3 {
         link.reconnect(machine, SOON).await.expect("another session");
@@ -197,6 +196,8 @@ pub(super) async fn reconnection(
         assert!(matches!(timeout(SOON, link.closed()).await, Ok(LinkError::Lost { .. })));
     }
     drop(dropped);
+    // Not earlier: a signal that is on its way when its session is lost may be lost with it.
+    sleep.signals.send(15).await.expect("taken");
     link.reconnect(machine, SOON).await.expect("another session");
 
     let (out, err, status) = finish(&mut cat).await;
