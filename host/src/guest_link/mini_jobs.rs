@@ -53,6 +53,8 @@ pub(super) struct MiniJobs {
     pub(super) lose_execs: AtomicUsize,
     /// Executes commands and does not say so.
     pub(super) mute: Mutex<bool>,
+    /// Reads no more of what comes for jobs, after the message that it waits for.
+    pub(super) frozen: watch::Sender<bool>,
 }
 
 impl MiniJobs {
@@ -238,6 +240,7 @@ impl MiniGuest {
             mine = state.attachment;
         });
         let mut outputs = Outputs::new(writer, Codec::default());
+        let mut frozen = self.jobs.frozen.subscribe();
         let receiving = async {
             while let Some(input) = inputs.next().await {
                 let input = input?;
@@ -251,6 +254,7 @@ impl MiniGuest {
                     self.release(id, job);
                     return Ok(());
                 }
+                drop(frozen.wait_for(|frozen| !frozen).await);
             }
             Ok(())
         };

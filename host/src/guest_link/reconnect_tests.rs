@@ -6,9 +6,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use matchlock_model::exec::{ExecRefusalKind, ExitStatus};
-use matchlock_wire::message::{ExecFailure, ExecFailureKind, ExecOutput, OutputStream};
+use matchlock_wire::STREAM_WINDOW_BYTES;
+use matchlock_wire::message::{
+    ExecFailure, ExecFailureKind, ExecInput, ExecOutput, JobId, OutputStream, Request,
+};
 use tokio::time::timeout;
 
+use super::codec;
 use super::conformance::{SOON, command, command_with_stdin, config, finish, next, run, started};
 use super::mini_guest::{MiniGuest, TestMachine, counted};
 use super::mini_jobs::AttachAnswer;
@@ -264,6 +268,59 @@ async fn a_receiver_dropped_without_a_session_releases_in_the_next() {
     read.stdin.send(StdinInput::Eof).await.expect("taken");
     assert_eq!(finish(&mut read).await.2, ExitStatus::Code(0));
     counts_to(&guest.running, 0).await;
+    no_violations(&guest);
+}
+
+#[tokio::test]
+async fn a_release_that_was_lost_comes_again() {
+    let (machine, guest) = TestMachine::with_guest();
+    let link = connect(&machine).await;
+    let mut session = start(&*link, "sleep").await;
+    guest.jobs.frozen.send_replace(true);
+    // The last message that the guest reads.
+    session.signals.send(15).await.expect("taken");
+    assert_eq!(finish(&mut session).await.2, ExitStatus::Signal(15));
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(*guest.running.borrow(), 1, "the guest has not read the release");
+    lose(&machine, &*link).await;
+    guest.jobs.frozen.send_replace(false);
+    reconnect(&machine, &*link).await;
+    counts_to(&guest.running, 0).await;
+    no_violations(&guest);
+}
+
+#[tokio::test]
+async fn a_signal_that_has_not_left_is_sent_in_the_next_session() {
+    const TOTAL: usize = 50_000;
+    let (machine, guest) = TestMachine::with_guest();
+    let link = connect(&machine).await;
+    let spec = command("trap");
+    let mut session = link.exec(&spec).await.expect("a session");
+    started(&mut session).await;
+    guest.jobs.frozen.send_replace(true);
+    let signals: Vec<_> = (0..TOTAL).map(|index| 10 + (index % 50) as u8).collect();
+    let sender = session.signals.clone();
+    let sent = signals.clone();
+    let sending = tokio::spawn(async move {
+        for signal in sent {
+            sender.send(signal.into()).await.expect("taken");
+        }
+        sender.send(9).await.expect("taken");
+    });
+    // Until the stream's credit is used up.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    lose(&machine, &*link).await;
+    guest.jobs.frozen.send_replace(false);
+    reconnect(&machine, &*link).await;
+    let (out, _, _) = finish(&mut session).await;
+    sending.await.expect("sent");
+    let request = Request::Exec(codec::exec_start(JobId([7; 16]), &spec));
+    let request = codec::encode(request).expect("a request").len();
+    let each = codec::encode(ExecInput::Signal(10)).expect("a signal").len();
+    // The guest has read the first; those that have left are lost, the rest comes.
+    let left = (STREAM_WINDOW_BYTES - request) / each;
+    assert_eq!(out.len(), 1 + TOTAL - left);
+    assert!(out[0] == signals[0] && out[1..] == signals[left..]);
     no_violations(&guest);
 }
 
