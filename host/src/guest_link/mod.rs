@@ -199,7 +199,8 @@ pub enum StdinInput {
 ///
 /// `stdin` is bounded: sending waits while the command does not read. `events` is bounded: a
 /// receiver that does not receive blocks the command. The channel of events ends after the last
-/// event, or with an error when the link was lost. Dropping `events` releases the job: the guest
+/// event, or with an error when the link has ended for good; a lost session that another one follows
+/// shows in nothing but time, and in a signal that was on its way and may be lost. Dropping `events` releases the job: the guest
 /// kills the command with all its children.
 #[derive(Debug)]
 pub struct ExecSession {

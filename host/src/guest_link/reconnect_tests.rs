@@ -231,6 +231,24 @@ async fn a_request_that_was_lost_is_made_again() {
 }
 
 #[tokio::test]
+async fn a_signal_waits_for_the_start() {
+    let (machine, guest) = TestMachine::with_guest();
+    let link = connect(&machine).await;
+    guest.jobs.lose_execs.store(1, Ordering::SeqCst);
+    let mut session = link.exec(&command("trap")).await.expect("accepted");
+    session.signals.send(21).await.expect("taken");
+    while guest.jobs.lose_execs.load(Ordering::SeqCst) > 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    lose(&machine, &*link).await;
+    reconnect(&machine, &*link).await;
+    started(&mut session).await;
+    session.signals.send(9).await.expect("taken");
+    assert_eq!(finish(&mut session).await, (vec![21], vec![], ExitStatus::Signal(9)));
+}
+
+#[tokio::test]
 async fn a_start_that_was_lost_is_not_made_again() {
     let (machine, guest) = TestMachine::with_guest();
     let link = connect(&machine).await;
@@ -298,7 +316,7 @@ async fn a_signal_that_has_not_left_is_sent_in_the_next_session() {
     let mut session = link.exec(&spec).await.expect("a session");
     started(&mut session).await;
     guest.jobs.frozen.send_replace(true);
-    let signals: Vec<_> = (0..TOTAL).map(|index| 10 + (index % 50) as u8).collect();
+    let signals: Vec<_> = (10..60_u8).cycle().take(TOTAL).collect();
     let sender = session.signals.clone();
     let sent = signals.clone();
     let sending = tokio::spawn(async move {
