@@ -167,3 +167,71 @@ async fn dropped_sessions(link: &dyn GuestLink) {
     drop(unread);
     assert_eq!(run(link, "echo still here").await.0, b"still here\n");
 }
+
+/// Loses sessions and begins new ones; `lose` cuts the connection. Ends with the link's end.
+pub(super) async fn reconnection(
+    connector: &dyn LinkConnector,
+    machine: &dyn Machine,
+    lose: impl Fn(),
+) {
+    let link = connector.connect(machine, SOON).await.expect("a link");
+    let mut cat = link.exec(&command_with_stdin("cat")).await.expect("a session");
+    // More than a job's window and its channel: it is in the middle when the session is lost.
+    let mut flood = link.exec(&command("flood 3000000")).await.expect("a session");
+    let mut sleep = link.exec(&command("sleep")).await.expect("a session");
+    let mut over = link.exec(&command("exit 7")).await.expect("a session");
+    for session in [&mut cat, &mut flood, &mut sleep, &mut over] {
+        started(session).await;
+    }
+    cat.stdin.send(StdinInput::Data(Bytes::from_static(b"abc"))).await.expect("taken");
+    let Some(Ok(ExecEvent::Output(_, first))) = next(&mut flood).await else { panic!("no output") };
+
+    lose();
+    assert!(matches!(timeout(SOON, link.closed()).await, Ok(LinkError::Lost { .. })));
+    cat.stdin.send(StdinInput::Data(Bytes::from_static(b"def"))).await.expect("taken");
+    cat.stdin.send(StdinInput::Eof).await.expect("taken");
+    let dropped = sleep_of(&*link, &lose, machine).await;
+    for _ in 0..3 {
+        link.reconnect(machine, SOON).await.expect("another session");
+        lose();
+        assert!(matches!(timeout(SOON, link.closed()).await, Ok(LinkError::Lost { .. })));
+    }
+    drop(dropped);
+    // Not earlier: a signal that is on its way when its session is lost may be lost with it.
+    sleep.signals.send(15).await.expect("taken");
+    link.reconnect(machine, SOON).await.expect("another session");
+
+    let (out, err, status) = finish(&mut cat).await;
+    assert_eq!((&*out, &*err, status), (&b"abcdef"[..], &b""[..], ExitStatus::Code(0)));
+    let (rest, _, status) = finish(&mut flood).await;
+    assert_eq!((first.len() + rest.len(), status), (3_000_000, ExitStatus::Code(0)));
+    assert_eq!(finish(&mut sleep).await.2, ExitStatus::Signal(15));
+    assert_eq!(finish(&mut over).await.2, ExitStatus::Code(7));
+    assert!(timeout(Duration::from_millis(50), link.closed()).await.is_err(), "it is open");
+    link.configure(&config()).await.expect("configured");
+    timeout(SOON, link.ping()).await.expect("in time").expect("an answer");
+    assert_eq!(run(&*link, "echo again").await.0, b"again\n");
+
+    let mut waiting = link.exec(&command("sleep")).await.expect("a session");
+    started(&mut waiting).await;
+    lose();
+    assert!(matches!(timeout(SOON, link.closed()).await, Ok(LinkError::Lost { .. })));
+    assert!(timeout(Duration::from_millis(100), waiting.events.recv()).await.is_err(), "it waits");
+    link.give_up();
+    let last = next(&mut waiting).await;
+    assert!(matches!(last, Some(Err(LinkError::Lost { .. }))), "{last:?}");
+    assert!(next(&mut waiting).await.is_none());
+    let error = link.reconnect(machine, SOON).await.expect_err("it was given up");
+    assert!(matches!(error, LinkError::Lost { .. }), "{error:?}");
+    link.exec(&command("echo late")).await.expect_err("the link has ended");
+}
+
+/// A command that was started in a session of its own, which is lost.
+async fn sleep_of(link: &dyn GuestLink, lose: &impl Fn(), machine: &dyn Machine) -> ExecSession {
+    link.reconnect(machine, SOON).await.expect("another session");
+    let mut session = link.exec(&command("sleep")).await.expect("a session");
+    started(&mut session).await;
+    lose();
+    assert!(matches!(timeout(SOON, link.closed()).await, Ok(LinkError::Lost { .. })));
+    session
+}

@@ -1,4 +1,4 @@
-//! Shakes hands over a machine's link and starts the session.
+//! Shakes hands over a machine's link and starts a session, the first or another one.
 //!
 //! ```text
 //!   open_link ─► preamble ‖ hello ─► hunt the acknowledgement ─► yamux client ─► Hello? Hello!
@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use matchlock_model::guest::AgentInfo;
 use matchlock_wire::PROTOCOL_VERSION;
 use matchlock_wire::message::{Reply, Request};
 use matchlock_wire::resync::{self, Hunter, MAX_STALE_BYTES, NONCE_BYTES, Nonce};
@@ -29,6 +30,9 @@ use super::driver::Mux;
 use super::session::{Requests, YamuxLink, no_random};
 use super::{GuestLink, LinkConnector, LinkError};
 use crate::hypervisor::Machine;
+
+/// What a deadline that passed was for.
+pub(super) const HANDSHAKE: &str = "the handshake";
 
 /// How much is read from or written to the transport at once.
 const BUFFER_BYTES: usize = 64 * 1024;
@@ -44,33 +48,44 @@ impl LinkConnector for YamuxConnector {
         machine: &dyn Machine,
         deadline: Duration,
     ) -> Result<Arc<dyn GuestLink>, LinkError> {
-        let connected = async {
-            let transport = machine
-                .open_link()
-                .await
-                .map_err(|error| LinkError::Lost { cause: codec::with_sources(&error) })?;
-            start(transport, deadline).await
-        };
-        let link = timeout(deadline, connected)
-            .await
-            .unwrap_or(Err(LinkError::Timeout { what: "the handshake", waited: deadline }))?;
-        Ok(Arc::new(link))
+        let (session, agent) = begin(machine, deadline).await?;
+        Ok(Arc::new(YamuxLink::new(session, agent)))
     }
 }
 
+/// Begins a session over this machine's link: the first or another one.
+pub(super) async fn begin(
+    machine: &dyn Machine,
+    deadline: Duration,
+) -> Result<(Requests, AgentInfo), LinkError> {
+    let connected = async {
+        let transport = machine
+            .open_link()
+            .await
+            .map_err(|error| LinkError::Lost { cause: codec::with_sources(&error) })?;
+        start(transport, deadline).await
+    };
+    timeout(deadline, connected)
+        .await
+        .unwrap_or(Err(LinkError::Timeout { what: HANDSHAKE, waited: deadline }))
+}
+
 /// Shakes hands over this transport and asks the agent who it is.
-async fn start(transport: UnixStream, deadline: Duration) -> Result<YamuxLink, LinkError> {
+async fn start(
+    transport: UnixStream,
+    deadline: Duration,
+) -> Result<(Requests, AgentInfo), LinkError> {
     let leftover = shake_hands(&transport).await?;
     let (reader, writer) = transport.into_split();
     let reader = io::Cursor::new(leftover).chain(BufReader::with_capacity(BUFFER_BYTES, reader));
     let writer = BufWriter::with_capacity(BUFFER_BYTES, writer);
-    let requests = Requests::new(Mux::start(reader, writer));
-    match requests.ask("the handshake", Request::Hello, deadline).await? {
-        Reply::Hello(agent) => Ok(YamuxLink::new(requests, codec::agent_info(agent))),
+    let session = Requests::new(Mux::start(reader, writer));
+    match session.ask(HANDSHAKE, Request::Hello, deadline).await? {
+        Reply::Hello(agent) => Ok((session, codec::agent_info(agent))),
         Reply::Failed(message) => {
-            Err(LinkError::Refused { what: "the handshake", message: codec::clean(&message) })
+            Err(LinkError::Refused { what: HANDSHAKE, message: codec::clean(&message) })
         }
-        Reply::Done => Err(requests.wrong_reply("the handshake")),
+        Reply::Done => Err(session.wrong_reply(HANDSHAKE)),
     }
 }
 

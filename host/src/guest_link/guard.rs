@@ -20,7 +20,9 @@
 //!
 //! # Invariants
 //! 1. Bytes that complete a bad header are not handed to yamux.
-//! 2. An honest guest is never cut for being slow, chatty or fast: what it can do legally in
+//! 2. The ledger knows of the transport's end before yamux does: who meets the end of a stream can
+//!    tell it from the end of all.
+//! 3. An honest guest is never cut for being slow, chatty or fast: what it can do legally in
 //!    large numbers (small frames, window updates) is slowed down or far below its limit.
 //!
 //! # Failure
@@ -147,6 +149,7 @@ impl<R, W> Guard<R, W> {
     }
 
     fn stop(&mut self, stop: Stop) -> io::Error {
+        self.inbound.ledger.break_off();
         self.stopped = Some(stop.clone());
         stop.into()
     }
@@ -179,6 +182,14 @@ struct Inbound {
 }
 
 impl Inbound {
+    /// The streams' readers are to know of a failed transport before yamux ends their streams.
+    fn watched<T>(&self, result: io::Result<T>) -> io::Result<T> {
+        if result.is_err() {
+            self.ledger.break_off();
+        }
+        result
+    }
+
     fn check(&mut self, header: &Header) -> Result<(), Stop> {
         let Header { version, kind, stream, length, .. } = *header;
         if version != 0 {
@@ -252,7 +263,12 @@ impl<R: AsyncRead + Unpin, W: Unpin> AsyncRead for Guard<R, W> {
         ready!(this.budget.poll_left(cx));
         ready!(this.inbound.ledger.poll_room(cx));
         let before = buf.filled().len();
-        ready!(Pin::new(&mut this.reader).poll_read(cx, buf))?;
+        let room = buf.remaining();
+        let read = ready!(Pin::new(&mut this.reader).poll_read(cx, buf));
+        if read.is_err() || (room > 0 && buf.filled().len() == before) {
+            this.inbound.ledger.break_off();
+        }
+        read?;
         if let Err(stop) = this.scan_inbound(&buf.filled()[before..]) {
             buf.set_filled(before);
             return Poll::Ready(Err(this.stop(stop)));
@@ -270,7 +286,8 @@ impl<R: Unpin, W: AsyncWrite + Unpin> AsyncWrite for Guard<R, W> {
         let this = self.get_mut();
         this.still_open()?;
         ready!(this.budget.poll_left(cx));
-        let written = ready!(Pin::new(&mut this.writer).poll_write(cx, buf))?;
+        let written = ready!(Pin::new(&mut this.writer).poll_write(cx, buf));
+        let written = this.inbound.watched(written)?;
         this.scan_outbound(&buf[..written]).map_err(|stop| this.stop(stop))?;
         Poll::Ready(Ok(written))
     }
@@ -278,7 +295,8 @@ impl<R: Unpin, W: AsyncWrite + Unpin> AsyncWrite for Guard<R, W> {
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         this.still_open()?;
-        Pin::new(&mut this.writer).poll_flush(cx)
+        let flushed = ready!(Pin::new(&mut this.writer).poll_flush(cx));
+        Poll::Ready(this.inbound.watched(flushed))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

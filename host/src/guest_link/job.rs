@@ -1,42 +1,59 @@
-//! The conversation about one command, on one stream.
+//! The conversation about one command: one stream in each session, as many sessions as it takes.
 //!
 //! ```text
 //!                    ┌────────────────────── job task ─────────────────────┐
 //!   guest ─ frames ─►│ reader ─► OutputQueue ─► deliverer ─► events ───────│─► caller
 //!   guest ◄─ frames ─│ writer ◄─ acks · signals · StdinWindow ◄─ stdin ────│── caller
 //!                    └─────────────────────────────────────────────────────┘
-//!   talking ── last event delivered, or the receiver is gone ──► parting: Release, read to the end
+//!
+//!              ┌──── unknown, not started ─────────────┐
+//!              ▼                                       │
+//!   wait ─► Exec ─► talking ─ session lost ─► wait ─► Attach ─► talking ─ …
+//!    └─ no session will come: the cause        └─ no session will come: the cause
+//!   last event delivered, or the receiver is gone ──► parting: Release, read to the end;
+//!                                                     in another session if this one is lost
 //! ```
 //!
 //! # Invariants
 //! 1. The reader never waits for the receiver: the job's window bounds what it must hold (see
 //!    [`super::output`]), so no stream of the session is ever left unread.
 //! 2. Signals and acknowledgements go before stdin that waits.
-//! 3. The job's slot is free again only when the guest has ended its side of the stream.
+//! 3. The job's slot is held while it waits for a session, and is free again only when the guest has
+//!    ended its side of the stream in a session that lives, or no session will come.
 //! 4. A malformed conversation ends the link, with the cause as the job's last event.
+//! 5. A command is executed once: a request that may have reached the guest is sent again only after
+//!    the guest has said that it knows no such job, and with the same id, which a guest takes once.
+//! 6. A signal is sent once: it is kept for the next session only while its message has not left
+//!    completely for this one, so that the guest cannot have it. Before its start a command gets none,
+//!    since whether the request itself arrived is open till then. One that was on its way when the
+//!    session was lost may be lost with it.
 //!
 //! # Failure
-//! When the link ends, what was received is delivered first, then the cause; the command goes on
-//! in the guest. A dropped receiver releases the job: the guest kills the command.
+//! When a session is lost, the job waits for the next one and attaches: the command goes on in the
+//! guest all the time. When none will come (see [`super::sessions`]), what was received is delivered
+//! first, then the cause. A dropped receiver releases the job, as soon as there is a session: the
+//! guest kills the command. An attachment that is not answered in time ends the session as lost; the
+//! job waits again.
 
 use std::future::pending;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bytes::BytesMut;
-use futures::{SinkExt, StreamExt};
-use matchlock_wire::frame::{Codec, FrameError};
-use matchlock_wire::message::{ExecInput, ExecOutput};
-use tokio::io::{ReadHalf, WriteHalf};
+use bytes::Bytes;
+use futures::SinkExt;
+use matchlock_model::exec::ExecRefusalKind;
+use matchlock_wire::frame::FrameError;
+use matchlock_wire::message::{ExecFailure, ExecFailureKind, ExecInput, ExecOutput, JobId};
 use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, oneshot};
-use tokio_util::codec::{FramedRead, FramedWrite};
 use tokio_util::sync::CancellationToken;
 
-use super::codec::{self, Limited};
-use super::driver::{Ending, Mux};
+use super::attach::Attachment;
+use super::codec;
+use super::driver::Mux;
+use super::line::{Line, Reader, Writer, next_output};
 use super::output::OutputQueue;
+use super::sessions::Sessions;
 use super::stdin::StdinWindow;
-use super::stream::{self, LinkStream};
 use super::{ExecEvent, LinkError, StdinInput};
 
 /// Events in the receiver's channel. With chunks of 32 KiB that is 128 KiB; up to the job's window
@@ -46,29 +63,17 @@ pub(super) const EVENT_SLOTS: usize = 4;
 /// How long a job whose link has no holder any more may take to say goodbye.
 const PARTING: Duration = Duration::from_secs(2);
 
-/// How long the cause of a stream's sudden end may lag behind it.
-const CAUSE_LAG: Duration = Duration::from_secs(1);
-
 /// The signals of Linux.
 const SIGNALS: std::ops::RangeInclusive<i32> = 1..=64;
 
-type Reader = FramedRead<ReadHalf<LinkStream>, Limited<ExecOutput>>;
-type Writer = FramedWrite<WriteHalf<LinkStream>, Codec<(), ExecInput>>;
-
 /// What a job is made of.
 pub(super) struct Job {
-    /// Keeps the session alive while the command is talked about.
-    pub(super) mux: Mux,
-    /// The stream, unused so far.
-    pub(super) stream: LinkStream,
-    /// The encoded request that starts the command.
-    pub(super) request: BytesMut,
-    /// Told when the request was handed to the session.
-    pub(super) accepted: oneshot::Sender<()>,
-    /// From the caller; `None` when the command has no stdin.
-    pub(super) stdin: Option<mpsc::Receiver<StdinInput>>,
-    /// From the caller.
-    pub(super) signals: mpsc::Receiver<i32>,
+    /// Keeps the session alive while the command is talked about, and brings the next one.
+    pub(super) sessions: Arc<Sessions>,
+    /// The job's name in the guest.
+    pub(super) id: JobId,
+    /// The caller's ends of it.
+    pub(super) caller: Caller,
     /// To the caller.
     pub(super) events: mpsc::Sender<Result<ExecEvent, LinkError>>,
     /// Cancelled when nobody holds the link.
@@ -77,96 +82,184 @@ pub(super) struct Job {
     pub(super) slot: OwnedSemaphorePermit,
 }
 
+/// What comes from the caller, as long as its ends are open.
+pub(super) struct Caller {
+    /// The encoded request that starts the command, until it has started.
+    pub(super) request: Bytes,
+    /// Told when the request was handed to a session; dropped when there will be none.
+    pub(super) accepted: Option<oneshot::Sender<()>>,
+    /// `None` when the command has no stdin.
+    pub(super) stdin: Option<mpsc::Receiver<StdinInput>>,
+    /// `None` when there will be no more.
+    pub(super) signals: Option<mpsc::Receiver<i32>>,
+    /// The signal that is being sent.
+    pub(super) signal: Option<i32>,
+}
+
+impl Caller {
+    fn accept(&mut self) {
+        if let Some(accepted) = self.accepted.take()
+            && accepted.send(()).is_err()
+        {
+            // The deliverer sees that too.
+            tracing::trace!("a command's caller has left before it was started");
+        }
+    }
+}
+
 impl Job {
     /// Runs the conversation to its end.
     pub(super) async fn run(self) {
-        let Self { mux, stream, request, accepted, stdin, signals, events, orphaned, slot } = self;
-        let talk = Talk::new(mux.ending().clone());
-        let (read_half, write_half) = tokio::io::split(stream);
-        let mut reader = Reader::new(read_half, Limited::new(codec::MAX_OUTPUT_FRAME));
-        let mut writer = Writer::new(write_half, Codec::default());
-        writer.write_buffer_mut().unsplit(request);
-        let inputs = Inputs { accepted: Some(accepted), stdin, signals: Some(signals) };
+        let Self { sessions, id, mut caller, events, orphaned, slot } = self;
+        let talk = Talk::new(id);
+        let mut line = None;
         tokio::select! {
             () = talk.deliver(&events) => {}
-            () = async { talk.read(&mut reader).await; pending().await } => {}
-            () = async { talk.write(&mut writer, inputs).await; pending().await } => {}
+            () = async { talk.converse(&sessions, &mut line, &mut caller).await; pending().await } => {}
         }
-        drop(events);
+        drop((events, caller));
         tokio::select! {
-            () = part(&mut reader, &mut writer) => {}
-            _ = mux.ending().ended() => {}
+            () = talk.part(&sessions, line) => {}
             () = async { orphaned.cancelled().await; tokio::time::sleep(PARTING).await } => {}
         }
-        drop((reader, writer, slot));
+        drop(slot);
     }
-}
-
-/// Releases the job and reads the stream to its end.
-async fn part(reader: &mut Reader, writer: &mut Writer) {
-    let goodbye = async {
-        writer.feed(ExecInput::Release).await?;
-        writer.close().await
-    };
-    let (said, ()) = futures::join!(goodbye, stream::drain(reader.get_mut()));
-    if let Err(error) = said {
-        // The guest has ended the stream first, and with it the job.
-        tracing::trace!(%error, "a job's release was not taken");
-    }
-}
-
-/// The caller's ends, as long as they are open.
-struct Inputs {
-    accepted: Option<oneshot::Sender<()>>,
-    stdin: Option<mpsc::Receiver<StdinInput>>,
-    signals: Option<mpsc::Receiver<i32>>,
 }
 
 /// What reader, deliverer and writer share.
-struct Talk {
+pub(super) struct Talk {
+    pub(super) id: JobId,
     state: Mutex<JobState>,
     /// There is something to deliver.
     to_deliver: Notify,
     /// There is something to write that no channel announces.
     to_write: Notify,
-    ending: Arc<Ending>,
 }
 
-/// Where the conversation is; an attachment would go on from here.
+/// Where the conversation is; an attachment goes on from here.
 #[derive(Debug, Default)]
-struct JobState {
-    started: bool,
-    output: OutputQueue,
-    stdin: StdinWindow,
+pub(super) struct JobState {
+    /// The guest may know the job.
+    pub(super) requested: bool,
+    pub(super) started: bool,
+    pub(super) output: OutputQueue,
+    pub(super) stdin: StdinWindow,
 }
 
 impl Talk {
-    fn new(ending: Arc<Ending>) -> Self {
-        Self { state: Mutex::default(), to_deliver: Notify::new(), to_write: Notify::new(), ending }
+    fn new(id: JobId) -> Self {
+        Self { id, state: Mutex::default(), to_deliver: Notify::new(), to_write: Notify::new() }
     }
 
-    fn state(&self) -> MutexGuard<'_, JobState> {
+    pub(super) fn state(&self) -> MutexGuard<'_, JobState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads until the command's last message or the link's end.
-    async fn read(&self, reader: &mut Reader) {
+    // ---- sessions --------------------------------------------------------------------------
+
+    /// Talks, in as many sessions as it takes, until the last event.
+    async fn converse(&self, sessions: &Sessions, line: &mut Option<Line>, caller: &mut Caller) {
         let last = loop {
-            // A stream with data at hand is always ready: let the deliverer and others run.
-            tokio::task::coop::consume_budget().await;
-            let taken = match reader.next().await {
-                Some(Ok(message)) => self.take(message),
-                Some(Err(error)) => Err(self.failure(codec::violation_of(&error)).await),
-                None => Err(self.failure(None).await),
+            let mux = match sessions.live().await {
+                Ok(session) => session.mux().clone(),
+                Err(cause) => break Err(cause),
             };
-            match taken {
-                Ok(None) => {}
-                Ok(Some(last)) => break Ok(last),
-                Err(cause) => break Err(self.ending.end(cause)),
+            match self.converse_in(&mux, line, caller).await {
+                Ok(last) => break Ok(last),
+                // The session has this cause too; whether it is the last word is its matter.
+                Err(cause) => tracing::debug!(%cause, "a command's stream was cut"),
             }
         };
+        if last.is_err() {
+            caller.accepted = None;
+        }
         self.state().output.push(last);
         self.to_deliver.notify_one();
+    }
+
+    /// Talks in this session, until the last event.
+    ///
+    /// # Errors
+    /// The cause of the session's end.
+    async fn converse_in(
+        &self,
+        mux: &Mux,
+        slot: &mut Option<Line>,
+        caller: &mut Caller,
+    ) -> Result<ExecEvent, LinkError> {
+        let line = slot.insert(Line::open(mux).await?);
+        let mut unknown = None;
+        let requested = self.state().requested;
+        let line = if requested {
+            match self.attach(line).await? {
+                Attachment::Made => line,
+                Attachment::Refused(failure) => {
+                    caller.accept();
+                    return Ok(ExecEvent::Refused(codec::refusal(&failure)));
+                }
+                Attachment::Unknown(failure) => {
+                    unknown = Some(failure);
+                    slot.insert(Line::open(mux).await?)
+                }
+            }
+        } else {
+            line
+        };
+        if !requested || unknown.is_some() {
+            self.state().requested = true;
+            line.writer.write_buffer_mut().extend_from_slice(&caller.request);
+        } else {
+            caller.accept();
+        }
+        let last = tokio::select! {
+            last = self.read(&mut line.reader, mux, unknown) => last,
+            () = async { self.write(&mut line.writer, caller).await; pending().await } => {
+                Err(mux.ending().ended().await)
+            }
+        };
+        if line.writer.write_buffer().is_empty() {
+            // A signal that has left completely may have arrived.
+            caller.signal = None;
+        }
+        last
+    }
+
+    pub(super) fn start(&self, state: &mut JobState) {
+        state.started = true;
+        state.output.push(Ok(ExecEvent::Started));
+        self.to_deliver.notify_one();
+        // Signals have waited for it.
+        self.to_write.notify_one();
+    }
+
+    // ---- from the guest --------------------------------------------------------------------
+
+    /// Reads until the command's last message or the session's end.
+    async fn read(
+        &self,
+        reader: &mut Reader,
+        mux: &Mux,
+        unknown: Option<ExecFailure>,
+    ) -> Result<ExecEvent, LinkError> {
+        loop {
+            // A stream with data at hand is always ready: let the deliverer and others run.
+            tokio::task::coop::consume_budget().await;
+            let message = next_output(reader, mux.ending()).await?;
+            let last = self.take(message).map_err(|cause| mux.ending().end(cause))?;
+            match (last, &unknown) {
+                (Some(ExecEvent::Refused(mut refusal)), Some(failure))
+                    if failure.kind == ExecFailureKind::Request
+                        && refusal.kind == ExecRefusalKind::Request =>
+                {
+                    // Which of the two is the reason only their words say.
+                    let before = codec::clean(&failure.message);
+                    refusal.message = format!("{} ({before})", refusal.message);
+                    return Ok(ExecEvent::Refused(refusal));
+                }
+                (Some(last), _) => return Ok(last),
+                (None, _) => {}
+            }
+        }
     }
 
     /// Takes a message; gives the job's last event when this is it.
@@ -175,9 +268,7 @@ impl Talk {
         let violation = |what: String| LinkError::Protocol { what };
         match (message, state.started) {
             (ExecOutput::Started, false) => {
-                state.started = true;
-                state.output.push(Ok(ExecEvent::Started));
-                self.to_deliver.notify_one();
+                self.start(&mut state);
             }
             (ExecOutput::Failed(failure), false) => {
                 return Ok(Some(ExecEvent::Refused(codec::refusal(&failure))));
@@ -186,6 +277,10 @@ impl Talk {
                 let stream = codec::output_stream(stream);
                 state.output.take(stream, offset, data).map_err(violation)?;
                 self.to_deliver.notify_one();
+                if state.output.ack_is_due() {
+                    // It was delivered before it came again.
+                    self.to_write.notify_one();
+                }
             }
             (ExecOutput::StdinAck { offset }, true) => {
                 state.stdin.acknowledge(offset).map_err(violation)?;
@@ -203,13 +298,7 @@ impl Talk {
         Ok(None)
     }
 
-    /// Why the stream ended before the command did.
-    async fn failure(&self, violation: Option<LinkError>) -> LinkError {
-        match violation {
-            Some(violation) => violation,
-            None => stream_cut(&self.ending, "it closed a command's stream").await,
-        }
-    }
+    // ---- to the caller ---------------------------------------------------------------------
 
     /// Hands events to the receiver until the last one, or until the receiver is gone.
     async fn deliver(&self, events: &mpsc::Sender<Result<ExecEvent, LinkError>>) {
@@ -236,42 +325,47 @@ impl Talk {
         }
     }
 
+    // ---- to the guest ----------------------------------------------------------------------
+
     /// Writes the request, then whatever there is to write, until the stream fails.
-    async fn write(&self, writer: &mut Writer, inputs: Inputs) {
-        if let Err(error) = self.try_write(writer, inputs).await {
+    async fn write(&self, writer: &mut Writer, caller: &mut Caller) {
+        if let Err(error) = self.try_write(writer, caller).await {
             // The reader meets the same end and knows its cause.
             tracing::trace!(%error, "a job's stream takes nothing more");
         }
     }
 
-    async fn try_write(&self, writer: &mut Writer, mut inputs: Inputs) -> Result<(), FrameError> {
+    async fn try_write(&self, writer: &mut Writer, caller: &mut Caller) -> Result<(), FrameError> {
         writer.flush().await?;
-        if let Some(accepted) = inputs.accepted.take()
-            && accepted.send(()).is_err()
-        {
-            // The caller has left; the deliverer sees that too.
-            tracing::trace!("a command's caller has left before it was started");
-        }
+        caller.accept();
         loop {
-            let message = self.next_message(&mut inputs).await;
+            let message = self.next_message(caller).await;
             writer.send(message).await?;
+            caller.signal = None;
         }
     }
 
     /// The next message for the guest: acknowledgements, then signals, then stdin.
-    async fn next_message(&self, inputs: &mut Inputs) -> ExecInput {
+    async fn next_message(&self, caller: &mut Caller) -> ExecInput {
         loop {
-            let (wants_input, can_send) = {
+            let (started, wants_input, can_send) = {
                 let mut state = self.state();
                 if let Some(offset) = state.output.next_ack() {
                     return ExecInput::Ack { offset };
                 }
-                (state.stdin.wants_input(), state.stdin.can_send())
+                (state.started, state.stdin.wants_input(), state.stdin.can_send())
             };
+            if started {
+                caller.request = Bytes::new();
+            }
+            if let Some(signal) = caller.signal {
+                return ExecInput::Signal(signal);
+            }
             tokio::select! {
                 biased;
-                signal = receive(&mut inputs.signals) => {
+                signal = receive(&mut caller.signals), if started => {
                     if SIGNALS.contains(&signal) {
+                        caller.signal = Some(signal);
                         return ExecInput::Signal(signal);
                     }
                     // The agent would take it for a broken protocol.
@@ -284,13 +378,13 @@ impl Talk {
                     }
                 }
                 () = self.to_write.notified() => {}
-                input = next_input(&mut inputs.stdin), if wants_input => {
+                input = next_input(&mut caller.stdin), if wants_input => {
                     let mut state = self.state();
                     match input {
                         StdinInput::Data(data) => state.stdin.offer(data),
                         StdinInput::Eof => {
                             state.stdin.finish();
-                            inputs.stdin = None;
+                            caller.stdin = None;
                         }
                     }
                 }
@@ -318,15 +412,7 @@ async fn next_input(stdin: &mut Option<mpsc::Receiver<StdinInput>>) -> StdinInpu
     }
 }
 
-/// Why a stream ended too early: the link's cause if it has ended, else the guest's doing.
-pub(super) async fn stream_cut(ending: &Ending, deed: &'static str) -> LinkError {
-    match tokio::time::timeout(CAUSE_LAG, ending.ended()).await {
-        Ok(cause) => cause,
-        Err(_) => LinkError::Protocol { what: format!("{deed} too early") },
-    }
-}
-
-fn name_of(message: &ExecOutput) -> &'static str {
+pub(super) fn name_of(message: &ExecOutput) -> &'static str {
     match message {
         ExecOutput::Started => "the start of a command",
         ExecOutput::Attached { .. } => "an attachment",

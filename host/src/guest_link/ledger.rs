@@ -32,6 +32,7 @@ pub(super) struct Ledger {
 
 #[derive(Debug, Default)]
 struct Books {
+    broken: bool,
     unread: usize,
     streams: HashMap<u32, usize>,
     guard: Option<Waker>,
@@ -87,6 +88,16 @@ impl Ledger {
         }
         books.guard = Some(cx.waker().clone());
         Poll::Pending
+    }
+
+    /// The transport has ended: what the streams' readers meet from now on may be this end.
+    pub(super) fn break_off(&self) {
+        self.books().broken = true;
+    }
+
+    /// Whether the transport has ended. True before any stream ends because of that.
+    pub(super) fn is_broken(&self) -> bool {
+        self.books().broken
     }
 
     /// How many frames are unread.

@@ -1,30 +1,27 @@
 //! For tests: a small agent over the real wire, and a machine whose link leads to it.
 //!
-//! Its commands: `echo ARGS`, `cat`, `exit N`, `flood N` (counted 8-byte numbers), `drip N` (one
-//! byte per message, stdout and stderr in turn), `sleep` (until a signal), `deaf` (never reads
-//! its stdin, until a signal).
+//! What its commands do: see [`super::mini_jobs`].
 
+use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
-use std::{io, sync::Arc};
 
 use async_trait::async_trait;
 use futures::future::BoxFuture;
 use futures::{SinkExt, StreamExt};
 use matchlock_model::identity::ProcessIdentity;
-use matchlock_wire::frame::{Codec, FrameError, MAX_CHUNK_BYTES};
-use matchlock_wire::message::{
-    AgentInfo, Configure, ExecFailure, ExecFailureKind, ExecInput, ExecOutput, ExecStart,
-    ExitStatus, JOB_WINDOW_BYTES, OutputStream, Reply, Request,
-};
+use matchlock_wire::frame::{Codec, FrameError};
+use matchlock_wire::message::{AgentInfo, Configure, ExecInput, Reply, Request};
 use matchlock_wire::resync::{self, Hunter};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, ReadHalf};
 use tokio::net::UnixStream;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{Notify, watch};
 use tokio_util::codec::{FramedRead, FramedWrite};
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt, TokioAsyncReadCompatExt};
 
+use super::mini_jobs::MiniJobs;
 use crate::hypervisor::{ExitReason, HypervisorError, Machine, MachineExit};
 
 type Serve = dyn Fn(UnixStream) -> BoxFuture<'static, ()> + Send + Sync;
@@ -48,6 +45,25 @@ impl TestMachine {
         let guest = Arc::new(MiniGuest::default());
         let served = guest.clone();
         (Self::new(move |stream| served.clone().serve(stream)), guest)
+    }
+
+    /// A machine with a mini guest, whose n-th link is cut after the n-th number of bytes, both
+    /// directions together; links beyond that are not cut.
+    pub(super) fn cutting(budgets: Vec<usize>) -> (Self, Arc<MiniGuest>) {
+        let guest = Arc::new(MiniGuest::default());
+        let served = guest.clone();
+        let budgets = Mutex::new(budgets.into_iter());
+        let machine = Self::new(move |stream| {
+            let budget = budgets.lock().unwrap().next().unwrap_or(usize::MAX);
+            let served = served.clone();
+            async move {
+                let (near, far) = UnixStream::pair().expect("a socket pair");
+                let serving = tokio::spawn(served.serve(far));
+                forward(stream, near, budget).await;
+                serving.abort();
+            }
+        });
+        (machine, guest)
     }
 
     /// The machine's end: its links close.
@@ -85,6 +101,28 @@ impl Machine for TestMachine {
     }
 }
 
+/// Passes bytes on in both directions until so many have passed or one side has ended.
+async fn forward(one: UnixStream, other: UnixStream, budget: usize) {
+    let left = AtomicUsize::new(budget);
+    let (one_reader, one_writer) = one.into_split();
+    let (other_reader, other_writer) = other.into_split();
+    tokio::select! {
+        () = pass_on(one_reader, other_writer, &left) => {}
+        () = pass_on(other_reader, one_writer, &left) => {}
+    }
+}
+
+async fn pass_on(mut reader: OwnedReadHalf, mut writer: OwnedWriteHalf, left: &AtomicUsize) {
+    let mut buffer = vec![0; 8 * 1024];
+    while let Ok(read @ 1..) = reader.read(&mut buffer).await {
+        let allowed = left.load(Ordering::SeqCst).min(read);
+        left.fetch_sub(allowed, Ordering::SeqCst);
+        if writer.write_all(&buffer[..allowed]).await.is_err() || allowed < read {
+            return;
+        }
+    }
+}
+
 /// Takes the host's hello and acknowledges it.
 pub(super) async fn answer_hello(stream: UnixStream) -> BufReader<UnixStream> {
     let mut stream = BufReader::new(stream);
@@ -111,10 +149,12 @@ pub(super) struct MiniGuest {
     pub(super) ended: Notify,
     /// Commands that were released before their end.
     pub(super) killed: watch::Sender<usize>,
+    /// The commands, and what is made of their streams.
+    pub(super) jobs: MiniJobs,
 }
 
-type Stream = Compat<yamux::Stream>;
-type Inputs = FramedRead<ReadHalf<Stream>, Codec<ExecInput, ()>>;
+pub(super) type Stream = Compat<yamux::Stream>;
+pub(super) type Inputs = FramedRead<ReadHalf<Stream>, Codec<ExecInput, ()>>;
 
 impl MiniGuest {
     /// Serves one connection until it ends.
@@ -165,144 +205,16 @@ impl MiniGuest {
                 self.shutdowns.fetch_add(1, Ordering::SeqCst);
                 Reply::Done
             }
-            Request::Attach(_) => Reply::Failed("not here".to_owned()),
+            Request::Attach(attach) => {
+                let inputs = requests.map_decoder(|_| Codec::default());
+                return self.attach(attach, inputs, replies.into_inner()).await;
+            }
             Request::Exec(start) => {
                 let inputs = requests.map_decoder(|_| Codec::default());
                 return self.exec(start, inputs, replies.into_inner()).await;
             }
         };
         replies.send(reply).await
-    }
-
-    async fn exec(
-        &self,
-        start: ExecStart,
-        mut inputs: Inputs,
-        writer: WriteHalf<Stream>,
-    ) -> Result<(), FrameError> {
-        let (stdin_sender, stdin) = mpsc::unbounded_channel();
-        let (signal_sender, signals) = mpsc::unbounded_channel();
-        let acked = watch::Sender::new(0);
-        let mut command = Command {
-            outputs: FramedWrite::new(writer, Codec::default()),
-            stdin,
-            signals,
-            acked: acked.subscribe(),
-            offset: 0,
-        };
-        let released = async {
-            let mut stdin_sender = Some(stdin_sender);
-            while let Some(input) = inputs.next().await {
-                match input? {
-                    ExecInput::Stdin { data, .. } => {
-                        if let Some(sender) = &stdin_sender {
-                            sender.send(data).ok();
-                        }
-                    }
-                    ExecInput::StdinEof { .. } => stdin_sender = None,
-                    ExecInput::Signal(signal) => {
-                        signal_sender.send(signal).ok();
-                    }
-                    ExecInput::Ack { offset } => {
-                        acked.send_replace(offset);
-                    }
-                    ExecInput::Release => return Ok(()),
-                }
-            }
-            Ok(())
-        };
-        self.running.send_modify(|running| *running += 1);
-        let result = {
-            tokio::pin!(released);
-            tokio::select! {
-                biased;
-                result = &mut released => {
-                    self.killed.send_modify(|killed| *killed += 1);
-                    result
-                }
-                result = command.run(&start) => match result {
-                    Ok(()) => released.await,
-                    Err(error) => Err(error),
-                },
-            }
-        };
-        self.running.send_modify(|running| *running -= 1);
-        result
-    }
-}
-
-struct Command {
-    outputs: FramedWrite<WriteHalf<Stream>, Codec<(), ExecOutput>>,
-    stdin: mpsc::UnboundedReceiver<Vec<u8>>,
-    signals: mpsc::UnboundedReceiver<i32>,
-    acked: watch::Receiver<u64>,
-    offset: u64,
-}
-
-impl Command {
-    async fn run(&mut self, start: &ExecStart) -> Result<(), FrameError> {
-        let args: Vec<_> =
-            start.argv.iter().map(|arg| String::from_utf8_lossy(&arg.0).into_owned()).collect();
-        let number = || args[1].parse::<usize>().expect("a number");
-        if !["echo", "cat", "exit", "flood", "drip", "sleep", "deaf"].contains(&args[0].as_str()) {
-            let kind = ExecFailureKind::NotFound;
-            let failure = ExecFailure { kind, message: format!("{}: not found", args[0]) };
-            return self.outputs.send(ExecOutput::Failed(failure)).await;
-        }
-        self.outputs.send(ExecOutput::Started).await?;
-        let status = match args[0].as_str() {
-            "echo" => {
-                self.print(OutputStream::Stdout, format!("{}\n", args[1..].join(" ")).as_bytes())
-                    .await?;
-                ExitStatus::Code(0)
-            }
-            "cat" => self.cat().await?,
-            "exit" => ExitStatus::Code(u8::try_from(number()).expect("a code")),
-            "flood" => {
-                for block in 0..number().div_ceil(MAX_CHUNK_BYTES) {
-                    let start = block * MAX_CHUNK_BYTES;
-                    let end = number().min(start + MAX_CHUNK_BYTES);
-                    self.print(OutputStream::Stdout, &counted(start, end)).await?;
-                }
-                ExitStatus::Code(0)
-            }
-            "drip" => {
-                for index in 0..number() {
-                    let stream = [OutputStream::Stdout, OutputStream::Stderr][index % 2];
-                    self.print(stream, &counted(index, index + 1)).await?;
-                }
-                ExitStatus::Code(0)
-            }
-            _ => {
-                let signal = self.signals.recv().await.expect("a signal");
-                ExitStatus::Signal(u8::try_from(signal).expect("a signal"))
-            }
-        };
-        self.outputs.send(ExecOutput::Exited(status)).await
-    }
-
-    async fn cat(&mut self) -> Result<ExitStatus, FrameError> {
-        let mut taken = 0;
-        while let Some(data) = self.stdin.recv().await {
-            self.print(OutputStream::Stdout, &data).await?;
-            taken += data.len() as u64;
-            self.outputs.send(ExecOutput::StdinAck { offset: taken }).await?;
-        }
-        Ok(ExitStatus::Code(0))
-    }
-
-    async fn print(&mut self, stream: OutputStream, text: &[u8]) -> Result<(), FrameError> {
-        for chunk in text.chunks(MAX_CHUNK_BYTES) {
-            let end = self.offset + chunk.len() as u64;
-            self.acked
-                .wait_for(|acked| end - acked <= JOB_WINDOW_BYTES)
-                .await
-                .map_err(|_| io::Error::other("released"))?;
-            let output = ExecOutput::Output { stream, offset: self.offset, data: chunk.to_vec() };
-            self.outputs.send(output).await?;
-            self.offset = end;
-        }
-        Ok(())
     }
 }
 

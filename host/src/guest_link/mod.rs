@@ -3,7 +3,7 @@
 //! ```text
 //!   UnixStream (virtio-serial) ─ resync handshake ─ yamux client ─ one stream per request or job
 //!     connect ──────────────────► guard ─► driver ─┬─► session   hello, configure, shutdown
-//!                                 (ledger)         └─► job       exec: output, stdin, signals
+//!     (reconnect: once more)      (ledger)         └─► job       exec: output, stdin, signals
 //! ```
 //!
 //! # Invariants
@@ -12,14 +12,20 @@
 //!    stream opened by the guest, a flood of control frames or a malformed message ends the
 //!    session with a named cause. Small frames are legal: they are held back, not punished.
 //! 3. A session that failed takes its jobs' streams with it, not the jobs: they go on in the
-//!    guest, which can continue them on another stream by id and offset.
+//!    guest. When the session was lost they wait here for the next one and attach to it by id and
+//!    offset: no byte is lost or comes twice, no command is executed and no signal sent twice.
 //! 4. A slow reader of a job blocks that job only, and the command behind it.
 //! 5. The session lives as long as its [`GuestLink`] or a command whose events are still received;
-//!    after that the transport is closed, so that the guest sees it.
+//!    after that the transport is closed, so that the guest sees it. Without its [`GuestLink`] there
+//!    is no other session after it.
+//! 6. What the host holds for a command does not grow with the number of sessions.
 //!
 //! # Failure
 //! Every failure of the transport or the protocol ends the session, once, with one cause that all
-//! requests, all commands and [`GuestLink::closed`] report. A command that the guest refuses, a
+//! requests and [`GuestLink::closed`] report. Commands report it as their last event when it is the
+//! last session: after a violation, or when the link was given up or dropped. A request that is made
+//! while there is no session waits for one until its deadline, and fails with the cause when there
+//! will be none. A command that the guest refuses, a
 //! request that is answered with a failure or too late, end nothing else.
 
 use std::io;
@@ -32,6 +38,7 @@ use matchlock_model::exec::{ExecRefusal, ExecSpec, ExitStatus, OutputStream};
 use matchlock_model::guest::{AgentInfo, GuestConfig};
 use tokio::sync::mpsc;
 
+mod attach;
 mod codec;
 mod connect;
 mod driver;
@@ -39,9 +46,11 @@ mod fake;
 mod guard;
 mod job;
 mod ledger;
+mod line;
 mod output;
 mod scanner;
 mod session;
+mod sessions;
 mod stdin;
 mod stream;
 
@@ -55,6 +64,10 @@ mod attack_tests;
 mod conformance;
 #[cfg(test)]
 mod mini_guest;
+#[cfg(test)]
+mod mini_jobs;
+#[cfg(test)]
+mod reconnect_tests;
 #[cfg(test)]
 mod tests;
 
@@ -186,7 +199,8 @@ pub enum StdinInput {
 ///
 /// `stdin` is bounded: sending waits while the command does not read. `events` is bounded: a
 /// receiver that does not receive blocks the command. The channel of events ends after the last
-/// event, or with an error when the link was lost. Dropping `events` releases the job: the guest
+/// event, or with an error when the link has ended for good; a lost session that another one follows
+/// shows in nothing but time, and in a signal that was on its way and may be lost. Dropping `events` releases the job: the guest
 /// kills the command with all its children.
 #[derive(Debug)]
 pub struct ExecSession {

@@ -3,6 +3,7 @@
 //! ```text
 //!   frames ── take ──►  queue (≤ the job's window)  ── next ──► events channel ──► receiver
 //!                         received ≥ delivered ≥ acked
+//!   rewind ── acked = due = delivered: what was received beyond it comes again, and is skipped
 //! ```
 //!
 //! # Invariants
@@ -13,6 +14,11 @@
 //!    within stdout and within stderr never changes; the order between them is the order of
 //!    arrival in the guest anyhow.
 //! 3. Output is acknowledged after it was handed to the receiver's channel.
+//! 4. An attachment continues after what was delivered, not after what was received: the guest
+//!    takes its offset for an acknowledgement, and a job that loses its session again and again
+//!    could pile up a window each time before a receiver that does not receive. What is received
+//!    already is kept, is delivered whatever happens, and is skipped when it comes again.
+//! 5. Nothing is acknowledged that the guest has not sent on the stream of now.
 
 use std::collections::VecDeque;
 
@@ -34,6 +40,8 @@ const ACK_EVERY: u64 = 32 * 1024;
 pub(super) struct OutputQueue {
     waiting: VecDeque<Waiting>,
     received: u64,
+    /// What the stream of now goes on with; less than `received` while old output comes again.
+    due: u64,
     delivered: u64,
     acked: u64,
 }
@@ -53,24 +61,33 @@ impl OutputQueue {
         &mut self,
         stream: OutputStream,
         offset: u64,
-        data: Vec<u8>,
+        mut data: Vec<u8>,
     ) -> Result<(), String> {
-        if offset != self.received {
-            return Err(format!("it sent output from {offset}, expected {}", self.received));
+        if offset != self.due {
+            return Err(format!("it sent output from {offset}, expected {}", self.due));
         }
         if data.len() > MAX_CHUNK_BYTES {
             return Err(format!("it sent {} bytes of output in one message", data.len()));
         }
         // A usize fits a u64 on every Linux.
-        let received = offset + data.len() as u64;
-        if received - self.acked > JOB_WINDOW_BYTES {
-            return Err(format!("it sent {} unacknowledged bytes", received - self.acked));
+        let due = offset + data.len() as u64;
+        if due - self.acked > JOB_WINDOW_BYTES {
+            return Err(format!("it sent {} unacknowledged bytes", due - self.acked));
         }
-        self.received = received;
-        if !data.is_empty() {
-            self.join(stream, data);
+        self.due = due;
+        if due > self.received {
+            let known = usize::try_from(self.received - offset).unwrap_or(usize::MAX);
+            self.received = due;
+            self.join(stream, data.split_off(known));
         }
         Ok(())
+    }
+
+    /// Prepares for another stream: the offset that it is to go on from.
+    pub(super) fn rewind(&mut self) -> u64 {
+        self.acked = self.delivered;
+        self.due = self.delivered;
+        self.due
     }
 
     fn join(&mut self, stream: OutputStream, data: Vec<u8>) {
@@ -116,13 +133,17 @@ impl OutputQueue {
 
     /// Whether enough was delivered to be acknowledged.
     pub(super) fn ack_is_due(&self) -> bool {
-        self.delivered - self.acked >= ACK_EVERY
+        self.ackable() - self.acked >= ACK_EVERY
+    }
+
+    fn ackable(&self) -> u64 {
+        self.delivered.min(self.due)
     }
 
     /// The offset to acknowledge, if it is due; counts as acknowledged.
     pub(super) fn next_ack(&mut self) -> Option<u64> {
         self.ack_is_due().then(|| {
-            self.acked = self.delivered;
+            self.acked = self.ackable();
             self.acked
         })
     }
@@ -156,6 +177,53 @@ mod tests {
         assert!(queue.next().is_some());
         assert_eq!(queue.next_ack(), Some(MAX_CHUNK_BYTES as u64));
         queue.take(Stdout, offset, vec![0; MAX_CHUNK_BYTES]).expect("within the moved window");
+    }
+
+    #[test]
+    fn another_stream_goes_on_after_what_was_delivered_and_keeps_what_was_received() {
+        const CHUNK: u64 = MAX_CHUNK_BYTES as u64;
+        let mut queue = OutputQueue::default();
+        queue.take(Stdout, 0, vec![1; MAX_CHUNK_BYTES]).expect("the first");
+        queue.take(Stderr, CHUNK, vec![2; MAX_CHUNK_BYTES]).expect("the second");
+        assert!(queue.next().is_some());
+        assert_eq!(queue.rewind(), CHUNK);
+        assert!(queue.next().is_some(), "what was received is delivered");
+        assert_eq!(queue.next_ack(), None, "the guest has not sent it on this stream");
+        queue.take(Stderr, 0, vec![1]).expect_err("from before the attachment");
+        queue.take(Stderr, 2 * CHUNK, vec![3]).expect_err("a gap on this stream");
+        queue.take(Stderr, CHUNK, vec![2; 10]).expect("again");
+        let mut straddling = vec![2; MAX_CHUNK_BYTES - 10];
+        straddling[MAX_CHUNK_BYTES - 20..].fill(9);
+        queue.take(Stderr, CHUNK + 10, straddling).expect("the rest again");
+        assert!(queue.next().is_none(), "nothing comes twice");
+        assert_eq!(queue.next_ack(), Some(2 * CHUNK));
+        assert_eq!(queue.rewind(), 2 * CHUNK);
+        queue.take(Stdout, 2 * CHUNK, vec![4; 10]).expect("new");
+        assert_eq!(queue.rewind(), 2 * CHUNK);
+        queue.take(Stdout, 2 * CHUNK, [vec![4; 10], vec![5; 3]].concat()).expect("old and new");
+        let Some(Ok(ExecEvent::Output(_, data))) = queue.next() else { panic!("no output") };
+        assert_eq!(data, [vec![4; 10], vec![5; 3]].concat());
+        assert_eq!(queue.rewind(), 2 * CHUNK + 13);
+    }
+
+    #[test]
+    fn attachments_without_a_reader_do_not_grow_the_queue() {
+        let mut queue = OutputQueue::default();
+        for _ in 0..3 {
+            let mut offset = queue.rewind();
+            while offset < JOB_WINDOW_BYTES {
+                queue.take(Stdout, offset, vec![0; MAX_CHUNK_BYTES]).expect("within the window");
+                offset += MAX_CHUNK_BYTES as u64;
+            }
+            queue.take(Stdout, offset, vec![0]).expect_err("over the window");
+        }
+        let waiting: usize = std::iter::from_fn(|| queue.next())
+            .map(|event| match event {
+                Ok(ExecEvent::Output(_, data)) => data.len(),
+                other => panic!("unexpected {other:?}"),
+            })
+            .sum();
+        assert_eq!(waiting as u64, JOB_WINDOW_BYTES);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! A session with the agent: one stream per request, one per command.
+//! A link to the agent: in each session one stream per request, one per command.
 //!
 //! # Invariants
 //! 1. At most [`MAX_JOBS`] commands and [`MAX_REQUESTS`] requests use a stream at once, so the
@@ -7,6 +7,9 @@
 //! 2. Every request has a deadline. One that passed it, or whose caller has left, is read to its
 //!    end in the background.
 //! 3. Dropping the link and all its commands ends the session.
+//! 4. A request is made in one session and fails with it; one that is made while there is none waits
+//!    for the next, within its deadline. Commands go from session to session (see [`super::job`]),
+//!    and keep their slots while there is none.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,16 +23,18 @@ use matchlock_wire::MAX_STREAMS;
 use matchlock_wire::frame::{FrameError, MAX_FRAME_BYTES};
 use matchlock_wire::message::{JobId, Reply, Request, Shutdown};
 use tokio::io::AsyncWriteExt;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_util::codec::FramedRead;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::codec::{self, Limited};
 use super::driver::{Ending, Mux};
-use super::job::{EVENT_SLOTS, Job, stream_cut};
+use super::job::{Caller, EVENT_SLOTS, Job};
+use super::line::stream_cut;
+use super::sessions::Sessions;
 use super::stream::{self, LinkStream};
-use super::{ExecSession, GuestLink, LinkError};
+use super::{ExecSession, GuestLink, LinkError, connect};
 use crate::hypervisor::Machine;
 
 /// The most commands at once.
@@ -41,7 +46,7 @@ const MAX_REQUESTS: usize = 2;
 const _: () = assert!(MAX_JOBS + MAX_REQUESTS < MAX_STREAMS);
 
 /// How long the guest may take for a reply.
-const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+pub(super) const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How long a command waits for another one to end before it is refused.
 const SLOT_WAIT: Duration = Duration::from_secs(1);
@@ -63,6 +68,11 @@ impl Requests {
     /// Requests over this session.
     pub(super) fn new(mux: Mux) -> Self {
         Self { mux, slots: Arc::new(Semaphore::new(MAX_REQUESTS)) }
+    }
+
+    /// Opens streams on this session.
+    pub(super) fn mux(&self) -> &Mux {
+        &self.mux
     }
 
     /// Sends a request and waits for its reply.
@@ -162,10 +172,12 @@ fn unsendable(what: &'static str, error: &FrameError) -> LinkError {
     LinkError::Refused { what, message }
 }
 
-/// A [`GuestLink`] over a session.
+/// A [`GuestLink`] over one session after the other.
 #[derive(Debug)]
 pub(super) struct YamuxLink {
-    requests: Requests,
+    sessions: Arc<Sessions>,
+    /// Held by whoever begins a session.
+    beginning: Mutex<()>,
     agent: AgentInfo,
     job_slots: Arc<Semaphore>,
     /// Cancelled with this link: jobs that are only saying goodbye then do not keep the session.
@@ -174,11 +186,12 @@ pub(super) struct YamuxLink {
 }
 
 impl YamuxLink {
-    /// A link over this session, with what its agent has answered.
-    pub(super) fn new(requests: Requests, agent: AgentInfo) -> Self {
+    /// A link that begins with this session, with what its agent has answered.
+    pub(super) fn new(first: Requests, agent: AgentInfo) -> Self {
         let orphaned = CancellationToken::new();
         Self {
-            requests,
+            sessions: Arc::new(Sessions::new(first, orphaned.child_token())),
+            beginning: Mutex::new(()),
             agent,
             job_slots: Arc::new(Semaphore::new(MAX_JOBS)),
             _orphaning: orphaned.clone().drop_guard(),
@@ -199,6 +212,16 @@ impl YamuxLink {
 
 const COMMAND: &str = "the command";
 
+/// A request's deadline counts from the call: waiting for a session is a part of it.
+async fn in_time<T>(
+    what: &'static str,
+    work: impl Future<Output = Result<T, LinkError>>,
+) -> Result<T, LinkError> {
+    timeout(REQUEST_DEADLINE, work)
+        .await
+        .unwrap_or(Err(LinkError::Timeout { what, waited: REQUEST_DEADLINE }))
+}
+
 #[async_trait]
 impl GuestLink for YamuxLink {
     fn agent(&self) -> &AgentInfo {
@@ -206,28 +229,36 @@ impl GuestLink for YamuxLink {
     }
 
     async fn configure(&self, config: &GuestConfig) -> Result<(), LinkError> {
-        let request = Request::Configure(codec::configure(config));
-        self.requests.order("the configuration", request).await
+        const WHAT: &str = "the configuration";
+        let order = async {
+            let session = self.sessions.live().await?;
+            session.order(WHAT, Request::Configure(codec::configure(config))).await
+        };
+        in_time(WHAT, order).await
     }
 
     async fn exec(&self, spec: &ExecSpec) -> Result<ExecSession, LinkError> {
-        let request = Request::Exec(codec::exec_start(job_id()?, spec));
+        let id = job_id()?;
+        let request = Request::Exec(codec::exec_start(id, spec));
         let request = codec::encode(request).map_err(|error| unsendable(COMMAND, &error))?;
         let (stdin, stdin_receiver) = mpsc::channel(STDIN_SLOTS);
         let (signals, signal_receiver) = mpsc::channel(SIGNAL_SLOTS);
         let (event_sender, events) = mpsc::channel(EVENT_SLOTS);
         let session = ExecSession { stdin, signals, events };
-        let mux = self.requests.mux.clone();
         let taken = async {
             let slot = self.job_slot().await?;
             let (accepted, taken) = oneshot::channel();
-            let job = Job {
-                stream: mux.open().await?,
-                mux: mux.clone(),
-                request,
-                accepted,
+            let caller = Caller {
+                request: request.freeze(),
+                accepted: Some(accepted),
                 stdin: spec.stdin.then_some(stdin_receiver),
-                signals: signal_receiver,
+                signals: Some(signal_receiver),
+                signal: None,
+            };
+            let job = Job {
+                sessions: self.sessions.clone(),
+                id,
+                caller,
                 events: event_sender,
                 orphaned: self.orphaned.clone(),
                 slot,
@@ -235,43 +266,66 @@ impl GuestLink for YamuxLink {
             tokio::spawn(job.run());
             match taken.await {
                 Ok(()) => Ok(()),
-                Err(_) => Err(mux.ending().ended().await),
+                Err(_) => Err(self.sessions.over().await),
             }
         };
         // An error drops the session, and with it the receiver: the job releases itself.
-        timeout(REQUEST_DEADLINE, taken)
-            .await
-            .unwrap_or(Err(LinkError::Timeout { what: COMMAND, waited: REQUEST_DEADLINE }))?;
+        in_time(COMMAND, taken).await?;
         Ok(session)
     }
 
     async fn shutdown(&self, grace: Duration) -> Result<(), LinkError> {
+        const WHAT: &str = "the shutdown";
         let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
-        self.requests.order("the shutdown", Request::Shutdown(Shutdown { grace_ms })).await
+        let order = async {
+            let session = self.sessions.live().await?;
+            session.order(WHAT, Request::Shutdown(Shutdown { grace_ms })).await
+        };
+        in_time(WHAT, order).await
     }
 
     async fn ping(&self) -> Result<(), LinkError> {
-        match self.requests.ask("a ping", Request::Hello, PING_DEADLINE).await? {
+        const WHAT: &str = "a ping";
+        let session = in_time(WHAT, self.sessions.live()).await?;
+        match session.ask(WHAT, Request::Hello, PING_DEADLINE).await? {
             Reply::Hello(_) => Ok(()),
             Reply::Failed(message) => {
-                Err(LinkError::Refused { what: "a ping", message: codec::clean(&message) })
+                Err(LinkError::Refused { what: WHAT, message: codec::clean(&message) })
             }
-            Reply::Done => Err(self.requests.wrong_reply("a ping")),
+            Reply::Done => Err(session.wrong_reply(WHAT)),
         }
     }
 
-    async fn reconnect(
-        &self,
-        _machine: &dyn Machine,
-        _deadline: Duration,
-    ) -> Result<(), LinkError> {
-        Err(self.closed().await)
+    async fn reconnect(&self, machine: &dyn Machine, deadline: Duration) -> Result<(), LinkError> {
+        let begun = async {
+            let _beginning = self.beginning.lock().await;
+            self.sessions.may_begin()?;
+            if self.sessions.current().mux().ending().now().is_none() {
+                // Somebody else was faster.
+                return Ok(());
+            }
+            let (session, _) = tokio::select! {
+                begun = connect::begin(machine, deadline) => begun?,
+                () = self.sessions.given_up() => return self.sessions.may_begin(),
+            };
+            // It may have been given up in the last moment: then the session ends here.
+            self.sessions.may_begin()?;
+            self.sessions.replace(session);
+            Ok(())
+        };
+        timeout(deadline, begun)
+            .await
+            .unwrap_or(Err(LinkError::Timeout { what: connect::HANDSHAKE, waited: deadline }))
     }
 
-    fn give_up(&self) {}
+    fn give_up(&self) {
+        self.sessions.give_up();
+    }
 
     async fn closed(&self) -> LinkError {
-        self.requests.mux.ending().ended().await
+        // The session's handle is not kept meanwhile: waiting keeps no session alive.
+        let ending = self.sessions.current().mux().ending().clone();
+        ending.ended().await
     }
 }
 

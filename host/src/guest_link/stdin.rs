@@ -2,8 +2,8 @@
 //!
 //! # Invariants
 //! 1. At most [`JOB_WINDOW_BYTES`] are sent and not acknowledged. They are kept, so that a later
-//!    attachment can send them again.
-//! 2. Nothing is sent after the end of input.
+//!    attachment can send them again, before anything new.
+//! 2. Nothing is sent after the end of input. Only another attachment gets that end once more.
 
 use std::collections::VecDeque;
 
@@ -18,6 +18,8 @@ const MAX_CHUNKS: usize = 4096;
 #[derive(Debug, Default)]
 pub(super) struct StdinWindow {
     waiting: Bytes,
+    /// Sent in an earlier attachment and to be sent again, from offset `sent`.
+    again: VecDeque<Bytes>,
     /// Sent and not acknowledged, from offset `acked`.
     unacked: VecDeque<Bytes>,
     sent: u64,
@@ -53,7 +55,10 @@ impl StdinWindow {
 
     /// Whether there is something to send now.
     pub(super) fn can_send(&self) -> bool {
-        if self.waiting.is_empty() {
+        if !self.again.is_empty() {
+            // It fitted the window before.
+            true
+        } else if self.waiting.is_empty() {
             self.end == End::Waiting
         } else {
             self.room() > 0 && self.unacked.len() < MAX_CHUNKS
@@ -71,11 +76,14 @@ impl StdinWindow {
             return None;
         }
         let offset = self.sent;
-        if self.waiting.is_empty() {
-            self.end = End::Sent;
-            return Some(ExecInput::StdinEof { offset });
-        }
-        let chunk = self.waiting.split_to(self.room().min(self.waiting.len()));
+        let chunk = match self.again.pop_front() {
+            Some(chunk) => chunk,
+            None if self.waiting.is_empty() => {
+                self.end = End::Sent;
+                return Some(ExecInput::StdinEof { offset });
+            }
+            None => self.waiting.split_to(self.room().min(self.waiting.len())),
+        };
         self.sent += chunk.len() as u64;
         let data = chunk.to_vec();
         self.unacked.push_back(chunk);
@@ -103,6 +111,22 @@ impl StdinWindow {
             if chunk.is_empty() {
                 self.unacked.pop_front();
             }
+        }
+        Ok(())
+    }
+
+    /// Another attachment has taken everything before this offset, and gets again what follows.
+    ///
+    /// # Errors
+    /// What is wrong with the offset.
+    pub(super) fn rewind(&mut self, offset: u64) -> Result<(), String> {
+        self.unacked.append(&mut self.again);
+        self.sent = self.acked + self.unacked.iter().map(|chunk| chunk.len() as u64).sum::<u64>();
+        self.acknowledge(offset)?;
+        self.sent = self.acked;
+        self.again = std::mem::take(&mut self.unacked);
+        if self.end == End::Sent {
+            self.end = End::Waiting;
         }
         Ok(())
     }
@@ -154,5 +178,41 @@ mod tests {
         window.acknowledge(4).expect_err("more than was sent");
         window.acknowledge(2).expect("a part");
         window.acknowledge(1).expect_err("backwards");
+    }
+
+    #[test]
+    fn another_attachment_gets_the_rest_again_and_then_the_end() {
+        let stdin = |offset, data: &[u8]| Some(ExecInput::Stdin { offset, data: data.to_vec() });
+        let mut window = StdinWindow::default();
+        for piece in [&b"abc"[..], b"def", b"gh"] {
+            window.offer(Bytes::from_static(piece));
+            assert_eq!(sizes(&mut window), [piece.len()]);
+        }
+        window.finish();
+        assert!(window.next().is_some_and(|last| last == ExecInput::StdinEof { offset: 8 }));
+        window.acknowledge(2).expect("a part");
+        window.rewind(1).expect_err("before what was acknowledged");
+        window.rewind(9).expect_err("beyond what was sent");
+        window.rewind(4).expect("in the middle of a chunk");
+        assert_eq!(window.next(), stdin(4, b"ef"));
+        window.acknowledge(8).expect_err("not sent again yet");
+        // Cut once more, in the middle of it.
+        window.rewind(5).expect("more was taken");
+        assert_eq!(window.next(), stdin(5, b"f"));
+        assert_eq!(window.next(), stdin(6, b"gh"));
+        assert_eq!(window.next(), Some(ExecInput::StdinEof { offset: 8 }));
+        window.rewind(8).expect("everything was taken");
+        assert_eq!(window.next(), Some(ExecInput::StdinEof { offset: 8 }));
+        assert_eq!(window.next(), None);
+    }
+
+    #[test]
+    fn what_waits_comes_after_what_is_sent_again() {
+        let mut window = StdinWindow::default();
+        window.offer(Bytes::from(vec![7; 300 * 1024]));
+        assert_eq!(sizes(&mut window), [MAX_CHUNK_BYTES; 8]);
+        window.rewind(MAX_CHUNK_BYTES as u64).expect("a chunk was taken");
+        assert_eq!(sizes(&mut window), [MAX_CHUNK_BYTES; 8], "seven again, one new");
+        assert!(!window.can_send());
     }
 }

@@ -31,6 +31,11 @@ impl LinkStream {
         Self { inner, ledger, frame: None }
     }
 
+    /// The ledger of the stream's session.
+    pub(super) fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
+    }
+
     fn id(&self) -> u32 {
         self.inner.id().val()
     }

@@ -14,7 +14,8 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::conformance::{
-    SOON, command, command_with_stdin, config, finish, link_conformance, next, run, started,
+    SOON, command, command_with_stdin, config, finish, link_conformance, next, reconnection, run,
+    started,
 };
 use super::mini_guest::{MiniGuest, TestMachine, answer_hello, counted};
 use super::{
@@ -37,6 +38,7 @@ async fn refused(machine: &TestMachine, deadline: Duration) -> LinkError {
 async fn the_real_link_conforms() {
     let (machine, guest) = TestMachine::with_guest();
     link_conformance(&YamuxConnector, &machine, || machine.end()).await;
+    assert_eq!(*guest.jobs.violations.lock().unwrap(), [""; 0]);
     assert_eq!(guest.shutdowns.load(Ordering::SeqCst), 1);
     let configured = guest.configured.lock().unwrap();
     assert_eq!(configured.len(), 1);
@@ -62,6 +64,20 @@ async fn the_fake_link_conforms() {
     link_conformance(&connector, &machine, lose).await;
     assert_eq!(connector.configured(), [config()]);
     assert_eq!(connector.shutdowns(), [Duration::from_secs(1)]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_real_link_reconnects() {
+    let (machine, guest) = TestMachine::with_guest();
+    reconnection(&YamuxConnector, &machine, || machine.end()).await;
+    assert_eq!(*guest.jobs.violations.lock().unwrap(), [""; 0]);
+}
+
+#[tokio::test]
+async fn the_fake_link_reconnects() {
+    let connector = FakeConnector::default();
+    let lose = || connector.lose(&LinkError::Lost { cause: "a test".to_owned() });
+    reconnection(&connector, &silent_machine(), lose).await;
 }
 
 #[tokio::test]
@@ -322,6 +338,7 @@ async fn a_loss_reaches_everybody() {
         sessions.push(session);
     }
     machine.end();
+    link.give_up();
     for mut session in sessions {
         let mut last = None;
         while let Some(event) = next(&mut session).await {
