@@ -20,9 +20,11 @@
 //! touch is released. Its view says so, and `matchlock gc` takes over once this process has ended.
 
 mod actor;
+mod register;
 mod registry;
 
-pub use actor::{Fleet, FleetArgs, FleetMsg, RegisteredVm, RunningVm, ScopeOutcome};
+pub use actor::{Fleet, FleetArgs, FleetMsg, RunningVm, ScopeOutcome};
+pub use register::RegisteredVm;
 pub use registry::{Registry, VmHandle};
 
 /// How many VMs one node may own at once.

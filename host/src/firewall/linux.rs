@@ -153,6 +153,7 @@ fn refused(doing: String, refused: Refused) -> FirewallError {
     let Refused { message, messages, source } = refused;
     match source.raw_os_error() {
         Some(libc::EPERM | libc::EACCES) => FirewallError::NotPermitted { doing, source },
+        Some(libc::E2BIG) => FirewallError::Full { doing, source },
         _ => FirewallError::Refused { doing, message, messages, source },
     }
 }

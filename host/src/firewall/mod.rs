@@ -235,6 +235,18 @@ pub enum FirewallError {
         /// What it said.
         source: io::Error,
     },
+    /// A hook of this network namespace has no place for another chain: the kernel's limit is 1,024,
+    /// and each VM needs two in prerouting.
+    #[error(
+        "could not {doing}: this network namespace has as many firewall chains as the kernel allows \
+         (room for about 500 VMs); end some, or run further ones in another network namespace"
+    )]
+    Full {
+        /// What was being done.
+        doing: String,
+        /// What it said.
+        source: io::Error,
+    },
     /// Forwarding is off, and the setting cannot be changed here.
     #[error(
         "this host does not forward packets, and /proc/sys is read-only here (a container?): turn \

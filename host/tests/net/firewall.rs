@@ -350,3 +350,29 @@ fn measure_firewalls() {
         }
     });
 }
+
+/// The kernel has room for so many chains per hook, whoever makes them.
+#[test]
+fn a_namespace_without_room_for_more_chains_says_so() {
+    let namespace = Namespace::new();
+    let hook = "type filter hook prerouting priority 0";
+    let chains: String =
+        (0..1_020).map(|number| format!("add chain inet full c{number} {{ {hook}; }}\n")).collect();
+    let rules = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(rules.path(), format!("add table inet full\n{chains}")).unwrap();
+    let path: &'static str = format!("-f {}", rules.path().display()).leak();
+    namespace.program("nft", path);
+    namespace.block_on(|| async {
+        let mut held = Vec::new();
+        let full = loop {
+            let ours = mark(1, u32::try_from(held.len()).unwrap() + 1);
+            match LinuxFirewall::new().apply(&spec(&ours)).await {
+                Ok(handle) => held.push(handle),
+                Err(error) => break error,
+            }
+            assert!(held.len() < 10, "there is room without end");
+        };
+        assert!(matches!(full, FirewallError::Full { .. }), "{full:?}");
+        assert!(full.to_string().contains("about 500 VMs"), "{full}");
+    });
+}
