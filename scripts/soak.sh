@@ -3,6 +3,7 @@
 #   matrix    every failpoint × every fault
 #   random    kills at random instants
 #   all       both, in pieces of MINUTES each
+#   sim       SEEDS (0..5000) of the simulated actor tree
 #   mutants   each way to break the program on purpose is seen
 #   table     write what the soak has found of this commit into docs/SPECIFICATION.md
 # A part goes on where it stopped: results are in target/soak/COMMIT.jsonl. MINUTES (8) limits a
@@ -10,7 +11,7 @@
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-[ $# = 2 ] || die "usage: scripts/soak.sh BUSYBOX.tar matrix|random|all|mutants|table"
+[ $# = 2 ] || die "usage: scripts/soak.sh BUSYBOX.tar matrix|random|all|sim|mutants|table"
 export MATCHLOCK_TEST_BIN=$target/debug/matchlock
 export MATCHLOCK_TEST_FAILPOINTS_BIN=$target/debug/matchlock-failpoints
 export MATCHLOCK_TEST_BUSYBOX=$1
@@ -26,8 +27,12 @@ if ! git -C "$root" diff --quiet HEAD -- actors failpoints host migrations model
 fi
 export MATCHLOCK_SOAK_COMMIT
 mkdir -p "$MATCHLOCK_SOAK_DIR"
-"$root/scripts/install-bundle.sh" "$MATCHLOCK_TEST_CACHE"
 cd "$root"
+if [ "$2" = sim ]; then
+	export MATCHLOCK_SIM_SEEDS=${SEEDS:-0..5000}
+	exec cargo test --locked -p matchlock-actors --test sim seeds -- --nocapture </dev/null
+fi
+"$root/scripts/install-bundle.sh" "$MATCHLOCK_TEST_CACHE"
 
 say "building"
 # In this order: see scripts/test.sh.

@@ -16,7 +16,7 @@
 //! | node | Reconciler | `Reconcile`, `PruneHistory` | a report per VM, how many |
 //! | node | Images | `Import`, `Remove` | the image |
 //! | Fleet | Vm | `Stop` | – (the view says what happens) |
-//! | Vm's effects | Vm | `OpDone`, `OpStuck`, `MachineExited`, `LinkLost` | – |
+//! | Vm's effects | Vm | `OpDone`, `CancelDeadline`, `MachineExited`, `LinkLost`, `Hung` | – |
 //! | Vm's effects, Fleet, Reconciler, SubnetAllocator | DbWriter | `Write` | the outcome, after the commit |
 //! | Vm's effects | SubnetAllocator | `Allocate`, `Release` | a subnet with the right to make its TAP |
 //! | SubnetAllocator | Reconciler | `Reconcile` | a report: a VM that left its TAP |

@@ -5,7 +5,8 @@
 //!
 //! ```text
 //!  Begin ─► Create ─ok─► Boot ─ok─► (running, no operation)
-//!             │ err        │ err       │ Stop, MachineExited, LinkLost
+//!             │ err        │ err       │ Stop, MachineExited      LinkLost ─► Reattach ─ok─► (running)
+//!             │            │           │◄──────────────────────────── err ───┘
 //!             ▼            ▼           ▼
 //!           Clean ◄────── Clean ◄─ok─ Stop ──err (graceful)─► Stop (forced)
 //!             │ok          │err        │ err (forced)
@@ -13,7 +14,10 @@
 //!        Forget (--rm)  Conclude    Conclude            Conclude: write *_failed, then settle
 //!             └───────────┴── settle ──┘
 //!
-//!  A stop during Create or Boot cancels the operation; its OpDone leads to Clean or Stop.
+//!  Hung in running ─► Note ─► (running)
+//!  A life after a failed one begins with Reattach in running, else with Clean or Stop.
+//!  A stop during Create, Boot, Reattach or Note cancels the operation; its OpDone leads to Clean or
+//!  Stop.
 //! ```
 //!
 //! # Invariants
