@@ -17,5 +17,6 @@ mod nic;
 mod owner_lock;
 #[cfg(test)]
 mod process;
+mod reuse;
 #[cfg(test)]
 mod rootfs;
