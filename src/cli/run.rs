@@ -356,6 +356,10 @@ const SIGKILL: u8 = 9;
 async fn why_lost(vm: &VmHandle, lost: &matchlock_host::guest_link::LinkError) -> CliError {
     match settled(vm.clone()).await {
         Ok(view) => match &view.cause {
+            // By force, from an owner that did not answer: what is left is not ours to tell.
+            Some(cause) if cause.kind == FailureKind::Fenced => {
+                CliError::failure(cause).with_code(exit::by_signal(SIGKILL))
+            }
             Some(cause) => CliError::message(format_args!(
                 "the VM ended while its command ran: {cause}{}",
                 still_held(&view)

@@ -379,7 +379,7 @@ impl FleetState {
             .get(&id)
             .is_some_and(|entry| entry.context.watch().borrow().settled);
         if settled {
-            self.registry.retire(id, Release::Plain);
+            self.registry.retire(id, Release::Abandon);
             return;
         }
         let reason = reason.unwrap_or_else(|| "no reason".to_owned());

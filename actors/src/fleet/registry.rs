@@ -40,7 +40,7 @@ pub(super) struct Entry {
 pub(super) enum Release {
     /// Nothing of it is ours any more.
     Plain,
-    /// Its hypervisor may still run; it is not to do so without an owner.
+    /// Its hypervisor may still run (its stop failed, or hangs); it is not to do so without an owner.
     Abandon,
 }
 
@@ -80,6 +80,10 @@ impl Registry {
     pub(super) fn retire(&self, id: VmId, release: Release) {
         let Some(entry) = self.lock().remove(&id) else { return };
         tokio::spawn(async move {
+            // At once, whatever still hangs; and again, should what hung have been a launch.
+            if release == Release::Abandon {
+                abandon(&entry.context).await;
+            }
             entry.scope.ended().await;
             if release == Release::Abandon {
                 abandon(&entry.context).await;

@@ -1,6 +1,7 @@
 //! Observe, plan, act.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use matchlock_failpoints::mutated;
@@ -96,6 +97,9 @@ async fn all_ids(deps: &Deps) -> Result<BTreeSet<VmId>, Failure> {
     Ok(of_rows.chain(dirs).chain(of_processes).chain(of_network).collect())
 }
 
+/// How long to wait before a removal that failed is tried again, each time.
+const RETRIES: &[Duration] = &[Duration::from_millis(100), Duration::from_millis(400)];
+
 /// What a reconciliation starts with.
 #[derive(Default)]
 struct Given {
@@ -127,7 +131,13 @@ async fn reconcile_one(
         (None, Err(error)) => return Err(host(&error)),
     };
     // Looked at with the lock held: what was seen before may have changed.
-    let row = deps.reader.remains(vm).await.map_err(|e| host(&e))?;
+    let mut row = deps.reader.remains(vm).await.map_err(|e| host(&e))?;
+    let mut epoch = None;
+    if given.from_owner && row.is_some() {
+        // Nothing else keeps the owner from going on: it is fenced before anything is looked at.
+        epoch = Some(raise_epoch(deps, vm).await?);
+        row = deps.reader.remains(vm).await.map_err(|e| host(&e))?;
+    }
     let observed = observe(deps, vm, row.as_ref()).await?;
     if row.is_none() && observed == Observed::default() {
         return Ok(Outcome::Unknown);
@@ -138,18 +148,14 @@ async fn reconcile_one(
     let mut actions = plan(vm, goal, recorded, &observed)
         .map_err(|refusal| Failure::from_error(FailureKind::Internal, &refusal))?;
     points::disturb(&mut actions);
-    let mut work = Work::new(deps, vm, recorded);
-    if row.is_some() && !actions.is_empty() {
+    let mut work = Work { epoch, ..Work::new(deps, vm, recorded) };
+    if row.is_some() && !actions.is_empty() && work.epoch.is_none() {
         // Whoever waited for the database in vain would wait again for each further record.
         match work.take_over().await {
             Err(failure) if failure.kind == FailureKind::Busy => {
                 return Ok(work.stopped("record", failure));
             }
             taken => taken?,
-        }
-        if given.from_owner && work.epoch.is_none() {
-            let text = "the take-over could not be written: its owner would not be kept out";
-            return Ok(work.stopped("record", Failure::new(FailureKind::Host, text)));
         }
     }
     if let Some(cause) = given.cause {
@@ -275,8 +281,7 @@ impl<'a> Work<'a> {
 
     async fn carry_out(mut self, actions: &[Action]) -> Outcome {
         for action in actions {
-            let step = points::of_action(action);
-            let result = points::around(GC, step, self.act(action)).await;
+            let result = self.act_again(action).await;
             let Some(step) = cleanup_step(action) else {
                 match result {
                     Ok(()) => continue,
@@ -298,6 +303,26 @@ impl<'a> Work<'a> {
             }
         }
         Outcome::Cleaned { removed: self.removed }
+    }
+
+    /// What fails may be on its way out: a process that the kernel is still taking down, a mount that
+    /// is just being left.
+    async fn act_again(&mut self, action: &Action) -> Result<(), Failure> {
+        let step = points::of_action(action);
+        for pause in RETRIES {
+            match points::around(GC, step, self.act(action)).await {
+                // Another process has to do with it; whoever asks may try again.
+                Err(failure) if matches!(failure.kind, FailureKind::Busy | FailureKind::Fenced) => {
+                    return Err(failure);
+                }
+                Err(failure) if cleanup_step(action).is_some() => {
+                    tracing::debug!(vm_id = %self.vm, step, %failure, "tried again");
+                    tokio::time::sleep(*pause).await;
+                }
+                result => return result,
+            }
+        }
+        points::around(GC, step, self.act(action)).await
     }
 
     async fn act(&mut self, action: &Action) -> Result<(), Failure> {

@@ -99,9 +99,12 @@ pub(super) async fn run(
                 progress.lock().unwrap_or_else(PoisonError::into_inner).recorded = *phase;
             }
             (Ok(()), _) => {}
-            (Err(failure), _) if failure.kind == FailureKind::Fenced => {
+            // Without a row it was taken over and removed.
+            (Err(failure), _)
+                if matches!(failure.kind, FailureKind::Fenced | FailureKind::NotFound) =>
+            {
                 abandon(context).await;
-                return Err(failure);
+                return Err(taken_over(context));
             }
             // Whoever cannot see that the VM is its own touches nothing more of it.
             (Err(failure), _) if !begun => return Err(failure),
@@ -176,11 +179,13 @@ async fn see_epoch(context: &VmContext) -> OpResult {
     let current = context.deps.reader.owner_epoch(context.id).await.map_err(|e| host(&e))?;
     match current {
         Some(epoch) if epoch == context.epoch => Ok(()),
-        _ => {
-            let text = format!("{} was taken over by another matchlock", context.id);
-            Err(Failure::new(FailureKind::Fenced, text))
-        }
+        _ => Err(taken_over(context)),
     }
+}
+
+fn taken_over(context: &VmContext) -> Failure {
+    let text = format!("{} was taken over by another matchlock", context.id);
+    Failure::new(FailureKind::Fenced, text)
 }
 
 /// Lets go of a VM that is somebody else's to clean up: ends what is our own child, closes our

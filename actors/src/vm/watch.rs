@@ -87,6 +87,12 @@ async fn listen(link: &dyn GuestLink, hang: Duration, tell: &impl Fn(VmMsg)) -> 
 
 /// Sees that a running VM is there, connects anew where its link is lost, and records the cause.
 pub(super) async fn reattach(context: &VmContext, cause: &Failure) -> OpResult {
+    see_running(context).await.map_err(|failure| failure.context(cause))?;
+    tracing::warn!(vm_id = %context.id, %cause, "the VM goes on");
+    note(context, Some(cause)).await
+}
+
+async fn see_running(context: &VmContext) -> OpResult {
     let machine = context.machine().ok_or_else(no_machine)?;
     if let Some(exit) = machine.wait_exit().now_or_never() {
         return Err(exited(&exit));
@@ -94,11 +100,10 @@ pub(super) async fn reattach(context: &VmContext, cause: &Failure) -> OpResult {
     let link = context
         .link()
         .ok_or_else(|| Failure::new(FailureKind::Internal, "the guest was not connected"))?;
-    if let Some(lost) = link.closed().now_or_never() {
-        relink(context, &*machine, &*link, lost).await?;
+    match link.closed().now_or_never() {
+        Some(lost) => relink(context, &*machine, &*link, lost).await,
+        None => Ok(()),
     }
-    tracing::warn!(vm_id = %context.id, %cause, "the VM goes on");
-    note(context, Some(cause)).await
 }
 
 async fn relink(

@@ -1,6 +1,7 @@
 //! What earlier owners left.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use matchlock_actors::db_writer::Store;
 use matchlock_actors::reconciler::{Outcome, Target};
@@ -212,6 +213,24 @@ async fn a_locked_database_is_waited_for_once_and_told_once() {
     assert_eq!(TRIES.load(Ordering::Relaxed), 1, "each try waits for the lock");
     LOCKED.store(false, Ordering::Relaxed);
     world.reconcile(Target::One(vm), Goal::Remove).await;
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+/// What fails for a moment is removed all the same; what fails for good keeps its record, with the step.
+#[tokio::test]
+async fn a_removal_that_fails_for_a_moment_is_tried_again() {
+    let world = World::new().await;
+    let vm = crashed(&world, 7).await;
+    world.rootfs.set_fault(RootfsOp::RemoveDisk, Some(RootfsFault::Fails));
+    let heals = async {
+        while world.rootfs.calls().iter().filter(|op| **op == RootfsOp::RemoveDisk).count() < 2 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        world.rootfs.set_fault(RootfsOp::RemoveDisk, None);
+    };
+    let (reports, ()) = tokio::join!(world.reconcile(Target::One(vm), Goal::Remove), heals);
+    assert!(matches!(reports[0].outcome, Outcome::Cleaned { .. }), "{reports:?}");
     world.assert_nothing_left().await;
     world.shutdown().await;
 }

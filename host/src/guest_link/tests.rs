@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use matchlock_model::exec::{ExitStatus, OutputStream};
+use matchlock_wire::PROTOCOL_VERSION;
 use matchlock_wire::message::Network;
 use matchlock_wire::resync::{self, Hunter, NONCE_BYTES};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
@@ -145,7 +146,7 @@ async fn another_version_is_named() {
         std::future::pending::<()>().await;
     });
     let error = refused(&machine, SOON).await;
-    assert!(matches!(error, LinkError::Version { guest: 7, host: 2 }), "{error:?}");
+    assert!(matches!(error, LinkError::Version { guest: 7, host: PROTOCOL_VERSION }), "{error:?}");
 }
 
 #[tokio::test]

@@ -49,6 +49,9 @@ fn recover(state: VmState, phase: Phase, cause: Failure) -> Result<(VmState, Vec
     if state.op.is_some() || state.settled {
         return Err(denied(&state, "recover"));
     }
+    if phase == Phase::Running {
+        return Ok(reattach(VmState { phase, ..state }, cause));
+    }
     let state = VmState { phase, cause: Some(cause), ..state };
     Ok(match phase {
         Phase::Creating
@@ -59,8 +62,7 @@ fn recover(state: VmState, phase: Phase, cause: Failure) -> Result<(VmState, Vec
         | Phase::StartFailed
         | Phase::StopFailed
         | Phase::CleanupFailed => clean(state, Vec::new()),
-        Phase::Running => reattach(state),
-        Phase::Starting | Phase::Stopping => take_down(state, StopMode::Force),
+        Phase::Starting | Phase::Running | Phase::Stopping => take_down(state, StopMode::Force),
         Phase::Cleaned => forget_or_settle(state),
     })
 }
@@ -96,7 +98,7 @@ fn ended(state: VmState, cause: Failure) -> (VmState, Vec<Effect>) {
 
 fn link_lost(state: VmState, cause: Failure) -> (VmState, Vec<Effect>) {
     if state.op.is_none() && state.phase == Phase::Running {
-        return reattach(VmState { cause: Some(cause), ..state });
+        return reattach(state, cause);
     }
     (state, Vec::new())
 }
@@ -121,8 +123,7 @@ fn op_done(
     Ok(match (op, result) {
         (Op::Create, result) => created(state, result),
         (Op::Boot, result) => booted(state, result),
-        (Op::Reattach, result) => reattached(state, result),
-        (Op::Note, result) => noted(state, result),
+        (Op::Reattach | Op::Note, result) => went_on(state, result),
         (Op::Stop(_), Ok(())) => clean(state, Vec::new()),
         (Op::Stop(StopMode::Graceful(_)), Err(_)) => take_down(state, StopMode::Force),
         (Op::Stop(StopMode::Force), Err(cause)) => conclude(state, Phase::StopFailed, cause),
@@ -155,22 +156,8 @@ fn booted(state: VmState, result: OpResult) -> (VmState, Vec<Effect>) {
     }
 }
 
-fn reattached(state: VmState, result: OpResult) -> (VmState, Vec<Effect>) {
-    match (result, state.stop) {
-        // What happened is in the row; the VM does not end of it.
-        (Ok(()), None) => (VmState { cause: None, ..state }, Vec::new()),
-        (_, Some(mode)) => take_down(VmState { cause: None, ..state }, mode),
-        (Err(lost), None) => {
-            let cause = match &state.cause {
-                Some(first) => lost.context(first),
-                None => lost,
-            };
-            take_down(VmState { cause: Some(cause), ..state }, StopMode::Force)
-        }
-    }
-}
-
-fn noted(state: VmState, result: OpResult) -> (VmState, Vec<Effect>) {
+/// After what a running VM may go on from.
+fn went_on(state: VmState, result: OpResult) -> (VmState, Vec<Effect>) {
     match (result, state.stop) {
         (Ok(()), None) => (state, Vec::new()),
         (_, Some(mode)) => take_down(state, mode),
@@ -193,7 +180,8 @@ fn op_stuck(
         Op::Boot => conclude(state, Phase::StartFailed, cause),
         // Nothing of it ends a running VM but a stop, and for that the hypervisor is there to kill.
         Op::Reattach | Op::Note => {
-            take_down(VmState { cause: Some(cause), ..state }, StopMode::Force)
+            let mode = state.stop.unwrap_or(StopMode::Force);
+            take_down(VmState { cause: Some(cause), ..state }, mode)
         }
         Op::Stop(_) => conclude(state, Phase::StopFailed, cause),
         Op::Clean => conclude(state, Phase::CleanupFailed, cause),
@@ -212,10 +200,8 @@ fn boot(state: VmState) -> (VmState, Vec<Effect>) {
     (VmState { phase: Phase::Starting, op: Some(Op::Boot), ..state }, effects)
 }
 
-fn reattach(state: VmState) -> (VmState, Vec<Effect>) {
-    let cause = state.cause.clone().unwrap_or_else(|| {
-        Failure::new(FailureKind::Internal, "the VM is looked at anew for no known reason")
-    });
+/// The cause is no cause of the VM's end, unless the operation fails; then its failure says it too.
+fn reattach(state: VmState, cause: Failure) -> (VmState, Vec<Effect>) {
     (VmState { op: Some(Op::Reattach), ..state }, vec![Effect::Reattach { cause }])
 }
 
