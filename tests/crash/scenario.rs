@@ -114,6 +114,8 @@ const SPECIAL: &[(&str, Scenario)] = &[
     ("vm.shutdown_guest", Scenario::Stop),
     ("actor.vm.machine_exited", Scenario::LosesMachine),
     ("actor.vm.cancel_deadline", Scenario::Overslept),
+    // Later the hypervisor has what keeps the tables there.
+    ("firewall.release", Scenario::Run("vm.launch.before=1*return(error)")),
     ("vm.record_create_failed", Scenario::Run("vm.create_disk.before=1*return(error)")),
     ("vm.record_stop_failed", Scenario::Run(STOP_FAILS)),
     (
@@ -130,7 +132,8 @@ const SPECIAL: &[(&str, Scenario)] = &[
     (
         "actor.root.start",
         Scenario::Run(
-            "actor.subnet_allocator.allocate.before=return(panic);actor.subnet_allocator.release.before=return(panic)",
+            // The second failure is waited for; meanwhile the process must not end.
+            "actor.subnet_allocator.allocate.before=return(panic);actor.subnet_allocator.release.before=return(panic);vm.record_cleanup_failed.before=sleep(500)",
         ),
     ),
     ("actor.db_writer.thread_panicked", Scenario::Run("db.set_phase.before=1*return(panic)")),
