@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use matchlock_host::guest_link::LinkError;
 use matchlock_host::hypervisor::{HypervisorError, Machine, MachineExit};
 use matchlock_model::failure::{Failure, FailureKind};
@@ -196,6 +197,7 @@ pub(crate) async fn abandon(context: &VmContext) {
     drop(context.take_tap());
     drop(context.take_firewall());
     if let Some(machine) = context.machine()
+        && machine.wait_exit().now_or_never().is_none()
         && let Err(error) = machine.kill(context.deps.limits.kill).await
     {
         tracing::error!(vm_id = %context.id, %error, "the hypervisor of a VM that is let go of");

@@ -17,6 +17,7 @@ mod nic;
 mod owner_lock;
 #[cfg(test)]
 mod process;
+#[cfg(test)]
 mod reuse;
 #[cfg(test)]
 mod rootfs;
