@@ -237,6 +237,8 @@ impl Machine for FakeMachine {
 
     async fn wait_exit(&self) -> MachineExit {
         self.processes.ended(&self.identity).await;
+        let nic = lock(&self.inner).nic.take();
+        drop(nic);
         let mut inner = lock(&self.inner);
         // Connections that the guest never took end with it.
         inner.links.clear();
