@@ -36,8 +36,7 @@
 //!   (plain tables: are seen by whoever looks next).
 //! * **Stop**: [`Firewall::release`] with the handle, [`Firewall::remove`] without.
 //! * **Crash, SIGKILL**: the kernel closes the socket, so nothing is left.
-//! * **Restart of the owner's actor**: the handle lives outside it; [`Firewall::replace`] writes
-//!   the tables anew.
+//! * **Restart of the owner's actor**: the hypervisor keeps the tables there; nothing is done.
 
 use std::fmt;
 use std::io;
