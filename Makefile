@@ -24,10 +24,12 @@ run: build guest image ## Set everything up and run a first command in a microVM
 test: lint guest image ## Set everything up, check format and lints, run every test
 	@scripts/test.sh $(BUSYBOX)
 
-# A piece of it; PART=matrix or PART=random, MINUTES=8 and KILLS=300 say how much.
+# A piece of it: PART=matrix, random, fleet, session or sim; MINUTES=8, KILLS=300, VMS=20, SEEDS=0..5000 say
+# how much.
 PART ?= all
 
-soak: guest image ## Crash at every failpoint, every fault, and at random instants (long; goes on where it stopped)
+# The simulation runs on fakes alone.
+soak: $(if $(filter sim,$(PART)),setup,guest image) ## Crash at every failpoint, every fault, and at random instants (long; goes on where it stopped)
 	@scripts/soak.sh $(BUSYBOX) $(PART)
 
 soak-table: guest image ## Write what `make soak` has found into docs/SPECIFICATION.md

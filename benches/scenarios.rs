@@ -1,8 +1,10 @@
 //! What no micro-benchmark shows: several processes at once, whole lives of VMs. Ends by writing
-//! docs/PERFORMANCE.md, from its own numbers and those that criterion and `network` left. `make bench`.
+//! docs/PERFORMANCE.md, from its own numbers and those that criterion, `network`, `fleet` and `session`
+//! left. `make bench`.
 
 mod artifacts;
 mod common;
+mod dead;
 
 use std::fmt::Write as _;
 use std::io::{Read as _, Write as _};
@@ -18,6 +20,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 const WRITER_ARGUMENT: &str = "--one-of-several-writers";
+/// Measures `gc` alone, and writes no page: for whoever makes it faster.
+const GC_ARGUMENT: &str = "--only-gc";
 const PROCESSES: u32 = 4;
 const ROUND: Duration = Duration::from_secs(5);
 const LIVES: u32 = 10;
@@ -28,7 +32,20 @@ fn main() -> Result<()> {
         let number = args.get(at + 2).context("a number")?.parse()?;
         return write_for_a_while(Path::new(args.get(at + 1).context("a home")?), number);
     }
-    let report = [criterion_table()?, several_processes()?, growth()?, network()?].concat();
+    if args.iter().any(|arg| arg == GC_ARGUMENT) {
+        println!("{}", dead::section()?);
+        return Ok(());
+    }
+    let report = [
+        criterion_table()?,
+        several_processes()?,
+        growth()?,
+        dead::section()?,
+        section("network")?,
+        section("fleet")?,
+        section("session")?,
+    ]
+    .concat();
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/PERFORMANCE.md");
     std::fs::write(&path, format!("{}{report}", heading()?))?;
     println!("{report}\nwritten to {}", path.display());
@@ -54,9 +71,9 @@ fn heading() -> Result<String> {
     ))
 }
 
-/// The section that `cargo bench --bench network` left, if it ran.
-fn network() -> Result<String> {
-    let file = artifacts::network_section();
+/// The section that another bench left, if it ran.
+fn section(bench: &str) -> Result<String> {
+    let file = artifacts::section(bench);
     match std::fs::read_to_string(&file) {
         Ok(text) => Ok(format!("\n{text}")),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),

@@ -12,7 +12,9 @@ export MATCHLOCK_TEST_CACHE=$target/test-cache
 cd "$root"
 say "measuring"
 cargo bench --locked --bench store -- --quiet
-# It leaves its section to the scenarios. An old one must not pass for this run's.
-rm -f -- "$target/bench/network.md"
+# They leave their sections to the scenarios. An old one must not pass for this run's.
+rm -f -- "$target/bench/network.md" "$target/bench/fleet.md" "$target/bench/session.md"
 cargo bench --locked --bench network
+cargo bench --locked --workspace --bench fleet
+cargo bench --locked --bench session
 cargo bench --locked --bench scenarios

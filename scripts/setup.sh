@@ -36,6 +36,8 @@ requirements=(
 	"pkg-config        command pkg-config"
 	"nftables          command nft"
 	"iproute2          command ip"
+	"python3           command python3"
+	"python3-venv      python_venv"
 	"ca-certificates   file /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt"
 )
 
@@ -51,11 +53,17 @@ there() {
 		for word; do [ -e "$word" ] && return 0; done
 		return 1
 		;;
+	python_venv)
+		python3 -c 'import ensurepip, venv' 2>/dev/null
+		;;
 	libclang)
-		compgen -G "${LIBCLANG_PATH:-/nowhere}/libclang*.so*" >/dev/null ||
-			compgen -G "/usr/lib/llvm*/lib/libclang[.-]*so*" >/dev/null ||
-			compgen -G "/usr/lib*/libclang[.-]*so*" >/dev/null ||
-			compgen -G "/usr/lib/x86_64-linux-gnu/libclang[.-]*so*" >/dev/null
+		# Not libclang-cpp, which has another interface.
+		local directory
+		for directory in "${LIBCLANG_PATH:-/nowhere}" "/usr/lib/llvm*/lib" "/usr/lib*" "/usr/lib/x86_64-linux-gnu"; do
+			compgen -G "$directory/libclang.so*" >/dev/null && return 0
+			compgen -G "$directory/libclang-[0-9]*.so*" >/dev/null && return 0
+		done
+		return 1
 		;;
 	busybox)
 		have busybox && have readelf && is_static "$(command -v busybox)"

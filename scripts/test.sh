@@ -9,7 +9,9 @@ export MATCHLOCK_TEST_BIN=$target/debug/matchlock
 export MATCHLOCK_TEST_FAILPOINTS_BIN=$target/debug/matchlock-failpoints
 export MATCHLOCK_TEST_BUSYBOX=$1
 export MATCHLOCK_TEST_CACHE=$target/test-cache
+export MATCHLOCK_TEST_PYTHON=$target/python-sdk/bin/python
 "$root/scripts/install-bundle.sh" "$MATCHLOCK_TEST_CACHE"
+"$root/scripts/python-sdk.sh" "$target/python-sdk"
 
 say "building the tests"
 cd "$root"

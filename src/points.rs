@@ -7,8 +7,9 @@ use matchlock_model::failure::{Failure, FailureKind};
 pub(crate) const HOME: Area =
     Area::new("home", &["open_state", "write_id", "link_id", "unlink_id", "vms_dir"]);
 
-/// A command in a guest: started, its streams carried to their end.
-pub(crate) const EXEC: Area = Area::new("exec", &["start", "relay"]);
+/// A command in a guest: started, its streams carried to their end, our terminal given to it, its exit
+/// code recorded.
+pub(crate) const EXEC: Area = Area::new("exec", &["start", "relay", "terminal", "record_exit"]);
 
 /// What a VM's owner does for other processes.
 pub(crate) const OWNER: Area = Area::new("owner", &["kill", "exec"]);
@@ -16,8 +17,8 @@ pub(crate) const OWNER: Area = Area::new("owner", &["kill", "exec"]);
 /// What asks a VM's owner.
 pub(crate) const CLIENT: Area = Area::new("client", &["kill", "exec"]);
 
-/// `rm`, around everything that it does.
-pub(crate) const RM: Area = Area::new("rm", &["remove"]);
+/// `rm`: its wish, and everything that it does.
+pub(crate) const RM: Area = Area::new("rm", &["want", "remove"]);
 
 /// An injected failure as a step's own.
 pub(crate) fn injected(injected: Injected) -> Failure {
@@ -31,6 +32,6 @@ pub fn all() -> Vec<String> {
     let own = [HOME, EXEC, OWNER, CLIENT, RM];
     let actors = matchlock_actors::points::AREAS.iter();
     let host = matchlock_host::points::AREAS.iter();
-    let store = std::iter::once(&matchlock_store::points::DB);
-    own.iter().chain(actors).chain(host).chain(store).flat_map(Area::points).collect()
+    let store = [matchlock_store::points::DB, matchlock_store::points::IMAGES];
+    own.iter().chain(actors).chain(host).chain(&store).flat_map(Area::points).collect()
 }

@@ -21,7 +21,7 @@ use matchlock_model::record::{LifecycleRecord, VmRecord, VmRemains, VmSummary};
 use matchlock_model::subnet::SubnetPool;
 use matchlock_store::{BadRow, ReadError, ReadPool};
 
-use crate::db_writer::DbHandle;
+use crate::db_writer::{DbHandle, WRITE_LIMIT};
 use crate::subnet_allocator::SubnetHandle;
 
 /// Answers on the owner's socket of a VM. The node implements it; the actors only say when.
@@ -48,6 +48,9 @@ pub trait Rows: Send + Sync {
 
     /// The ids of all VMs.
     async fn vm_ids(&self) -> Result<Vec<Result<VmId, BadRow>>, ReadError>;
+
+    /// The VMs that somebody wants removed.
+    async fn vms_to_remove(&self) -> Result<Vec<Result<VmId, BadRow>>, ReadError>;
 
     /// What cleaning the VM up needs to know of it.
     async fn remains(&self, vm: VmId) -> Result<Option<VmRemains>, ReadError>;
@@ -76,6 +79,10 @@ impl Rows for ReadPool {
         Self::vm_ids(self).await
     }
 
+    async fn vms_to_remove(&self) -> Result<Vec<Result<VmId, BadRow>>, ReadError> {
+        Self::vms_to_remove(self).await
+    }
+
     async fn remains(&self, vm: VmId) -> Result<Option<VmRemains>, ReadError> {
         Self::remains(self, vm).await
     }
@@ -93,9 +100,11 @@ impl Rows for ReadPool {
     }
 }
 
-/// How long things may take.
+/// How long things may take, and how many there may be.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
+    /// VMs that one node owns at once.
+    pub vms: usize,
     /// From the hypervisor's start to the agent's answer.
     pub boot: Duration,
     /// From a ping to the record that the guest does not answer.
@@ -104,23 +113,28 @@ pub struct Limits {
     pub kill: Duration,
     /// Beyond the guest's own grace: syncing, unmounting, powering off.
     pub power_off: Duration,
-    /// From cancelling an operation to its end.
+    /// From cancelling an operation to its end. Longer than a write may take: an operation that waits
+    /// for a record ends by itself, and the hypervisor is then taken down in order.
     pub cancel: Duration,
     /// For all TAPs together that crashed VMs left, before a subnet is chosen without waiting for
     /// them.
     pub reap: Duration,
+    /// For another process that cleans the same VM up, before that is the answer.
+    pub cleaner: Duration,
 }
 
 impl Default for Limits {
     fn default() -> Self {
         Self {
+            vms: 256,
             // Software emulation on a loaded machine: a boot takes 3 s of CPU, 20 may share two.
             boot: Duration::from_secs(120),
             hang: Duration::from_secs(30),
             kill: Duration::from_secs(10),
             power_off: Duration::from_secs(10),
-            cancel: Duration::from_secs(15),
+            cancel: WRITE_LIMIT + Duration::from_secs(3),
             reap: Duration::from_secs(20),
+            cleaner: Duration::from_secs(5),
         }
     }
 }
@@ -144,8 +158,8 @@ pub struct Deps {
     pub firewall: Arc<dyn Firewall>,
     /// The lock for choosing subnets.
     pub network_locks: Arc<dyn NetworkLocks>,
-    /// Where subnets are taken from.
-    pub subnet_pool: Arc<SubnetPool>,
+    /// Where subnets are taken from; or why nobody can say, which ends only what needs one.
+    pub subnet_pool: Result<Arc<SubnetPool>, Failure>,
     /// Grants subnets.
     pub subnets: SubnetHandle,
     /// Processes of this host.

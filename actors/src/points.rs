@@ -91,7 +91,7 @@ pub(crate) const ACTOR: Area = Area::before_only(
         "vm.cancel_deadline",
         "vm.machine_exited",
         "vm.link_lost",
-        "vm.hung",
+        "vm.heard",
         "fleet.create_vm",
         "fleet.registered",
         "fleet.stop_vm",
@@ -100,6 +100,7 @@ pub(crate) const ACTOR: Area = Area::before_only(
         "fleet.scope_closed",
         "fleet.compensated",
         "reconciler.reconcile",
+        "reconciler.want_removal",
         "reconciler.prune_history",
         "subnet_allocator.allocate",
         "subnet_allocator.release",
@@ -107,6 +108,7 @@ pub(crate) const ACTOR: Area = Area::before_only(
         "db_writer.thread_panicked",
         "images.import",
         "images.remove",
+        "images.sweep",
         "root.shutdown",
         "root.start",
     ],
@@ -238,7 +240,7 @@ impl Point for VmMsg {
             Self::CancelDeadline { .. } => "vm.cancel_deadline",
             Self::MachineExited(_) => "vm.machine_exited",
             Self::LinkLost(_) => "vm.link_lost",
-            Self::Hung(_) => "vm.hung",
+            Self::Heard(_) => "vm.heard",
         }
     }
 }
@@ -261,6 +263,7 @@ impl Point for ReconcilerMsg {
     fn point(&self) -> &'static str {
         match self {
             Self::Reconcile { .. } => "reconciler.reconcile",
+            Self::WantRemoval { .. } => "reconciler.want_removal",
             Self::PruneHistory { .. } => "reconciler.prune_history",
         }
     }
@@ -289,6 +292,7 @@ impl Point for ImagesMsg {
         match self {
             Self::Import { .. } => "images.import",
             Self::Remove { .. } => "images.remove",
+            Self::Sweep { .. } => "images.sweep",
         }
     }
 }

@@ -8,7 +8,8 @@ pub(crate) fn target() -> PathBuf {
         .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target"), PathBuf::from)
 }
 
-/// What `network` writes, and `scenarios` puts into docs/PERFORMANCE.md.
-pub(crate) fn network_section() -> PathBuf {
-    target().join("bench/network.md")
+/// What the bench of this name writes (`network`, `fleet`), and `scenarios` puts into
+/// docs/PERFORMANCE.md.
+pub(crate) fn section(bench: &str) -> PathBuf {
+    target().join("bench").join(bench).with_extension("md")
 }

@@ -45,7 +45,7 @@ fn main() -> Result<()> {
         load_average()?
     );
     let section = ["## The network\n\n", &tables, &throughput, &load].concat();
-    let file = artifacts::network_section();
+    let file = artifacts::section("network");
     std::fs::create_dir_all(file.parent().context("a directory")?)?;
     std::fs::write(&file, &section)?;
     println!("{section}\nwritten to {}", file.display());

@@ -89,6 +89,10 @@ where
             let job = agent.jobs.exec(&start);
             stream::start(&agent.jobs, job, stream::reframe(frames), writer).await
         }
+        Request::File(start) => {
+            let job = agent.jobs.file(&start);
+            stream::start(&agent.jobs, job, stream::reframe(frames), writer).await
+        }
         Request::Attach(attach) => {
             stream::attach(&agent.jobs, attach, stream::reframe(frames), writer).await
         }

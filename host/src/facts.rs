@@ -141,7 +141,7 @@ fn try_kvm() -> Result<(), String> {
     Ok(())
 }
 
-fn has_virtualization(cpuinfo: &str) -> bool {
+pub(crate) fn has_virtualization(cpuinfo: &str) -> bool {
     cpuinfo
         .lines()
         .filter(|line| line.starts_with("flags"))

@@ -9,6 +9,7 @@
 //! | [`process`] | identity of processes, pidfds, the thread that spawns children, the search for marked ones |
 //! | [`owner_lock`] | one lock byte per VM: held means that its owner lives |
 //! | [`rootfs`] | a VM's directory, its writable disk, its sockets |
+//! | [`vm_log`] | a VM's log: written with a cap, followed while it moves on |
 //! | [`hypervisor`] | launch, watch, kill: QEMU, and a fake |
 //! | [`guest_link`] | streams to the agent in the guest |
 //! | [`image`] | archives in, EROFS out |
@@ -16,10 +17,12 @@
 //! | [`firewall`] | a VM's nftables tables: what its guest may reach |
 //! | [`netlock`] | one lock per network namespace, for choosing a subnet |
 //! | [`guest_bundle`] | the kernel and initramfs to boot |
+//! | [`diagnose`] | whether this host can run VMs, and what to do if not |
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("Matchlock runs on Linux only, for now: other platforms are not supported");
 
+pub mod diagnose;
 pub mod facts;
 pub mod fault;
 mod fenced;
@@ -35,3 +38,4 @@ pub mod process;
 pub mod rootfs;
 pub mod socket;
 pub mod tap;
+pub mod vm_log;

@@ -2,11 +2,14 @@
 
 use matchlock_failpoints::Area;
 
-use crate::{firewall, hypervisor, netlock, owner_lock, process, rootfs, socket, tap};
+use crate::{
+    firewall, hypervisor, image, netlock, owner_lock, process, rootfs, socket, tap, vm_log,
+};
 
 /// Every area of this crate.
 pub const AREAS: &[Area] = &[
     rootfs::POINTS,
+    vm_log::POINTS,
     socket::POINTS,
     tap::POINTS,
     firewall::POINTS,
@@ -15,4 +18,5 @@ pub const AREAS: &[Area] = &[
     hypervisor::POINTS,
     process::SPAWN_POINTS,
     process::POINTS,
+    image::POINTS,
 ];

@@ -158,6 +158,7 @@ async fn tiny_frames_that_nobody_reads_cost_little() {
         cwd: None,
         user: None,
         stdin: false,
+        terminal: None,
     };
     let before = status_kb("VmRSS");
     let mut sessions = Vec::new();

@@ -15,8 +15,35 @@ pub struct ExecSpec {
     pub cwd: Option<String>,
     /// The user, resolved in the guest; `None` means root.
     pub user: Option<String>,
-    /// Whether stdin is sent; otherwise it is `/dev/null`.
+    /// Whether stdin is sent. Without, it is `/dev/null`, or a terminal where nobody types.
     pub stdin: bool,
+    /// A terminal for its stdin, stdout and stderr; `None` means pipes.
+    pub terminal: Option<Terminal>,
+}
+
+/// The terminal that a command gets in its guest. What it prints there is all stdout.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Terminal {
+    /// Its size at the start.
+    pub size: TerminalSize,
+    /// `TERM`, where the environment does not say it; `None` leaves it to the guest.
+    pub term: Option<String>,
+}
+
+/// The size of a terminal, in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalSize {
+    /// The number of lines.
+    pub rows: u16,
+    /// The number of columns.
+    pub cols: u16,
+}
+
+impl Default for TerminalSize {
+    /// What a terminal has whose size nobody knows.
+    fn default() -> Self {
+        Self { rows: 24, cols: 80 }
+    }
 }
 
 /// How a command ended.
@@ -75,6 +102,8 @@ pub enum ExecRefusalKind {
     Request,
     /// The guest cannot take it now.
     Unavailable,
+    /// The file could not be opened: it is not there, is no regular file, or the like.
+    File,
 }
 
 impl ExecRefusal {
@@ -86,9 +115,10 @@ impl ExecRefusal {
             ExecRefusalKind::NotExecutable | ExecRefusalKind::WorkingDirectory => {
                 exit::NOT_EXECUTABLE
             }
-            ExecRefusalKind::User | ExecRefusalKind::Request | ExecRefusalKind::Unavailable => {
-                exit::MATCHLOCK_FAILED
-            }
+            ExecRefusalKind::User
+            | ExecRefusalKind::Request
+            | ExecRefusalKind::Unavailable
+            | ExecRefusalKind::File => exit::MATCHLOCK_FAILED,
         }
     }
 }

@@ -8,6 +8,7 @@
 pub mod exec;
 pub mod exit;
 pub mod failure;
+pub mod file;
 pub mod guest;
 pub mod id;
 pub mod identity;

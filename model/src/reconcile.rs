@@ -10,6 +10,7 @@
 use crate::id::VmId;
 use crate::identity::ProcessIdentity;
 use crate::phase::Phase;
+use crate::record::VmRemains;
 
 /// What is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,6 +117,42 @@ pub fn plan(
         actions.push(Action::RemoveRow);
     }
     Ok(actions)
+}
+
+/// What was found of a VM, and what was decided: everything that says why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// The phase in its row; `None` if it has no row.
+    pub recorded: Option<Phase>,
+    /// Whether it was to be removed with its command.
+    pub ephemeral: bool,
+    /// Whether its owner lives and is, or would be, overruled.
+    pub owner_lives: bool,
+    /// What was seen on the host.
+    pub observed: Observed,
+    /// What to do about it.
+    pub plan: Vec<Action>,
+}
+
+impl Finding {
+    /// Decides. A VM that was to go with its command, or was to be removed before, goes altogether:
+    /// that is what its user asked for.
+    ///
+    /// # Errors
+    /// As [`plan`].
+    pub fn new(
+        vm: VmId,
+        goal: Goal,
+        row: Option<&VmRemains>,
+        observed: Observed,
+    ) -> Result<Self, Refusal> {
+        let (recorded, ephemeral) =
+            (row.map(|row| row.phase), row.is_some_and(|row| row.ephemeral));
+        let was_wanted = row.is_some_and(|row| row.removal_wanted);
+        let goal = if ephemeral || was_wanted { Goal::Remove } else { goal };
+        let plan = plan(vm, goal, recorded, &observed)?;
+        Ok(Self { recorded, ephemeral, owner_lives: false, observed, plan })
+    }
 }
 
 /// The phases to record, in order, when a removal has failed for a VM in this phase.

@@ -159,6 +159,16 @@ pub struct VmSummary {
     pub image: String,
     /// When the VM was made.
     pub created_at: Timestamp,
+    /// The last error in its latest lifecycle row, or empty.
+    pub last_error: String,
+    /// The hypervisor's process, if it is known and can be read.
+    pub hypervisor: Option<ProcessIdentity>,
+    /// The namespaces that its kernel objects live in, if they can be read.
+    pub namespaces: Option<Namespaces>,
+    /// Whether somebody wants it removed.
+    pub removal_wanted: bool,
+    /// How its own command ended, as a shell says it; `None` if it has not, or nobody knows.
+    pub exit_code: Option<u8>,
 }
 
 /// What cleaning up needs to know of a VM's rows, and no more: what else in them cannot be read
@@ -168,14 +178,17 @@ pub struct VmRemains {
     /// The phase in its latest lifecycle row; `creating` before it has one, or when nobody can read
     /// it: then anything may be left.
     pub phase: Phase,
-    /// The owner's process, if it can be read.
-    pub owner: Option<ProcessIdentity>,
+    /// The process that made the VM, if it can be read. Who owns it now may be another, of a later
+    /// boot: what the VM has is of this one.
+    pub maker: Option<ProcessIdentity>,
     /// The hypervisor's process, once it is known.
     pub hypervisor: Option<ProcessIdentity>,
     /// The namespaces that its kernel objects live in.
     pub namespaces: Option<Namespaces>,
     /// Whether the VM is removed when its command has ended.
     pub ephemeral: bool,
+    /// Whether somebody wants it removed, whatever became of whoever was to do it.
+    pub removal_wanted: bool,
     /// Whether it holds a subnet.
     pub holds_subnet: bool,
     /// Whether it has, or may have had, a TAP and firewall tables.
@@ -193,6 +206,8 @@ pub struct VmRecord {
     pub status: String,
     /// The phase in its latest lifecycle row; `creating` before it has one.
     pub phase: Phase,
+    /// The last error in that row, or empty.
+    pub last_error: String,
     /// The image's tag.
     pub image: String,
     /// The specification, redacted, as JSON.
@@ -211,6 +226,10 @@ pub struct VmRecord {
     pub namespaces: Option<Namespaces>,
     /// Whether the VM is removed when its command has ended.
     pub ephemeral: bool,
+    /// Whether somebody wants it removed.
+    pub removal_wanted: bool,
     /// Whether it holds a subnet.
     pub holds_subnet: bool,
+    /// How its own command ended, as a shell says it; `None` if it has not, or nobody knows.
+    pub exit_code: Option<u8>,
 }

@@ -6,16 +6,18 @@ use std::os::unix::ffi::OsStringExt;
 use clap::Args;
 use matchlock_model::exec::ExecSpec;
 use matchlock_model::id::VmId;
+use matchlock_model::phase::Phase;
 use matchlock_model::spec::{DEFAULT_GRACE, check_user, check_workdir};
-use matchlock_model::view::Status;
 
 use super::error::CliError;
 use super::later::refuse_later;
-use super::looking::{not_found, not_running, status_of};
-use super::run::{environment, exit_code};
+use super::looking::{migrate, not_running, not_there, status_of};
+use super::render;
+use super::run::{environment, own_terminal};
+use super::vm_life::exit_code;
 use crate::node::config::NodeConfig;
 use crate::node::owner;
-use crate::node::relay::{RelayLimits, relay};
+use crate::node::relay::{Ours, RelayLimits, relay};
 use crate::node::signals::Interrupts;
 
 /// The arguments of `exec`.
@@ -24,16 +26,18 @@ use crate::node::signals::Interrupts;
 Exit codes: as `matchlock run`. Each command has a process list of its own: it does not see the
 VM's other commands, but shares their files.
 
-Example:
-  matchlock exec vm-0badcafe -- sh -c 'cat > /tmp/f; wc -c /tmp/f'   (add -i to give it a stdin)")]
+Examples:
+  matchlock exec -it vm-0badcafe -- sh
+  matchlock exec -i vm-0badcafe -- sh -c 'cat > /tmp/f' < file")]
 pub(super) struct ExecArgs {
-    #[arg(short = 't', long, hide = true)]
-    tty: bool,
     #[arg(short = 'd', long, hide = true)]
     detach: bool,
     /// Give the command our stdin
     #[arg(short, long)]
     interactive: bool,
+    /// Give the command a terminal; with -i it is ours: keys, Ctrl-C and size go to the guest
+    #[arg(short, long)]
+    tty: bool,
     /// Set a variable: NAME=VALUE, or NAME for your own value
     #[arg(short, long, value_name = "NAME[=VALUE]")]
     env: Vec<String>,
@@ -51,7 +55,7 @@ pub(super) struct ExecArgs {
 }
 
 pub(super) async fn exec(args: ExecArgs, config: NodeConfig) -> Result<u8, CliError> {
-    refuse_later(&[("--tty", args.tty), ("--detach", args.detach)])?;
+    refuse_later(&[("--detach", args.detach)])?;
     let mut interrupts = Interrupts::install().map_err(|e| CliError::failure(&e))?;
     if let Some(workdir) = &args.workdir {
         check_workdir(workdir).map_err(CliError::input)?;
@@ -60,6 +64,8 @@ pub(super) async fn exec(args: ExecArgs, config: NodeConfig) -> Result<u8, CliEr
         check_user(user).map_err(CliError::input)?;
     }
     let env = environment(&[], &args.env)?;
+    let terminal = own_terminal(args.interactive, args.tty)?;
+    migrate(&config)?;
     require_running(&config, args.id).await?;
     let spec = ExecSpec {
         argv: args.command.into_iter().map(OsStringExt::into_vec).collect(),
@@ -67,17 +73,27 @@ pub(super) async fn exec(args: ExecArgs, config: NodeConfig) -> Result<u8, CliEr
         cwd: args.workdir,
         user: args.user,
         stdin: args.interactive,
+        terminal,
     };
-    let session = owner::exec(&config.vms_dir(), args.id, spec).await?;
-    let limits = RelayLimits { timeout: None, grace: DEFAULT_GRACE };
-    let ending = relay(session, args.interactive, limits, &mut interrupts).await;
-    exit_code(ending, None)
+    let ours = Ours { stdin: spec.stdin, terminal: spec.terminal.is_some() };
+    let vms_dir = config.vms_dir();
+    let session = tokio::select! {
+        session = owner::exec(&vms_dir, args.id, spec) => session?,
+        // The owner may not answer for good.
+        which = interrupts.next() => return Ok(which.exit_code()),
+    };
+    let again =
+        render::on_terminal("waiting for the command to end; Ctrl-C again leaves it at once");
+    let limits = RelayLimits { timeout: None, grace: DEFAULT_GRACE, again };
+    let relayed = relay(session, ours, limits, &mut interrupts).await;
+    exit_code(relayed.ending, None)
 }
 
 async fn require_running(config: &NodeConfig, id: VmId) -> Result<(), CliError> {
     match status_of(config, id).await? {
-        None => Err(not_found(id)),
-        Some(vm) if vm.status == Status::Running => Ok(()),
+        None => Err(not_there(config, id).await),
+        // One that stands still is waited for, and its owner knows whether it is dead.
+        Some(vm) if vm.is_owned && vm.record.phase == Phase::Running => Ok(()),
         Some(vm) => Err(not_running(id, vm.status)),
     }
 }

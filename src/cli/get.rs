@@ -7,12 +7,15 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::error::CliError;
-use super::looking::{Shown, not_found, status_of};
+use super::looking::{Shown, not_there, status_of};
 use super::render;
 use crate::node::config::NodeConfig;
 
 /// The arguments of `get`.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+exit_code is that of the command of `matchlock run`, kept as long as the VM is (--rm=false, -d):
+128+n if signal n ended it, null while it runs and when it was lost.")]
 pub(super) struct GetArgs {
     /// VM
     id: VmId,
@@ -27,6 +30,8 @@ pub(super) struct JsonVm {
     image: String,
     created_at: jiff::Timestamp,
     config: Value,
+    /// How its own command ended; `null` while it runs, or when nobody knows. Ours, not the reference's.
+    exit_code: Option<u8>,
 }
 
 impl JsonVm {
@@ -47,12 +52,15 @@ impl JsonVm {
             image: shown.record.image,
             created_at: shown.record.created_at,
             config,
+            exit_code: shown.record.exit_code,
         })
     }
 }
 
 pub(super) async fn get(args: GetArgs, config: NodeConfig) -> Result<u8, CliError> {
-    let shown = status_of(&config, args.id).await?.ok_or_else(|| not_found(args.id))?;
+    let Some(shown) = status_of(&config, args.id).await? else {
+        return Err(not_there(&config, args.id).await);
+    };
     render::json(&JsonVm::new(shown)?)?;
     Ok(0)
 }

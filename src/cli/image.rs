@@ -1,17 +1,22 @@
 //! `matchlock image`: import, list and remove images.
 
 use std::io::IsTerminal as _;
+use std::os::fd::AsFd;
 
 use clap::{Args, Subcommand};
+use matchlock_actors::images::ImportInput;
 use matchlock_host::image::{ImageDirs, ImportedImage};
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::image::{ImageRecord, check_tag};
 use matchlock_model::vm::StopMode;
+use rustix::fs::FileType;
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use super::error::CliError;
+use super::progress::{Elsewhere, Progress};
 use super::render;
+use super::table::{self, Cell, Column};
 use crate::node::boot::Node;
 use crate::node::config::NodeConfig;
 use crate::node::signals::Interrupts;
@@ -65,8 +70,15 @@ async fn import(tag: String, config: NodeConfig) -> Result<u8, CliError> {
     }
     let mut interrupts = Interrupts::install().map_err(|e| CliError::failure(&e))?;
     let node = Node::boot(config).await?;
-    render::note(&format!("importing {tag} from stdin..."));
-    let imported = interruptible_import(&node, &tag, &mut interrupts).await;
+    let stdin = std::io::stdin();
+    let shown = Progress::bytes(
+        &format!("importing {tag} from stdin..."),
+        regular_size(&stdin).map_err(|e| CliError::failure(&e))?,
+        Elsewhere::Lines,
+    );
+    let input = Box::new(shown.reader(stdin));
+    let imported = interruptible_import(&node, input, &tag, &mut interrupts).await;
+    drop(shown);
     if let Some(which) = interrupts.first() {
         // An import that still waits for its archive ends with this process.
         return Ok(which.exit_code());
@@ -81,16 +93,23 @@ async fn import(tag: String, config: NodeConfig) -> Result<u8, CliError> {
     Ok(0)
 }
 
+/// The size of a regular file, the only kind of which it is known.
+fn regular_size(file: impl AsFd) -> std::io::Result<Option<u64>> {
+    let found = rustix::fs::fstat(file)?;
+    let is_file = FileType::from_raw_mode(found.st_mode) == FileType::RegularFile;
+    Ok(u64::try_from(found.st_size).ok().filter(|_| is_file))
+}
+
 /// Imports from stdin. The first signal cancels; it takes effect with the next bytes of the
 /// archive, and if none come a second one gives up waiting: what was made is locked only while we
 /// live, and the next import sweeps it.
 async fn interruptible_import(
     node: &Node,
+    input: ImportInput,
     tag: &str,
     interrupts: &mut Interrupts,
 ) -> Result<ImportedImage, Failure> {
     let cancel = CancellationToken::new();
-    let input = Box::new(std::io::stdin());
     let mut importing =
         std::pin::pin!(node.client().import_image(input, tag.to_owned(), cancel.clone()));
     tokio::select! {
@@ -127,8 +146,8 @@ fn ls(json: bool, config: &NodeConfig) -> Result<u8, CliError> {
         render::json(&shown)?;
         return Ok(0);
     }
-    let rows: Vec<Vec<String>> = images.iter().map(row).collect();
-    render::table(&["TAG", "SOURCE", "SIZE", "CREATED"], &rows)?;
+    let rows: Vec<Vec<Cell>> = images.iter().map(row).collect();
+    table::print(COLUMNS, &rows)?;
     Ok(0)
 }
 
@@ -143,12 +162,19 @@ fn json_image(image: &ImageRecord) -> JsonImage<'_> {
     }
 }
 
-fn row(image: &ImageRecord) -> Vec<String> {
+const COLUMNS: &[Column] = &[
+    Column::cut("TAG", 12),
+    Column::whole("SOURCE"),
+    Column::whole("SIZE"),
+    Column::cut("CREATED", 10),
+];
+
+fn row(image: &ImageRecord) -> Vec<Cell> {
     vec![
-        image.tag.clone(),
-        image.source.clone(),
-        render::megabytes(image.size),
-        image.created_at.strftime("%Y-%m-%d %H:%M:%S").to_string(),
+        image.tag.clone().into(),
+        image.source.clone().into(),
+        render::megabytes(image.size).into(),
+        image.created_at.strftime("%Y-%m-%d %H:%M:%S").to_string().into(),
     ]
 }
 

@@ -1,5 +1,5 @@
-//! `matchlock inspect`: one VM and all that happened to it as JSON, without writing anything. A VM
-//! that was removed is shown for as long as its history is kept.
+//! `matchlock inspect`: VMs and all that happened to them as JSON, without writing anything. A VM that
+//! was removed is shown for as long as its history is kept.
 
 use clap::Args;
 use matchlock_model::id::VmId;
@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::error::CliError;
 use super::get::JsonVm;
+use super::kill::tell_all_but_the_last;
 use super::looking::{Looking, not_found};
 use super::render;
 use crate::node::config::NodeConfig;
@@ -16,30 +17,48 @@ use crate::node::config::NodeConfig;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Prints {vm, lifecycle, history}: the microVM as `get` does (null once it is removed), the latest
-record of its lifecycle, and all records, oldest first.")]
+record of its lifecycle, and all records, oldest first. Of several VMs an array of these.")]
 pub(super) struct InspectArgs {
-    /// VM, also a removed one whose history is still kept
-    id: VmId,
+    /// VMs, also removed ones whose history is still kept
+    #[arg(required = true, value_name = "ID")]
+    ids: Vec<VmId>,
 }
 
 /// A VM and its history; keys and order are the reference's.
 #[derive(Debug, Serialize)]
-struct Inspected<'a> {
+struct Inspected {
     vm: Option<JsonVm>,
-    lifecycle: Option<&'a LifecycleRecord>,
-    history: &'a [LifecycleRecord],
+    lifecycle: Option<LifecycleRecord>,
+    history: Vec<LifecycleRecord>,
 }
 
 pub(super) async fn inspect(args: InspectArgs, config: NodeConfig) -> Result<u8, CliError> {
-    let Some(looking) = Looking::begin(&config)? else { return Err(not_found(args.id)) };
-    let (shown, history) = looking.with_history(args.id).await?;
-    if shown.is_none() && history.is_empty() {
-        return Err(not_found(args.id));
+    let looking = Looking::begin(&config)?;
+    let mut inspected = Vec::new();
+    let mut failed = None;
+    for id in &args.ids {
+        match look(looking.as_ref(), *id).await {
+            Ok(found) => inspected.push(found),
+            Err(error) => tell_all_but_the_last(&mut failed, error),
+        }
     }
-    render::json(&Inspected {
+    match (&*inspected, &*args.ids) {
+        ([], [_]) => {}
+        ([one], [_]) => render::json(one)?,
+        (several, _) => render::json(&several)?,
+    }
+    failed.map_or(Ok(0), Err)
+}
+
+async fn look(looking: Option<&Looking>, id: VmId) -> Result<Inspected, CliError> {
+    let Some(looking) = looking else { return Err(not_found(id)) };
+    let (shown, history) = looking.with_history(id).await?;
+    if shown.is_none() && history.is_empty() {
+        return Err(not_found(id));
+    }
+    Ok(Inspected {
         vm: shown.map(JsonVm::new).transpose()?,
-        lifecycle: history.last(),
-        history: &history,
-    })?;
-    Ok(0)
+        lifecycle: history.last().cloned(),
+        history,
+    })
 }

@@ -14,17 +14,10 @@ pub(super) enum LaterVerb {
     #[command(hide = true)]
     Build(Anything),
     #[command(hide = true)]
-    Diagnose(Anything),
-    #[command(hide = true)]
-    Log(Anything),
     #[command(hide = true)]
     PortForward(Anything),
     #[command(hide = true)]
-    Prune(Anything),
-    #[command(hide = true)]
     Pull(Anything),
-    #[command(hide = true)]
-    Rpc(Anything),
     #[command(hide = true)]
     Setup(Anything),
     #[command(hide = true)]
@@ -44,12 +37,8 @@ impl LaterVerb {
         let verb = match self {
             Self::AllowList(_) => "allow-list",
             Self::Build(_) => "build",
-            Self::Diagnose(_) => "diagnose",
-            Self::Log(_) => "log",
             Self::PortForward(_) => "port-forward",
-            Self::Prune(_) => "prune",
             Self::Pull(_) => "pull",
-            Self::Rpc(_) => "rpc",
             Self::Setup(_) => "setup",
             Self::Volume(_) => "volume",
         };
@@ -65,22 +54,16 @@ pub(super) struct LaterRunFlags {
     address: Vec<String>,
     #[arg(long, hide = true)]
     allow_host: Vec<String>,
-    #[arg(short = 'd', long, hide = true)]
-    detach: bool,
     #[arg(long, hide = true)]
     disk: Vec<String>,
     #[arg(long, hide = true)]
     network_intercept: bool,
-    #[arg(long, hide = true)]
-    privileged: bool,
     #[arg(short = 'p', long, hide = true)]
     publish: Vec<String>,
     #[arg(long, hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "always")]
     pull: Option<String>,
     #[arg(long, hide = true)]
     secret: Vec<String>,
-    #[arg(short = 't', long, hide = true)]
-    tty: bool,
     #[arg(short = 'v', long, hide = true)]
     volume: Vec<String>,
     #[arg(long, hide = true)]
@@ -93,14 +76,11 @@ impl LaterRunFlags {
         let given = [
             ("--address", !self.address.is_empty()),
             ("--allow-host", !self.allow_host.is_empty()),
-            ("--detach", self.detach),
             ("--disk", !self.disk.is_empty()),
             ("--network-intercept", self.network_intercept),
-            ("--privileged", self.privileged),
             ("--publish", !self.publish.is_empty()),
             ("--pull", self.pull.is_some()),
             ("--secret", !self.secret.is_empty()),
-            ("--tty", self.tty),
             ("--volume", !self.volume.is_empty()),
             ("--workspace", self.workspace.is_some()),
         ];

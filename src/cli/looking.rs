@@ -9,80 +9,83 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use matchlock_host::owner_lock::OwnerLocks;
+use matchlock_host::process::Processes;
 use matchlock_model::id::VmId;
+use matchlock_model::identity::{Namespaces, ProcessIdentity};
 use matchlock_model::phase::Phase;
 use matchlock_model::record::{LifecycleRecord, VmRecord, VmSummary};
-use matchlock_model::view::Status;
-use matchlock_store::{BadRow, ReadError, ReadPool};
+use matchlock_model::view::{Sighting, Status};
+use matchlock_store::{BadRow, OpenError, ReadError, ReadPool};
 
 use super::error::CliError;
+use crate::node::boot::Opened;
 use crate::node::config::NodeConfig;
 use crate::node::wiring;
 
 /// What a status is derived from.
 pub(super) trait Row {
     fn id(&self) -> VmId;
-    fn phase(&self) -> Phase;
     fn pid(&self) -> i32;
+    fn phase(&self) -> Phase;
+    fn last_error(&self) -> &str;
+    fn removal_wanted(&self) -> bool;
+    fn hypervisor(&self) -> Option<&ProcessIdentity>;
+    fn namespaces(&self) -> Option<&Namespaces>;
 }
 
-impl Row for VmRecord {
-    fn id(&self) -> VmId {
-        self.id
-    }
+/// The columns that both kinds of rows have.
+macro_rules! row {
+    ($row:ty $(, $part:tt)?) => {
+        impl Row for $row {
+            fn id(&self) -> VmId {
+                self$(.$part)?.id
+            }
 
-    fn phase(&self) -> Phase {
-        self.phase
-    }
+            fn pid(&self) -> i32 {
+                self$(.$part)?.pid
+            }
 
-    fn pid(&self) -> i32 {
-        self.pid
-    }
+            fn phase(&self) -> Phase {
+                self$(.$part)?.phase
+            }
+
+            fn last_error(&self) -> &str {
+                &self$(.$part)?.last_error
+            }
+
+            fn removal_wanted(&self) -> bool {
+                self$(.$part)?.removal_wanted
+            }
+
+            fn hypervisor(&self) -> Option<&ProcessIdentity> {
+                self$(.$part)?.hypervisor.as_ref()
+            }
+
+            fn namespaces(&self) -> Option<&Namespaces> {
+                self$(.$part)?.namespaces.as_ref()
+            }
+        }
+    };
 }
 
-impl Row for VmSummary {
-    fn id(&self) -> VmId {
-        self.id
-    }
-
-    fn phase(&self) -> Phase {
-        self.phase
-    }
-
-    fn pid(&self) -> i32 {
-        self.pid
-    }
-}
-
-/// A row and the history of the same moment.
-impl Row for (VmRecord, Vec<LifecycleRecord>) {
-    fn id(&self) -> VmId {
-        self.0.id
-    }
-
-    fn phase(&self) -> Phase {
-        self.0.phase
-    }
-
-    fn pid(&self) -> i32 {
-        self.0.pid
-    }
-}
+row!(VmRecord);
+row!(VmSummary);
+// A row and the history of the same moment.
+row!((VmRecord, Vec<LifecycleRecord>), 0);
 
 /// A VM as it is shown.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Shown<R> {
     pub(super) status: Status,
+    /// Whether its owner lives, and has something left to own.
+    pub(super) is_owned: bool,
     pub(super) record: R,
 }
 
 impl<R: Row> Shown<R> {
     /// The owner's pid while there is an owner, 0 otherwise.
     pub(super) fn pid(&self) -> i32 {
-        match self.status {
-            Status::Starting | Status::Running | Status::Stopping => self.record.pid(),
-            Status::Stopped | Status::Crashed | Status::Failed => 0,
-        }
+        if self.is_owned { self.record.pid() } else { 0 }
     }
 }
 
@@ -98,7 +101,73 @@ pub(super) struct AllVms {
 /// The rows, and who lives. Writes nothing.
 pub(super) struct Looking {
     reader: ReadPool,
+    host: Host,
+}
+
+/// Who lives on this host.
+struct Host {
     locks: Arc<dyn OwnerLocks>,
+    processes: Arc<dyn Processes>,
+    /// The namespace that our process ids are of.
+    pid_namespace: String,
+}
+
+impl Host {
+    fn new(config: &NodeConfig) -> Result<Self, CliError> {
+        let processes = wiring::processes()?;
+        let namespaces = processes.own_namespaces().map_err(|e| CliError::failure(&e))?;
+        Ok(Self { locks: wiring::owner_locks(config)?, processes, pid_namespace: namespaces.pid })
+    }
+
+    fn is_held(&self, vm: VmId) -> Result<bool, CliError> {
+        self.locks.is_held(vm).map_err(|e| CliError::failure(&e))
+    }
+
+    /// Whether the VM's hypervisor was looked for and is gone. One of another pid namespace cannot be
+    /// looked for.
+    fn hypervisor_gone(&self, row: &impl Row) -> bool {
+        let Some(hypervisor) = row.hypervisor() else { return false };
+        if row.namespaces().is_none_or(|recorded| recorded.pid != self.pid_namespace) {
+            return false;
+        }
+        match self.processes.is_alive(hypervisor) {
+            Ok(lives) => !lives,
+            // What its owner says is shown then; one that cannot be looked at hides no other.
+            Err(error) => {
+                tracing::warn!(vm_id = %row.id(), %error, "its hypervisor could not be looked at");
+                false
+            }
+        }
+    }
+
+    /// The VM of this row with the status that is true now.
+    fn shown<R: Row>(&self, record: R, owner_lives: bool) -> Shown<R> {
+        let phase = record.phase();
+        let is_up = owner_lives && phase == Phase::Running;
+        let status = Status::derive(Sighting {
+            phase,
+            last_error: record.last_error(),
+            removal_wanted: record.removal_wanted(),
+            owner_lives,
+            hypervisor_gone: is_up && self.hypervisor_gone(&record),
+        });
+        let failed = matches!(
+            phase,
+            Phase::CreateFailed | Phase::StartFailed | Phase::StopFailed | Phase::CleanupFailed
+        );
+        let is_owned = owner_lives && phase != Phase::Cleaned && !failed;
+        Shown { status, is_owned, record }
+    }
+}
+
+/// Migrates what an older version stored; makes nothing where nothing was stored.
+pub(super) fn migrate(config: &NodeConfig) -> Result<(), CliError> {
+    match ReadPool::open(&config.home) {
+        Err(OpenError::Older { .. }) => drop(Opened::open(config.clone())?),
+        Err(error) => return Err(CliError::failure(&error)),
+        Ok(_) => {}
+    }
+    Ok(())
 }
 
 fn failed(error: ReadError) -> CliError {
@@ -110,13 +179,19 @@ impl Looking {
     pub(super) fn begin(config: &NodeConfig) -> Result<Option<Self>, CliError> {
         let reader = ReadPool::open(&config.home).map_err(|e| CliError::failure(&e))?;
         let Some(reader) = reader else { return Ok(None) };
-        Ok(Some(Self { reader, locks: wiring::owner_locks(config)? }))
+        Ok(Some(Self { reader, host: Host::new(config)? }))
+    }
+
+    /// The same for whoever is going to change something.
+    pub(super) fn begin_to_write(config: &NodeConfig) -> Result<Option<Self>, CliError> {
+        migrate(config)?;
+        Self::begin(config)
     }
 
     /// This VM with the status that is true now, if it has a row.
     pub(super) async fn at(&self, id: VmId) -> Result<Option<Shown<VmRecord>>, CliError> {
         let Some(record) = self.reader.vm(id).await.map_err(failed)? else { return Ok(None) };
-        settled(&*self.locks, record, self.reader.vm(id)).await
+        settled(&self.host, record, self.reader.vm(id)).await
     }
 
     /// All VMs with the status that is true now.
@@ -126,7 +201,7 @@ impl Looking {
         for row in self.reader.vms().await.map_err(failed)? {
             match row {
                 Ok(row) => {
-                    let held = self.locks.is_held(row.id).map_err(|e| CliError::failure(&e))?;
+                    let held = self.host.is_held(row.id)?;
                     looked.push((row, held));
                 }
                 Err(bad) => all.unreadable.push(bad),
@@ -144,9 +219,7 @@ impl Looking {
             let record =
                 if unsure(&(row.clone(), held)) { later.get(&row.id).cloned() } else { Some(row) };
             // One that is not there any more was removed meanwhile.
-            all.shown.extend(
-                record.map(|record| Shown { status: Status::derive(record.phase, held), record }),
-            );
+            all.shown.extend(record.map(|record| self.host.shown(record, held)));
         }
         Ok(all)
     }
@@ -162,42 +235,63 @@ impl Looking {
             let (record, history) = self.reader.vm_and_history(id).await?;
             Ok(record.map(|record| (record, history)))
         };
-        match settled(&*self.locks, (record, history), again).await? {
-            Some(Shown { status, record: (record, history) }) => {
-                Ok((Some(Shown { status, record }), history))
+        match settled(&self.host, (record, history), again).await? {
+            Some(Shown { status, is_owned, record: (record, history) }) => {
+                Ok((Some(Shown { status, is_owned, record }), history))
             }
             // Removed for good: its history is all there is to read.
             None => Ok((None, self.reader.history(id).await.map_err(failed)?)),
         }
     }
 
-    /// Whether the VM has a row, whatever the row says.
-    pub(super) async fn has(&self, id: VmId) -> Result<bool, CliError> {
-        let ids = self.reader.vm_ids().await.map_err(failed)?;
-        Ok(ids.into_iter().flatten().any(|there| there == id))
+    /// Whether a VM was ever there, as far as its history is kept.
+    async fn has_history(&self, id: VmId) -> Result<bool, CliError> {
+        Ok(self.reader.lifecycle_head(id).await.map_err(failed)?.is_some())
+    }
+
+    /// The VMs that have a row, whatever the row says; and the rows of which nobody can tell which VM
+    /// they are of.
+    pub(super) async fn ids(&self) -> Result<(Vec<VmId>, Vec<BadRow>), CliError> {
+        let (mut ids, mut bad) = (Vec::new(), Vec::new());
+        for row in self.reader.vm_ids().await.map_err(failed)? {
+            match row {
+                Ok(id) => ids.push(id),
+                Err(row) => bad.push(row),
+            }
+        }
+        Ok((ids, bad))
+    }
+
+    /// Whether somebody wants a VM removed that is still there.
+    pub(super) async fn wants_removals(&self) -> Result<bool, CliError> {
+        Ok(!self.reader.vms_to_remove().await.map_err(failed)?.is_empty())
+    }
+
+    /// Whether the VM's owner lives.
+    pub(super) fn is_held(&self, vm: VmId) -> Result<bool, CliError> {
+        self.host.is_held(vm)
     }
 
     /// The rows of which nobody can tell which VM they are of.
     pub(super) async fn without_id(&self) -> Result<Vec<BadRow>, CliError> {
-        let ids = self.reader.vm_ids().await.map_err(failed)?;
-        Ok(ids.into_iter().filter_map(Result::err).collect())
+        Ok(self.ids().await?.1)
     }
 }
 
 /// The VM with its status, by its row as it was read and as it is when it is read again; `None` when
 /// it is gone by then.
 async fn settled<R: Row>(
-    locks: &dyn OwnerLocks,
+    host: &Host,
     row: R,
     again: impl Future<Output = Result<Option<R>, ReadError>>,
 ) -> Result<Option<Shown<R>>, CliError> {
-    let owner_lives = locks.is_held(row.id()).map_err(|e| CliError::failure(&e))?;
+    let owner_lives = host.is_held(row.id())?;
     let row = if owner_lives || row.phase() == Phase::Cleaned {
         Some(row)
     } else {
         again.await.map_err(failed)?
     };
-    Ok(row.map(|record| Shown { status: Status::derive(record.phase(), owner_lives), record }))
+    Ok(row.map(|record| host.shown(record, owner_lives)))
 }
 
 /// All VMs with the status that is true now. Writes nothing.
@@ -219,14 +313,37 @@ pub(super) async fn status_of(
     }
 }
 
-/// A VM that has no row.
+/// A VM of which nothing is known.
 pub(super) fn not_found(id: VmId) -> CliError {
     CliError::message(format_args!("VM {id} not found; see `matchlock list`"))
 }
 
+/// A VM that has no row: never had one, or has none any more.
+pub(super) async fn not_there(config: &NodeConfig, id: VmId) -> CliError {
+    let was_there = match Looking::begin(config) {
+        Ok(Some(looking)) => looking.has_history(id).await,
+        Ok(None) => Ok(false),
+        Err(error) => Err(error),
+    };
+    match was_there {
+        Ok(true) => CliError::message(format_args!(
+            "VM {id} was removed; `matchlock inspect {id}` shows its history"
+        )),
+        Ok(false) => not_found(id),
+        Err(error) => error,
+    }
+}
+
 /// A VM that would have to run for what was asked.
 pub(super) fn not_running(id: VmId, status: Status) -> CliError {
-    CliError::message(format_args!("VM {id} is not running (status: {})", status.name()))
+    match status {
+        Status::Crashed => CliError::message(format_args!(
+            "VM {id} is not running: its owner died; run `matchlock gc`"
+        )),
+        status => {
+            CliError::message(format_args!("VM {id} is not running (status: {})", status.name()))
+        }
+    }
 }
 
 #[cfg(test)]
@@ -234,23 +351,28 @@ mod tests {
     use std::sync::Mutex;
 
     use matchlock_host::owner_lock::{HeldLock, OwnerLockError};
+    use matchlock_host::process::FakeProcesses;
 
     use super::*;
 
     /// The owner's row, and an owner that finishes its VM just before its lock is looked at.
     #[derive(Debug)]
-    struct EndsMeanwhile<'a> {
-        row: &'a Mutex<Option<VmSummary>>,
+    struct EndsMeanwhile {
+        row: Arc<Mutex<Option<VmSummary>>>,
         end: Option<Phase>,
     }
 
-    impl OwnerLocks for EndsMeanwhile<'_> {
+    impl OwnerLocks for EndsMeanwhile {
         fn try_acquire(&self, vm: VmId) -> Result<HeldLock, OwnerLockError> {
             Err(OwnerLockError::Held { vm })
         }
 
         fn try_acquire_cleaner(&self, vm: VmId) -> Result<HeldLock, OwnerLockError> {
             Err(OwnerLockError::Held { vm })
+        }
+
+        fn is_being_cleaned(&self, _vm: VmId) -> Result<bool, OwnerLockError> {
+            Ok(false)
         }
 
         fn is_held(&self, _vm: VmId) -> Result<bool, OwnerLockError> {
@@ -263,14 +385,29 @@ mod tests {
 
     fn row(phase: Phase) -> VmSummary {
         let created_at = jiff::Timestamp::UNIX_EPOCH;
-        VmSummary { id: VmId::new(1), pid: 7, phase, image: "i".into(), created_at }
+        VmSummary {
+            id: VmId::new(1),
+            pid: 7,
+            phase,
+            image: "i".into(),
+            created_at,
+            last_error: String::new(),
+            hypervisor: None,
+            namespaces: None,
+            removal_wanted: false,
+            exit_code: None,
+        }
     }
 
     async fn seen(phase: Phase, end: Option<Phase>) -> Option<Status> {
-        let stored = Mutex::new(Some(row(phase)));
-        let locks = EndsMeanwhile { row: &stored, end };
+        let stored = Arc::new(Mutex::new(Some(row(phase))));
+        let host = Host {
+            locks: Arc::new(EndsMeanwhile { row: stored.clone(), end }),
+            processes: Arc::new(FakeProcesses::default()),
+            pid_namespace: "4:1".into(),
+        };
         let again = async { Ok(stored.lock().unwrap().clone()) };
-        settled(&locks, row(phase), again).await.unwrap().map(|shown| shown.status)
+        settled(&host, row(phase), again).await.unwrap().map(|shown| shown.status)
     }
 
     #[tokio::test]

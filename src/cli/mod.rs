@@ -5,66 +5,92 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use matchlock_host::process::forbid_core_dumps;
 use tokio::signal::unix::SignalKind;
-use tracing_subscriber::EnvFilter;
 
 use crate::node::config::NodeConfig;
-use crate::node::stderr::LogWriter;
+use crate::node::terminal;
 
+mod diagnose;
 mod error;
 mod exec;
 mod gc;
+mod gc_report;
 mod get;
+mod help;
+mod hints;
 mod image;
 mod inspect;
 mod kill;
 mod later;
 mod list;
+mod log;
 mod looking;
+mod number;
+mod progress;
 mod render;
 mod rm;
+mod rpc;
 mod run;
+mod serve;
+mod table;
 mod timings;
+mod verbosity;
 mod version;
+mod vm_life;
 
 pub use error::CliError;
 
 const SIGXFSZ: i32 = 25;
 
-/// The environment variable that says what is logged.
-const LOG_VARIABLE: &str = "MATCHLOCK_LOG";
-
 /// Runs commands in disposable microVMs, and never leaks.
 #[derive(Debug, Parser)]
 #[command(
     name = "matchlock",
-    version = version::VERSION,
+    version = version::LONG,
     propagate_version = false,
     disable_help_subcommand = false,
     max_term_width = 100,
     after_help = "\
 Examples:
-  matchlock run --image busybox -- sh -c 'uname -a'    run a command, pass its exit code on
+  matchlock run --image busybox -- uname -a            run a command
   tar c . | matchlock run -i --image busybox -- tar t  give it a stdin
   matchlock list                                       what runs
-  matchlock exec vm-0badcafe -- uname -r               a further command in a VM
-  matchlock gc                                         remove what a crash left
+  matchlock exec vm-0badcafe -- uname -r               a further command
+  matchlock log -f vm-0badcafe                         what its command prints
+  matchlock gc                                         remove a crash's remains
+  matchlock diagnose                                   what this host lacks
 
 Environment:
-  MATCHLOCK_HOME          state directory (default ~/.matchlock)
-  MATCHLOCK_CACHE         images and guest kernels (default ~/.cache/matchlock)
-  MATCHLOCK_KERNEL        a guest kernel instead of the installed one
-  MATCHLOCK_QEMU          the QEMU program (default qemu-system-x86_64)
-  MATCHLOCK_BOOT_TIMEOUT  seconds until a guest that does not get ready is given up (default 120)
-  MATCHLOCK_HANG_TIMEOUT  seconds without an answer until a guest's hang is recorded (default 30)
-  MATCHLOCK_HISTORY_DAYS  days for which removed microVMs are remembered (default 30)
-  MATCHLOCK_SUBNET_POOL   range that subnets are cut from, e.g. base=10.64.0.0/12,size=30 (default
-                          192.168.100.0/24 to 192.168.254.0/24, then that one)
-  MATCHLOCK_LOG           what is logged on stderr, e.g. debug (default warn)
+  MATCHLOCK_HOME            state directory (default ~/.matchlock)
+  MATCHLOCK_CACHE           images and guest kernels
+                            (default ~/.cache/matchlock)
+  MATCHLOCK_KERNEL          a guest kernel instead of the installed one
+  MATCHLOCK_HYPERVISOR      as `run --hypervisor` (default auto)
+  MATCHLOCK_QEMU            the QEMU program (default qemu-system-x86_64)
+  MATCHLOCK_BOOT_TIMEOUT    seconds until a guest that does not get ready is
+                            given up (default 120)
+  MATCHLOCK_HANG_TIMEOUT    seconds without an answer until a guest's hang is
+                            recorded (default 30)
+  MATCHLOCK_HISTORY_DAYS    days for which removed microVMs are remembered
+                            (default 30)
+  MATCHLOCK_SUBNET_POOL     range that subnets are cut from, e.g.
+                            base=10.64.0.0/12,size=30 (default 192.168.100.0/24
+                            to 192.168.254.0/24, then that one)
+  MATCHLOCK_VM_LOG_SIZE_MB  size at which a VM's log moves on to its next file
+                            (default 10)
+  MATCHLOCK_VM_LOG_FILES    files that are kept of a VM's log (default 3; 0
+                            keeps no log)
+  MATCHLOCK_LOG             what is logged on stderr: a level (off, error, warn,
+                            info, debug, trace), or e.g.
+                            warn,matchlock_host=debug (default warn);
+                            --verbose goes before it
+  NO_COLOR                  no colours in tables
 
 $MATCHLOCK_HOME/config.toml may set cache, kernel, boot_timeout, hang_timeout,
-history_days and subnet_pool."
+history_days, subnet_pool, vm_log_size_mb and vm_log_files."
 )]
 struct Cli {
+    #[command(flatten)]
+    verbosity: verbosity::Verbosity,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -78,22 +104,35 @@ enum Verb {
     /// List microVMs
     #[command(visible_alias = "ls")]
     List(list::ListArgs),
-    /// Stop a running microVM and clean up after it
+    /// Print what a microVM's command has printed
+    #[command(visible_alias = "logs")]
+    Log(log::LogArgs),
+    /// Stop running microVMs and clean up after them
     Kill(kill::KillArgs),
-    /// Remove a stopped microVM
+    /// Remove stopped microVMs, with --force running ones too
     #[command(visible_alias = "remove")]
     Rm(rm::RmArgs),
+    /// Remove all microVMs that do not run
+    #[command(after_help = "\
+Exit codes: 0; 1 when one could not be removed: its record is kept, the others are removed.")]
+    Prune,
     /// Print a microVM as JSON
     Get(get::GetArgs),
-    /// Print a microVM and its history as JSON, also after its removal
+    /// Print microVMs and their history as JSON, also after their removal
     #[command(visible_alias = "stat")]
     Inspect(inspect::InspectArgs),
     /// Remove what crashed microVMs left on this host
     Gc(gc::GcArgs),
+    /// Serve a program that drives many microVMs, over stdin and stdout
+    Rpc(rpc::RpcArgs),
+    /// The same for many programs at once, over a unix socket
+    Serve(serve::ServeArgs),
     /// Import, list and remove images
     Image(image::ImageArgs),
-    /// Print the version
-    Version,
+    /// Check whether this host can run microVMs, and say what to do if not
+    Diagnose(diagnose::DiagnoseArgs),
+    /// Print the version, the guest and the hypervisor
+    Version(version::VersionArgs),
     #[command(flatten)]
     Later(later::LaterVerb),
 }
@@ -112,9 +151,8 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(code) => return code,
     };
-    start_logging();
     let passes_exit_code = cli.verb.passes_exit_code();
-    let code = match dispatch(cli.verb) {
+    let code = match cli.verbosity.begin().and_then(|()| dispatch(cli.verb)) {
         Ok(code) => code,
         Err(error) => {
             render::error(&error);
@@ -127,53 +165,47 @@ pub fn main() -> ExitCode {
 /// Ends the process without waiting for a thread that reads our stdin.
 #[expect(clippy::exit, reason = "a thread may sit in read(0) for ever; everything else has ended")]
 fn finish(code: u8) -> ! {
+    terminal::restore();
     std::process::exit(i32::from(code))
 }
 
 fn parse() -> Result<Cli, ExitCode> {
-    let matches = Cli::command().try_get_matches();
+    let matches = help::unfolded(Cli::command()).try_get_matches();
     matches.and_then(|matches| Cli::from_arg_matches(&matches)).map_err(|error| {
         if !error.use_stderr() {
             // Help or version: asked for, so it goes to stdout and is no failure.
             return match error.print() {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(_) => ExitCode::FAILURE,
+                // Whoever reads us has seen enough.
+                Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => ExitCode::FAILURE,
+                _ => ExitCode::SUCCESS,
             };
         }
-        let verb = std::env::args().nth(1).unwrap_or_default();
-        let error = CliError::usage(&error, &verb);
+        let words = std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned());
+        let verb = words.into_iter().find(|arg| !arg.starts_with('-')).unwrap_or_default();
+        let error = match hints::instead(&error, &verb) {
+            Some(instead) => CliError::input(instead),
+            None => CliError::usage(&error, &verb),
+        };
         render::error(&error);
         ExitCode::from(error.exit_code(matches!(verb.as_str(), "run" | "exec")))
     })
 }
 
-fn start_logging() {
-    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(|| LogWriter)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_target(false)
-        .compact()
-        .init();
-}
-
 fn dispatch(verb: Verb) -> Result<u8, CliError> {
-    let verb = match verb {
-        Verb::Version => return version::version(),
-        Verb::Later(later) => return Err(later.refuse()),
-        verb => verb,
+    if let Verb::Later(later) = &verb {
+        return Err(later.refuse());
+    }
+    let config = NodeConfig::load(&|name| std::env::var_os(name));
+    let config = config.map_err(|e| CliError::failure(&e));
+    // These two have something to say without one.
+    let config = match verb {
+        Verb::Version(args) => return version::version(&args, config),
+        Verb::Diagnose(args) => return block_on(diagnose::diagnose(args, config)),
+        _ => config?,
     };
-    let config =
-        NodeConfig::load(&|name| std::env::var_os(name)).map_err(|e| CliError::failure(&e))?;
     // They would hold values that are never stored (`-e NAME`).
     forbid_core_dumps().map_err(|e| CliError::failure(&e))?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(|e| CliError::failure(&e))?;
-    let code = runtime.block_on(async {
+    block_on(async {
         // A limit on file sizes is then an error of the write, not the end of this process.
         let too_large = SignalKind::from_raw(SIGXFSZ);
         let _kept = tokio::signal::unix::signal(too_large).map_err(|e| CliError::failure(&e))?;
@@ -181,15 +213,28 @@ fn dispatch(verb: Verb) -> Result<u8, CliError> {
             Verb::Run(args) => run::run(*args, config).await,
             Verb::Exec(args) => exec::exec(args, config).await,
             Verb::List(args) => list::list(args, config).await,
+            Verb::Log(args) => log::log(args, config).await,
             Verb::Kill(args) => kill::kill(args, config).await,
             Verb::Rm(args) => rm::rm(args, config).await,
+            Verb::Prune => rm::prune(config).await,
             Verb::Get(args) => get::get(args, config).await,
             Verb::Inspect(args) => inspect::inspect(args, config).await,
             Verb::Gc(args) => gc::gc(args, config).await,
+            Verb::Rpc(args) => rpc::rpc(args, config).await,
+            Verb::Serve(args) => serve::serve(args, config).await,
             Verb::Image(args) => image::image(args, config).await,
-            Verb::Version | Verb::Later(_) => Ok(0),
+            Verb::Version(_) | Verb::Diagnose(_) | Verb::Later(_) => Ok(0),
         }
-    });
+    })
+}
+
+fn block_on(work: impl Future<Output = Result<u8, CliError>>) -> Result<u8, CliError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|e| CliError::failure(&e))?;
+    let code = runtime.block_on(work);
     // Not dropped: that would wait for a blocking read of stdin.
     runtime.shutdown_background();
     code

@@ -1,11 +1,12 @@
-//! Printing: tables for people, JSON for scripts, errors in one line.
+//! Printing: lines, JSON for scripts, errors in one line. Tables are in [`table`](super::table).
 
-use std::io::{self, Write as _};
+use std::io::{self, IsTerminal as _, Write as _};
 use std::time::Duration;
 
 use serde::Serialize;
 
 use super::error::CliError;
+use super::verbosity;
 use crate::node::stderr;
 
 /// How long our own words wait for a reader of stderr that is busy.
@@ -15,11 +16,24 @@ const STDERR_WAIT: Duration = Duration::from_secs(2);
 pub(super) fn error(error: &CliError) {
     let line: String =
         error.to_string().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    note(&line);
+    tell(&line);
 }
 
-/// Prints a line about ourselves on stderr.
+/// Prints a line about ourselves on stderr, but with `--quiet`.
 pub(super) fn note(line: &str) {
+    if !verbosity::is_quiet() {
+        tell(line);
+    }
+}
+
+/// A line about ourselves for somebody at a terminal, if there is one who wants it.
+pub(super) fn on_terminal(line: &'static str) -> Option<&'static str> {
+    let wanted = !verbosity::is_quiet() && io::stderr().is_terminal();
+    wanted.then_some(line)
+}
+
+/// Prints a line on stderr that was asked for.
+pub(super) fn tell(line: &str) {
     stderr::write(&format!("matchlock: {line}\n"), STDERR_WAIT);
 }
 
@@ -37,24 +51,6 @@ pub(super) fn lines<S: AsRef<str>>(lines: impl IntoIterator<Item = S>) -> Result
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         result => result.map_err(|e| CliError::failure(&e)),
     }
-}
-
-/// Prints a table: columns padded with two spaces, aligned left.
-pub(super) fn table(header: &[&str], rows: &[Vec<String>]) -> Result<(), CliError> {
-    let mut widths: Vec<usize> = header.iter().map(|cell| cell.chars().count()).collect();
-    for row in rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.chars().count());
-        }
-    }
-    let line = |cells: Vec<&str>| {
-        let padded: Vec<String> =
-            cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        padded.join("  ").trim_end().to_owned()
-    };
-    let header = line(header.to_vec());
-    let rows = rows.iter().map(|row| line(row.iter().map(String::as_str).collect()));
-    lines(std::iter::once(header).chain(rows))
 }
 
 /// Prints a value as indented JSON.

@@ -34,8 +34,8 @@ impl Stopwatch {
         Self::now() - self.started
     }
 
-    /// Prints the table on stderr.
-    pub(super) fn print(&self, timings: &Timings) {
+    /// Prints the table on stderr. Who has no network is told nothing about one.
+    pub(super) fn print(&self, timings: &Timings, has_network: bool) {
         let total = self.elapsed();
         let after_command = self.command_ended.map(|ended| Self::now() - ended);
         let rows = [
@@ -56,9 +56,9 @@ impl Stopwatch {
             ("after command", after_command, "from the command's end to ours"),
             ("total", Some(total), ""),
         ];
-        for (name, took, what) in rows {
+        for (name, took, what) in rows.into_iter().filter(|row| has_network || row.0 != "network") {
             let took = took.map_or_else(|| "-".to_owned(), millis);
-            render::note(&format!("{name:<14}{took:>12}  {what}"));
+            render::tell(&format!("{name:<14}{took:>12}  {what}"));
         }
     }
 }

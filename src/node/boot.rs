@@ -18,9 +18,11 @@ use matchlock_actors::db_writer::{DbWriterArgs, OpenStore, QUEUE_WAIT, ThreadSlo
 use matchlock_actors::deps::Deps;
 use matchlock_actors::images::ImagesArgs;
 use matchlock_actors::root::{Root, RootArgs, RootMsg, Slots};
+use matchlock_host::guest_link::ExecSession;
 use matchlock_host::image::{ImageDirs, ImportLimits};
+use matchlock_host::vm_log::LogLimits;
 use matchlock_model::failure::{Failure, FailureKind};
-use matchlock_model::id::InstallId;
+use matchlock_model::id::{InstallId, VmId};
 use matchlock_model::vm::StopMode;
 use matchlock_store::{ReadPool, WriteConn, open_state};
 use ractor::{Actor, ActorRef};
@@ -28,6 +30,7 @@ use tokio::task::JoinHandle;
 
 use super::client::NodeClient;
 use super::config::NodeConfig;
+use super::output_log::{self, Audience, KeptOutput};
 use super::wiring;
 use crate::points::{HOME, injected};
 
@@ -47,6 +50,7 @@ pub struct Opened {
 #[derive(Debug)]
 pub struct Node {
     client: NodeClient,
+    vm_log: LogLimits,
     deps: Deps,
     root: ActorRef<RootMsg>,
     joined: JoinHandle<()>,
@@ -91,6 +95,7 @@ impl Opened {
         let services = slots.services();
         let deps = wiring::deps(&config, install, reader, &services)?;
         let writer = ThreadSlot::default();
+        let vm_log = config.vm_log;
         let args = RootArgs {
             slots,
             db_writer: DbWriterArgs {
@@ -108,7 +113,7 @@ impl Opened {
         let (root, joined) = Actor::spawn(None, Root, args)
             .await
             .map_err(|e| failed(&e, "could not start the services"))?;
-        Ok(Node { client: NodeClient::new(services), deps, root, joined, writer })
+        Ok(Node { client: NodeClient::new(services), vm_log, deps, root, joined, writer })
     }
 }
 
@@ -142,6 +147,17 @@ impl Node {
         &self.deps
     }
 
+    /// The same session of a VM's own command, of which the output is also written to the VM's log.
+    #[must_use]
+    pub fn keep_output(
+        &self,
+        session: ExecSession,
+        vm: VmId,
+        audience: Audience,
+    ) -> (ExecSession, KeptOutput) {
+        output_log::keep(session, vm, self.deps.paths(vm), self.vm_log, audience)
+    }
+
     /// Takes all VMs down and ends the services; the last write is on disk when it returns.
     ///
     /// # Errors
@@ -155,6 +171,19 @@ impl Node {
         }
         self.joined.await.map_err(|e| Failure::from_error(FailureKind::Internal, &e))?;
         Ok(join_thread(&self.writer).await?)
+    }
+}
+
+/// The id of the installation in this directory; `None` if it has none yet. Makes none.
+///
+/// # Errors
+/// When it cannot be read, or is none.
+pub fn existing_install_id(home: &Path) -> Result<Option<InstallId>, Failure> {
+    let path = home.join(INSTALL_ID_FILE);
+    match read_install_id(&path) {
+        Ok(id) => Ok(Some(id)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(failed(&error, &format!("could not use {}", path.display()))),
     }
 }
 

@@ -1,5 +1,6 @@
 //! The door of the node: one async method per request, each with a deadline.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -7,16 +8,18 @@ use matchlock_actors::fleet::{FleetMsg, RunningVm, VmHandle};
 use matchlock_actors::images::{ImagesMsg, ImportInput, RemovedImage};
 use matchlock_actors::reconciler::{ReconcilerMsg, Target, VmReport};
 use matchlock_actors::root::Services;
-use matchlock_actors::vm::CreateVm;
+use matchlock_actors::vm::{CreateVm, VmContext};
 use matchlock_host::guest_link::ExecSession;
 use matchlock_host::image::ImportedImage;
 use matchlock_model::exec::ExecSpec;
 use matchlock_model::failure::{Failure, FailureKind};
+use matchlock_model::file::FileOp;
 use matchlock_model::id::VmId;
 use matchlock_model::phase::Phase;
 use matchlock_model::reconcile::Goal;
 use matchlock_model::view::VmView;
 use matchlock_model::vm::StopMode;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::points::{EXEC, injected};
@@ -30,6 +33,15 @@ const RECONCILE_LIMIT: Duration = Duration::from_secs(600);
 
 /// How long an import may take.
 const IMPORT_LIMIT: Duration = Duration::from_secs(4 * 3600);
+
+/// A VM's own command as it runs.
+#[derive(Debug)]
+pub struct OwnCommand {
+    /// Its streams.
+    pub session: ExecSession,
+    /// Whose it is, also once the VM is not running any more.
+    pub of: Arc<VmContext>,
+}
 
 /// Asks the node.
 #[derive(Debug, Clone)]
@@ -89,9 +101,35 @@ impl NodeClient {
     ///
     /// # Errors
     /// When the VM does not run.
-    pub async fn exec_own(&self, id: VmId, spec: &ExecSpec) -> Result<ExecSession, Failure> {
+    pub async fn exec_own(&self, id: VmId, spec: &ExecSpec) -> Result<OwnCommand, Failure> {
         let running = self.running_vm(id).await?;
-        self.start(&running, spec).await
+        let session = self.start(&running, spec).await?;
+        Ok(OwnCommand { session, of: running.context })
+    }
+
+    /// Records how a VM's own command ended.
+    ///
+    /// # Errors
+    /// When it could not be written. A VM that was removed or taken over meanwhile is none: nobody
+    /// asks, or another owner knows how it ended.
+    pub async fn record_exit(&self, vm: &VmContext, code: u8) -> Result<(), Failure> {
+        EXEC.before("record_exit").map_err(injected)?;
+        match vm.record_exit(code).await {
+            Err(failure) if matches!(failure.kind, FailureKind::NotFound | FailureKind::Fenced) => {
+                tracing::debug!(vm_id = %vm.id, %failure, "an exit code that nobody wants");
+            }
+            recorded => recorded?,
+        }
+        EXEC.after("record_exit").map_err(injected)
+    }
+
+    /// Reads, writes or lists files of a VM.
+    ///
+    /// # Errors
+    /// When the VM does not run.
+    pub async fn file(&self, id: VmId, op: &FileOp) -> Result<ExecSession, Failure> {
+        let running = self.running_vm(id).await?;
+        running.link.file(op).await.map_err(|e| Failure::from_error(FailureKind::Guest, &e))
     }
 
     async fn start(&self, running: &RunningVm, spec: &ExecSpec) -> Result<ExecSession, Failure> {
@@ -141,20 +179,54 @@ impl NodeClient {
         target: Option<VmId>,
         goal: Goal,
     ) -> Result<Vec<VmReport>, Failure> {
-        let target = target.map_or(Target::All, Target::One);
-        self.services
-            .reconciler
-            .call(|reply| ReconcilerMsg::Reconcile { target, goal, reply }, RECONCILE_LIMIT)
-            .await?
+        self.reconcile_watched(target, goal, None).await
     }
 
-    /// Cleans up after a VM whose owner lives and does not answer.
+    /// The same, and tells how many VMs are done, of how many.
+    ///
+    /// # Errors
+    /// As [`Self::reconcile`].
+    pub async fn reconcile_watched(
+        &self,
+        target: Option<VmId>,
+        goal: Goal,
+        progress: Option<watch::Sender<(u64, u64)>>,
+    ) -> Result<Vec<VmReport>, Failure> {
+        let target = target.map_or(Target::All, Target::One);
+        let message = |reply| ReconcilerMsg::Reconcile { target, goal, progress, reply };
+        self.services.reconciler.call(message, RECONCILE_LIMIT).await?
+    }
+
+    /// Cleans up after a VM whose owner, or whoever cleans it up, lives and does not answer.
     ///
     /// # Errors
     /// When it could not look at all; what could not be done is in the report.
     pub async fn take_over(&self, vm: VmId, goal: Goal) -> Result<Vec<VmReport>, Failure> {
-        let message =
-            |reply| ReconcilerMsg::Reconcile { target: Target::TakeOver(vm), goal, reply };
+        let target = Target::TakeOver(vm);
+        let message = |reply| ReconcilerMsg::Reconcile { target, goal, progress: None, reply };
+        self.services.reconciler.call(message, RECONCILE_LIMIT).await?
+    }
+
+    /// Notes that a VM is to be removed: whoever cleans it up then removes it.
+    ///
+    /// # Errors
+    /// When there is no such VM, or it could not be written.
+    pub async fn want_removal(&self, vm: VmId) -> Result<(), Failure> {
+        let message = |reply| ReconcilerMsg::WantRemoval { vm, reply };
+        self.services.reconciler.call(message, CALL_LIMIT).await?
+    }
+
+    /// Removes the VMs that somebody wanted removed and whose owner is gone.
+    ///
+    /// # Errors
+    /// When it could not look at all; what could not be done for one VM is in its report.
+    pub async fn finish_removals(&self) -> Result<Vec<VmReport>, Failure> {
+        let message = |reply| ReconcilerMsg::Reconcile {
+            target: Target::Wanted,
+            goal: Goal::Remove,
+            progress: None,
+            reply,
+        };
         self.services.reconciler.call(message, RECONCILE_LIMIT).await?
     }
 
@@ -165,6 +237,14 @@ impl NodeClient {
     pub async fn prune_history(&self, before: Timestamp) -> Result<usize, Failure> {
         let message = |reply| ReconcilerMsg::PruneHistory { before, reply };
         self.services.reconciler.call(message, CALL_LIMIT).await?
+    }
+
+    /// Removes what imports and removals of images left that did not end; how much.
+    ///
+    /// # Errors
+    /// When something could not be looked at or removed.
+    pub async fn sweep_images(&self) -> Result<usize, Failure> {
+        self.services.images.call(|reply| ImagesMsg::Sweep { reply }, CALL_LIMIT).await?
     }
 
     /// Imports an image.

@@ -16,10 +16,17 @@
 pub mod boot;
 pub mod client;
 pub mod config;
+pub mod detach;
+pub mod images;
+pub mod output_log;
 pub mod owner;
 pub mod protocol;
 pub mod relay;
+mod removals;
+pub mod rpc;
 pub mod serve;
 pub mod signals;
 pub mod stderr;
+pub mod stdin;
+pub mod terminal;
 pub(crate) mod wiring;

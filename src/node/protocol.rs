@@ -4,7 +4,7 @@
 //!   client                                   owner
 //!     │ Request(exec)                           │
 //!     │ ───────────────────────────────────────►│
-//!     │ Stdin* StdinEof? Signal*                │
+//!     │ Stdin* StdinEof? Signal* Resize*        │
 //!     │ ───────────────────────────────────────►│
 //!     │                             StdinTaken* │  one for each Stdin
 //!     │ ◄───────────────────────────────────────│
@@ -19,6 +19,9 @@
 //! A client has at most [`STDIN_FRAMES`] frames of stdin on their way: so the owner never waits
 //! for a command that does not read, and always sees a signal, or the client's end.
 //!
+//! The owner's first frame says at once that it has heard the request ([`Frame::Heard`]): a client
+//! that waits longer for what it asked waits for the VM, not for an owner that stands still.
+//!
 //! Each frame is a 4-byte big-endian length, one byte that says what it is, and its payload:
 //! bytes for streams, JSON for everything else. One request per connection; a client that goes
 //! away cancels what it asked for.
@@ -26,7 +29,7 @@
 use std::io;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use matchlock_model::exec::{ExecRefusal, ExecSpec, ExitStatus};
+use matchlock_model::exec::{ExecRefusal, ExecSpec, ExitStatus, TerminalSize};
 use matchlock_model::failure::Failure;
 use serde::{Deserialize, Serialize};
 use tokio_util::codec::{Decoder, Encoder, LengthDelimitedCodec};
@@ -67,12 +70,16 @@ pub enum Ended {
 pub enum Frame {
     /// The first frame of a client.
     Request(Request),
+    /// The first frame of an owner: it has the request.
+    Heard,
     /// Bytes for the command's stdin.
     Stdin(Bytes),
     /// No more stdin.
     StdinEof,
     /// A signal for the command.
     Signal(i32),
+    /// The command's terminal has another size now.
+    Resize(TerminalSize),
     /// One frame of stdin was taken; another may be sent.
     StdinTaken,
     /// The command runs.
@@ -123,6 +130,8 @@ impl Decoder for FrameCodec {
             8 => Frame::Ended(serde_json::from_slice(&frame)?),
             9 => Frame::Killed(serde_json::from_slice(&frame)?),
             10 => Frame::StdinTaken,
+            11 => Frame::Resize(serde_json::from_slice(&frame)?),
+            20 => Frame::Heard,
             other => return Err(invalid(format!("unknown frame {other} on the owner's socket"))),
         }))
     }
@@ -143,6 +152,8 @@ impl Encoder<Frame> for FrameCodec {
             Frame::Ended(ended) => (8, serde_json::to_vec(&ended)?.into()),
             Frame::Killed(result) => (9, serde_json::to_vec(&result)?.into()),
             Frame::StdinTaken => (10, Bytes::new()),
+            Frame::Resize(size) => (11, serde_json::to_vec(&size)?.into()),
+            Frame::Heard => (20, Bytes::new()),
         };
         let mut framed = BytesMut::with_capacity(1 + payload.len());
         framed.put_u8(kind);
@@ -154,6 +165,7 @@ impl Encoder<Frame> for FrameCodec {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use matchlock_model::exec::Terminal;
 
     #[test]
     fn frames_read_back_what_was_written() {
@@ -163,6 +175,7 @@ mod tests {
             cwd: None,
             user: Some("1".into()),
             stdin: true,
+            terminal: Some(Terminal { size: TerminalSize { rows: 1, cols: 2 }, term: None }),
         };
         let frames = [
             Frame::Request(Request::Exec(spec)),
@@ -170,7 +183,9 @@ mod tests {
             Frame::Stdin(Bytes::from_static(b"\0\xff")),
             Frame::StdinEof,
             Frame::Signal(15),
+            Frame::Resize(TerminalSize { rows: 50, cols: 132 }),
             Frame::StdinTaken,
+            Frame::Heard,
             Frame::Started,
             Frame::Stdout(Bytes::from_static(b"x")),
             Frame::Stderr(Bytes::new()),

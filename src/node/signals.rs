@@ -1,14 +1,17 @@
-//! SIGINT, SIGTERM and SIGHUP: the first asks for a graceful stop, the second forces it, the
-//! third leaves at once.
+//! SIGINT, SIGTERM, SIGQUIT and SIGHUP: the first asks for a graceful stop, the second forces it, the
+//! third leaves at once. Only the first SIGHUP counts: a terminal that is closed sends several, by
+//! the kernel and by the shell.
 
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use matchlock_model::exit;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
-use super::stderr;
+use super::{stderr, terminal};
 
 /// A signal that asks us to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +20,8 @@ pub enum Interrupt {
     Hangup,
     /// SIGINT.
     Interrupt,
+    /// SIGQUIT.
+    Quit,
     /// SIGTERM.
     Terminate,
 }
@@ -28,6 +33,7 @@ impl Interrupt {
         match self {
             Self::Hangup => 1,
             Self::Interrupt => 2,
+            Self::Quit => 3,
             Self::Terminate => 15,
         }
     }
@@ -44,6 +50,7 @@ impl Interrupt {
 pub struct Interrupts {
     arrived: mpsc::UnboundedReceiver<Interrupt>,
     first: Option<Interrupt>,
+    is_hung_up: bool,
 }
 
 impl Interrupts {
@@ -52,14 +59,29 @@ impl Interrupts {
     /// # Errors
     /// When the handlers cannot be installed.
     pub fn install() -> io::Result<Self> {
-        let mut hangup = signal(SignalKind::hangup())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut terminate = signal(SignalKind::terminate())?;
+        let mut early = Vec::new();
+        let mut hangup = listen(Interrupt::Hangup, &mut early)?;
+        let mut interrupt = listen(Interrupt::Interrupt, &mut early)?;
+        let mut quit = listen(Interrupt::Quit, &mut early)?;
+        let mut terminate = listen(Interrupt::Terminate, &mut early)?;
         let (send, arrived) = mpsc::unbounded_channel();
         tokio::spawn(async move {
             let mut count = 0_u32;
+            let mut is_hung_up = false;
+            let mut early = early.into_iter();
             loop {
-                let which = next(&mut hangup, &mut interrupt, &mut terminate).await;
+                let before = early.next();
+                let which = tokio::select! {
+                    biased;
+                    Some(which) = std::future::ready(before) => which,
+                    _ = hangup.recv() => Interrupt::Hangup,
+                    _ = interrupt.recv() => Interrupt::Interrupt,
+                    _ = quit.recv() => Interrupt::Quit,
+                    _ = terminate.recv() => Interrupt::Terminate,
+                };
+                if which == Interrupt::Hangup && std::mem::replace(&mut is_hung_up, true) {
+                    continue;
+                }
                 count += 1;
                 if count >= 3 {
                     leave_at_once(which);
@@ -69,19 +91,29 @@ impl Interrupts {
                 }
             }
         });
-        Ok(Self { arrived, first: None })
+        Ok(Self { arrived, first: None, is_hung_up: false })
     }
 
     /// The next signal.
     pub async fn next(&mut self) -> Interrupt {
-        match self.arrived.recv().await {
-            Some(which) => {
-                self.first.get_or_insert(which);
-                which
+        loop {
+            match self.arrived.recv().await {
+                // That is known already.
+                Some(Interrupt::Hangup) if self.is_hung_up => {}
+                Some(which) => {
+                    self.first.get_or_insert(which);
+                    return which;
+                }
+                // The listening task never ends before this end is dropped.
+                None => std::future::pending().await,
             }
-            // The listening task never ends before this end is dropped.
-            None => std::future::pending().await,
         }
+    }
+
+    /// Our terminal is gone: as if a SIGHUP had come. The one that may still come is the same.
+    pub fn hang_up(&mut self) -> Interrupt {
+        self.is_hung_up = true;
+        *self.first.get_or_insert(Interrupt::Hangup)
     }
 
     /// The first signal that was taken from [`Self::next`], if any.
@@ -91,16 +123,23 @@ impl Interrupts {
     }
 }
 
-async fn next(hangup: &mut Signal, interrupt: &mut Signal, terminate: &mut Signal) -> Interrupt {
-    tokio::select! {
-        _ = hangup.recv() => Interrupt::Hangup,
-        _ = interrupt.recv() => Interrupt::Interrupt,
-        _ = terminate.recv() => Interrupt::Terminate,
+/// Takes a signal over. Tokio installs its handler a moment before it listens; what came in between
+/// would be lost, and is added to `early`. (It may then be heard twice: a second signal, which forces.)
+fn listen(which: Interrupt, early: &mut Vec<Interrupt>) -> io::Result<Signal> {
+    let number = i32::from(which.number());
+    let came = Arc::new(AtomicBool::new(false));
+    let noted = signal_hook::flag::register(number, Arc::clone(&came))?;
+    let listening = signal(SignalKind::from_raw(number))?;
+    signal_hook::low_level::unregister(noted);
+    if came.load(Ordering::SeqCst) {
+        early.push(which);
     }
+    Ok(listening)
 }
 
 #[expect(clippy::exit, reason = "the user asked for the third time; `matchlock gc` finishes")]
 fn leave_at_once(which: Interrupt) -> ! {
+    terminal::restore();
     let text = "matchlock: leaving at once; run `matchlock gc` to finish the clean-up\n";
     stderr::write(text, Duration::ZERO);
     std::process::exit(i32::from(which.exit_code()));

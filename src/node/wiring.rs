@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use matchlock_actors::db_writer::DbHandle;
-use matchlock_actors::deps::{Deps, Limits};
+use matchlock_actors::deps::{Deps, Limits, Rows};
+use matchlock_actors::reconciler::Sight;
 use matchlock_actors::root::Services;
 use matchlock_actors::subnet_allocator::SubnetHandle;
 use matchlock_host::facts;
@@ -12,7 +13,7 @@ use matchlock_host::guest_link::YamuxConnector;
 use matchlock_host::hypervisor::{Qemu, QemuOptions};
 use matchlock_host::netlock::LinuxNetworkLocks;
 use matchlock_host::owner_lock::{LinuxOwnerLocks, OwnerLocks};
-use matchlock_host::process::{LinuxProcesses, Spawner};
+use matchlock_host::process::{LinuxProcesses, Processes, Spawner};
 use matchlock_host::rootfs::LinuxRootfs;
 use matchlock_host::tap::LinuxTaps;
 use matchlock_model::failure::{Failure, FailureKind};
@@ -33,6 +34,35 @@ fn host(error: &(dyn std::error::Error + 'static)) -> Failure {
 /// When what lies in the place of the lock file is no lock file.
 pub(crate) fn owner_locks(config: &NodeConfig) -> Result<Arc<dyn OwnerLocks>, Failure> {
     Ok(Arc::new(LinuxOwnerLocks::open(&config.home).map_err(|e| host(&e))?))
+}
+
+/// What looking at what VMs left needs, made of this host. Makes nothing there.
+///
+/// # Errors
+/// When this process, or the lock file, cannot be looked at.
+pub(crate) fn sight(
+    config: &NodeConfig,
+    install: InstallId,
+    reader: Arc<dyn Rows>,
+) -> Result<Sight, Failure> {
+    Ok(Sight {
+        install,
+        vms_dir: config.vms_dir(),
+        rootfs: Arc::new(LinuxRootfs::new()),
+        taps: Arc::new(LinuxTaps::new()),
+        firewall: Arc::new(LinuxFirewall::new()),
+        processes: Arc::new(LinuxProcesses::new().map_err(|e| host(&e))?),
+        locks: owner_locks(config)?,
+        reader,
+    })
+}
+
+/// Processes of this host, for those who only look.
+///
+/// # Errors
+/// When they cannot be looked at.
+pub(crate) fn processes() -> Result<Arc<dyn Processes>, Failure> {
+    Ok(Arc::new(LinuxProcesses::new().map_err(|e| host(&e))?))
 }
 
 /// What the actors of this process need, made of this host.
@@ -60,9 +90,12 @@ pub(super) fn deps(
         taps: Arc::new(LinuxTaps::new()),
         firewall: Arc::new(LinuxFirewall::new()),
         network_locks: Arc::new(LinuxNetworkLocks::new()),
-        subnet_pool: Arc::new(config.subnet_pool.clone()),
+        subnet_pool: match &config.subnet_pool {
+            Ok(pool) => Ok(Arc::new(pool.clone())),
+            Err(bad) => Err(Failure::from_error(FailureKind::Input, bad)),
+        },
         subnets: SubnetHandle(services.subnet_allocator.clone()),
-        processes: Arc::new(LinuxProcesses::new().map_err(|e| host(&e))?),
+        processes: processes()?,
         locks: owner_locks(config)?,
         owner_server: Arc::new(OwnerSockets::new(NodeClient::new(services.clone()))),
         db: DbHandle(services.db_writer.clone()),

@@ -16,6 +16,7 @@ use crate::files::DbFiles;
 use crate::migrate;
 use crate::migrations;
 use crate::open::IMAGES_DB;
+use crate::points::IMAGES;
 use crate::rows::images as rows;
 
 /// An image that is not in the metadata any more.
@@ -59,7 +60,10 @@ impl ImageConn {
         rootfs_digest: &str,
         at: Timestamp,
     ) -> Result<Option<RemovedImage>, WriteError> {
-        self.write(|conn| rows::put(conn, image, rootfs_digest, at))
+        IMAGES.before("put_image")?;
+        let replaced = self.write(|conn| rows::put(conn, image, rootfs_digest, at))?;
+        IMAGES.after("put_image")?;
+        Ok(replaced)
     }
 
     /// Removes the image that this tag means, in this scope or, without one, as [`Self::find`]
@@ -73,7 +77,8 @@ impl ImageConn {
         tag: &str,
         at: Timestamp,
     ) -> Result<Option<RemovedImage>, WriteError> {
-        self.write(|conn| {
+        IMAGES.before("remove_image")?;
+        let removed = self.write(|conn| {
             let scope = match scope {
                 Some(scope) => scope,
                 None => match rows::find(conn, tag)? {
@@ -82,7 +87,9 @@ impl ImageConn {
                 },
             };
             rows::remove(conn, scope, tag, at)
-        })
+        })?;
+        IMAGES.after("remove_image")?;
+        Ok(removed)
     }
 
     /// The image that this tag means: one made here hides one that was pulled.

@@ -57,6 +57,8 @@ pub(crate) const STATE: &[Migration] = &[
         "state/0004_lifecycle_create_vm_lifecycle_head.sql"
     ),
     migration!("node", 1, "owners_and_foreign_keys", "state/0005_node_owners_and_foreign_keys.sql"),
+    migration!("node", 2, "removal_intent", "state/0006_node_removal_intent.sql"),
+    migration!("node", 3, "exit_code", "state/0007_node_exit_code.sql"),
 ];
 
 /// The migrations of `metadata.db`.

@@ -83,12 +83,23 @@ pub enum WriteOp {
         /// When.
         at: Timestamp,
     },
+    /// Notes how the VM's own command ended; a later end replaces it. Answers
+    /// [`WriteOutcome::ExitNoted`].
+    SetExit {
+        /// The VM.
+        vm: VmId,
+        /// Whose write it is.
+        epoch: OwnerEpoch,
+        /// The exit code, as a shell says it: 128+n for signal n.
+        code: u8,
+    },
     /// Takes a VM over: from now on only writes with the answered [`WriteOutcome::Epoch`] count.
     RaiseEpoch {
         /// The VM.
         vm: VmId,
-        /// The new owner.
-        owner: ProcessIdentity,
+        /// The new owner's pid. Who made what the VM holds stays as it is recorded: a new owner makes
+        /// nothing.
+        pid: i32,
         /// When.
         at: Timestamp,
     },
@@ -117,6 +128,16 @@ pub enum WriteOp {
         /// Whose write it is.
         epoch: OwnerEpoch,
     },
+    /// Notes that a VM is to be removed, whoever does it; one of which that is noted already is fine.
+    /// Answers [`WriteOutcome::RemovalWanted`].
+    ///
+    /// It is a user's wish, not an owner's write: it has no epoch.
+    WantRemoval {
+        /// The VM.
+        vm: VmId,
+        /// When.
+        at: Timestamp,
+    },
     /// Removes a cleaned VM; its history stays. Answers [`WriteOutcome::Removed`].
     ///
     /// Refused with `NotCleaned` in any other phase, and with `SubnetHeld` while it has a subnet.
@@ -139,6 +160,8 @@ pub enum WriteOp {
 pub enum WriteOutcome {
     /// The number of the VM's latest lifecycle row.
     Version(i64),
+    /// How the VM's own command ended is written.
+    ExitNoted,
     /// The epoch of the new owner.
     Epoch(OwnerEpoch),
     /// The subnet that the VM has now.
@@ -148,6 +171,8 @@ pub enum WriteOutcome {
         /// Whether it had one.
         held: bool,
     },
+    /// Whoever cleans the VM up removes it.
+    RemovalWanted,
     /// The VM has no row any more.
     Removed,
     /// The history of this many VMs was dropped.

@@ -4,7 +4,7 @@
 //! [`OpenError`] says in one line what is wrong and what to do. A database that is refused is left
 //! as it was.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::error::OpenError;
 use crate::files::DbFiles;
@@ -28,6 +28,12 @@ pub fn open_state(home: &Path) -> Result<WriteConn, OpenError> {
     let files = DbFiles::new(home, STATE_DB);
     let conn = migrate::open(&files, migrations::STATE)?;
     Ok(WriteConn::new(conn, files.db))
+}
+
+/// The backup that a migration of `state.db` in this directory makes, and removes when it is done.
+#[must_use]
+pub fn state_backup(home: &Path) -> PathBuf {
+    DbFiles::new(home, STATE_DB).backup()
 }
 
 /// Opens `metadata.db` in this directory for writing, just as [`open_state`] does.

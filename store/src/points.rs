@@ -1,5 +1,9 @@
 //! The failpoints of the store: one before each kind of write is begun, one after its commit and
 //! before its answer.
+//!
+//! Migrations have none: their tests stop the process at each system call that changes a file
+//! (`migrate/tests`), which is finer than any point here could be. The boot's `home.open_state` lies
+//! around them all.
 
 use matchlock_failpoints::{Area, Injected};
 
@@ -13,22 +17,29 @@ pub const DB: Area = Area::new(
         "insert_vm",
         "set_phase",
         "set_hypervisor",
+        "set_exit",
         "raise_epoch",
         "allocate_subnet",
         "release_subnet",
+        "want_removal",
         "remove_vm",
         "prune_history",
     ],
 );
+
+/// The writes to the images' metadata.
+pub const IMAGES: Area = Area::new("images_db", &["put_image", "remove_image"]);
 
 pub(crate) const fn step(op: &WriteOp) -> &'static str {
     match op {
         WriteOp::InsertVm { .. } => "insert_vm",
         WriteOp::SetPhase { .. } => "set_phase",
         WriteOp::SetHypervisor { .. } => "set_hypervisor",
+        WriteOp::SetExit { .. } => "set_exit",
         WriteOp::RaiseEpoch { .. } => "raise_epoch",
         WriteOp::AllocateSubnet { .. } => "allocate_subnet",
         WriteOp::ReleaseSubnet { .. } => "release_subnet",
+        WriteOp::WantRemoval { .. } => "want_removal",
         WriteOp::RemoveVm { .. } => "remove_vm",
         WriteOp::PruneHistory { .. } => "prune_history",
     }
@@ -86,9 +97,11 @@ mod tests {
             WriteOp::InsertVm { record: Box::new(record) },
             phase,
             WriteOp::SetHypervisor { vm, epoch, hypervisor: owner.clone(), at },
-            WriteOp::RaiseEpoch { vm, owner, at },
+            WriteOp::SetExit { vm, epoch, code: 0 },
+            WriteOp::RaiseEpoch { vm, pid: 1, at },
             WriteOp::AllocateSubnet { vm, epoch, pool, avoid: Vec::new(), at },
             WriteOp::ReleaseSubnet { vm, epoch },
+            WriteOp::WantRemoval { vm, at },
             WriteOp::RemoveVm { vm, epoch },
             WriteOp::PruneHistory { before: at },
         ]

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use deadpool_sqlite::{Config, Hook, HookError, Pool, Runtime};
+use jiff::Timestamp;
 use matchlock_model::id::{OwnerEpoch, VmId};
 use matchlock_model::record::{LifecycleRecord, VmRecord, VmRemains, VmSummary};
 use rusqlite::Connection;
@@ -96,12 +97,28 @@ impl ReadPool {
         self.read(vms::ids).await
     }
 
+    /// The VMs that somebody wants removed and that are still there.
+    ///
+    /// # Errors
+    /// When none could be read.
+    pub async fn vms_to_remove(&self) -> Result<Vec<Result<VmId, BadRow>>, ReadError> {
+        self.read(vms::to_remove).await
+    }
+
     /// What cleaning the VM up needs to know of it.
     ///
     /// # Errors
     /// When that could not be read; what else of its rows cannot be is no error.
     pub async fn remains(&self, vm: VmId) -> Result<Option<VmRemains>, ReadError> {
         self.read(move |conn| vms::remains(conn, vm)).await
+    }
+
+    /// Of how many removed VMs a prune would drop the history, were it asked now.
+    ///
+    /// # Errors
+    /// When that could not be read.
+    pub async fn forgettable(&self, before: Timestamp) -> Result<usize, ReadError> {
+        Ok(self.read(move |conn| lifecycle::forgettable(conn, before)).await?.0.len())
     }
 
     /// Which owner the VM has; `None` when it has no row.
@@ -199,6 +216,14 @@ impl ReadConn {
     /// When none could be read.
     pub fn vm_ids(&self) -> Result<Vec<Result<VmId, BadRow>>, ReadError> {
         self.answer(vms::ids(&self.conn))
+    }
+
+    /// As [`ReadPool::vms_to_remove`].
+    ///
+    /// # Errors
+    /// When none could be read.
+    pub fn vms_to_remove(&self) -> Result<Vec<Result<VmId, BadRow>>, ReadError> {
+        self.answer(vms::to_remove(&self.conn))
     }
 
     /// As [`ReadPool::remains`].

@@ -129,7 +129,11 @@ fn run(conn: &Connection, op: WriteOp) -> Answer {
             };
             lifecycle::append(conn, vm, change, at)
         }
-        WriteOp::RaiseEpoch { vm, owner, at } => vms::raise_epoch(conn, vm, &owner, at),
+        WriteOp::SetExit { vm, epoch, code } => {
+            vms::check_epoch(conn, vm, epoch)?;
+            vms::set_exit(conn, vm, code)
+        }
+        WriteOp::RaiseEpoch { vm, pid, at } => vms::raise_epoch(conn, vm, pid, at),
         WriteOp::AllocateSubnet { vm, epoch, pool, avoid, at } => {
             vms::check_epoch(conn, vm, epoch)?;
             // Asked for by an effect that was cancelled since, it would outlive its VM.
@@ -150,6 +154,7 @@ fn run(conn: &Connection, op: WriteOp) -> Answer {
             let held = subnets::release(conn, vm)?;
             Ok(WriteOutcome::Released { held })
         }
+        WriteOp::WantRemoval { vm, at } => vms::want_removal(conn, vm, at),
         WriteOp::RemoveVm { vm, epoch } => {
             vms::check_epoch(conn, vm, epoch)?;
             vms::remove(conn, vm)

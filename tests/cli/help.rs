@@ -18,7 +18,13 @@ fn help_of_everything() {
         &["list", "--help"],
         &["kill", "--help"],
         &["rm", "--help"],
+        &["log", "--help"],
+        &["prune", "--help"],
+        &["get", "--help"],
+        &["inspect", "--help"],
         &["gc", "--help"],
+        &["rpc", "--help"],
+        &["serve", "--help"],
         &["image", "--help"],
         &["image", "import", "--help"],
     ];

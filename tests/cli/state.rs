@@ -14,13 +14,13 @@ use serde_json::{Value, json};
 
 const CREATED: &str = "2026-01-02T03:04:05.5Z";
 
-struct Stored {
-    installation: Installation,
+pub(crate) struct Stored {
+    pub(crate) installation: Installation,
     conn: WriteConn,
 }
 
 impl Stored {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let installation = Installation::bare().unwrap();
         let conn = open_state(&installation.home()).unwrap();
         Self { installation, conn }
@@ -33,7 +33,11 @@ impl Stored {
     }
 
     /// A kept VM of an owner that is gone.
-    fn insert(&mut self, number: u32) {
+    pub(crate) fn insert(&mut self, number: u32) {
+        self.insert_as(number, false);
+    }
+
+    pub(crate) fn insert_as(&mut self, number: u32, ephemeral: bool) {
         let owner = ProcessIdentity { pid: 4_000_000, start_ticks: 1, boot_id: "gone".into() };
         let resources = Resources { owner: Some(owner.clone()), ..Resources::default() };
         self.write(WriteOp::InsertVm {
@@ -43,7 +47,7 @@ impl Stored {
                 config_json: r#"{"image":"busybox","cpus":1}"#.into(),
                 owner,
                 namespaces: Namespaces { net: "0:1".into(), pid: "0:2".into() },
-                ephemeral: false,
+                ephemeral,
                 backend: "qemu".into(),
                 resources,
                 created_at: CREATED.parse().unwrap(),
@@ -51,7 +55,7 @@ impl Stored {
         });
     }
 
-    fn phase(&mut self, number: u32, phase: Phase, at: Timestamp) {
+    pub(crate) fn phase(&mut self, number: u32, phase: Phase, at: Timestamp) {
         self.write(WriteOp::SetPhase {
             vm: VmId::new(number),
             epoch: OwnerEpoch::FIRST,
@@ -65,7 +69,7 @@ impl Stored {
     }
 
     /// A VM that was removed then.
-    fn removed(&mut self, number: u32, at: Timestamp) {
+    pub(crate) fn removed(&mut self, number: u32, at: Timestamp) {
         self.insert(number);
         for phase in [Phase::Cleaning, Phase::Cleaned] {
             self.phase(number, phase, at);
@@ -93,7 +97,7 @@ impl Stored {
     }
 }
 
-fn days_ago(days: i64) -> Timestamp {
+pub(crate) fn days_ago(days: i64) -> Timestamp {
     Timestamp::now().checked_sub(SignedDuration::from_hours(24 * days)).unwrap()
 }
 
@@ -111,6 +115,7 @@ fn get_and_inspect_show_a_vm_in_the_references_shape_and_write_nothing() {
         "image": "busybox",
         "created_at": CREATED,
         "config": {"image": "busybox", "cpus": 1},
+        "exit_code": null,
     });
     let got = stored.json(&["get", "vm-0badcafe"]);
     assert_eq!(got, vm);
@@ -137,6 +142,25 @@ fn get_and_inspect_show_a_vm_in_the_references_shape_and_write_nothing() {
 }
 
 #[test]
+fn an_exit_code_is_shown_by_everything_that_shows_a_vm() {
+    let mut stored = Stored::new();
+    stored.insert(1);
+    let code = |stored: &Stored| {
+        let got = stored.json(&["get", "vm-00000001"])["exit_code"].clone();
+        assert_eq!(stored.json(&["inspect", "vm-00000001"])["vm"]["exit_code"], got);
+        assert_eq!(stored.json(&["list", "--json"])[0]["exit_code"], got);
+        got
+    };
+    assert_eq!(code(&stored), Value::Null);
+    stored.write(WriteOp::SetExit { vm: VmId::new(1), epoch: OwnerEpoch::FIRST, code: 7 });
+    assert_eq!(code(&stored), 7);
+    for phase in [Phase::Cleaning, Phase::Cleaned] {
+        stored.phase(1, phase, CREATED.parse().unwrap());
+    }
+    assert_eq!(code(&stored), 7);
+}
+
+#[test]
 fn a_removed_vm_is_inspected_until_its_history_is_forgotten() {
     let mut stored = Stored::new();
     stored.removed(1, days_ago(29));
@@ -152,7 +176,12 @@ fn a_removed_vm_is_inspected_until_its_history_is_forgotten() {
         let (code, line) = stored.refused(&["get", id]);
         assert_eq!(
             (code, &*line),
-            (1, &*format!("matchlock: VM {id} not found; see `matchlock list`\n"))
+            (
+                1,
+                &*format!(
+                    "matchlock: VM {id} was removed; `matchlock inspect {id}` shows its history\n"
+                )
+            )
         );
     }
     // Of one VM nothing is forgotten; of all what is older than 30 days and removed.
@@ -172,6 +201,35 @@ fn a_removed_vm_is_inspected_until_its_history_is_forgotten() {
     assert_eq!(stored.refused(&["inspect", "vm-00000001"]).0, 1);
     let (code, line) = stored.refused(&["gc", "--history-days", "3", "vm-00000003"]);
     assert_eq!(code, 2, "{line}");
+}
+
+#[test]
+fn what_became_of_a_vm_is_told_to_whoever_wants_something_of_it() {
+    let mut stored = Stored::new();
+    stored.removed(1, days_ago(1));
+    stored.insert(2);
+    stored.phase(2, Phase::Created, days_ago(1));
+    let verbs = |vm: &'static str| {
+        [
+            vec!["kill", vm],
+            vec!["kill", "--force", vm],
+            vec!["exec", vm, "--", "true"],
+            vec!["log", vm],
+            vec!["get", vm],
+            vec!["rm", vm],
+        ]
+    };
+    for args in verbs("vm-00000001") {
+        let (_, line) = stored.refused(&args);
+        let wanted =
+            "VM vm-00000001 was removed; `matchlock inspect vm-00000001` shows its history";
+        assert!(line.contains(wanted), "{args:?}: {line}");
+    }
+    for args in &verbs("vm-00000002")[..3] {
+        let (_, line) = stored.refused(args);
+        let wanted = "VM vm-00000002 is not running: its owner died; run `matchlock gc`";
+        assert!(line.contains(wanted), "{args:?}: {line}");
+    }
 }
 
 #[test]
@@ -220,7 +278,7 @@ fn one_unreadable_row_hides_no_other_vm_and_can_be_removed() {
     // Bare gc goes on with the others, those it can clean among them.
     let (code, out, err) = run(&["gc"]);
     assert_eq!((code, err.lines().count()), (1, 1), "{err}");
-    assert!(out.contains("Reconciled 3 VMs") && err.contains(id), "{out}{err}");
+    assert!(out.contains("Forgot the history of 1") && err.contains(id), "{out}{err}");
     stored.installation.sql("DELETE FROM vms WHERE id = 'vm-XYZ'").unwrap();
     assert_eq!(run(&["list"]).0, 0);
     stored
@@ -282,7 +340,7 @@ fn what_the_reference_left_is_migrated_by_the_first_that_writes() {
     // What it wants gone is done as far as it can be; what matters here is what is stored.
     let collected = installation.output(&["gc"]).unwrap();
     let text = String::from_utf8(collected.stdout).unwrap();
-    assert!(text.contains("Reconciled 4 VMs"), "{text}");
+    assert!(text.contains("Reconciled 2 VMs"), "{text}");
     // Their links are gone (or never were): so their subnets are free.
     assert_eq!(installation.sql("select count(*) from subnet_allocations").unwrap(), "0\n");
     let listed = installation.output(&["list"]).unwrap();
@@ -294,4 +352,159 @@ fn what_the_reference_left_is_migrated_by_the_first_that_writes() {
     let got: Value = serde_json::from_slice(&got.stdout).unwrap();
     assert_eq!(got["config"], json!({"image": "alpine:latest"}));
     assert_eq!(got["created_at"], "2025-11-02T08:00:00.123456789Z");
+}
+
+/// A VM that is to be removed says so; whoever comes next removes it.
+#[test]
+fn a_vm_that_is_to_be_removed_says_so_and_the_next_command_removes_it() {
+    for finisher in [&["gc"][..], &["prune"], &["rm", "-f", "--stopped"], &["rm", "vm-00000002"]] {
+        let mut stored = Stored::new();
+        stored.insert(1);
+        stored.insert(2);
+        stored.write(WriteOp::WantRemoval { vm: VmId::new(1), at: CREATED.parse().unwrap() });
+        let listed = stored.json(&["list", "--json"]);
+        let status = |id: &str| {
+            let vms = listed.as_array().unwrap();
+            vms.iter().find(|vm| vm["id"] == id).unwrap()["status"].clone()
+        };
+        assert_eq!(
+            (status("vm-00000001"), status("vm-00000002")),
+            ("removing".into(), "crashed".into())
+        );
+        assert_eq!(stored.json(&["get", "vm-00000001"])["status"], "removing");
+        stored.ok(finisher);
+        let left = stored.installation.sql("select id from vms where id = 'vm-00000001'").unwrap();
+        assert_eq!(left, "", "{finisher:?}");
+        assert_eq!(stored.json(&["inspect", "vm-00000001"])["vm"], Value::Null);
+    }
+}
+
+/// Something that is not ours lies where the VM's directory would be: it cannot be removed.
+fn obstruct(stored: &Stored, number: u32) {
+    let dir = stored.installation.home().join("vms");
+    fs::create_dir_all(&dir).unwrap();
+    fs::write(dir.join(VmId::new(number).to_string()), "not a directory").unwrap();
+}
+
+#[test]
+fn what_cannot_be_removed_keeps_its_record_and_keeps_no_other() {
+    let mut stored = Stored::new();
+    for number in [1, 2, 3] {
+        stored.insert(number);
+    }
+    obstruct(&stored, 2);
+    let output = stored.installation.output(&["prune"]).unwrap();
+    let (out, err) = (String::from_utf8(output.stdout), String::from_utf8(output.stderr));
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(out.unwrap(), "Pruned vm-00000001\nPruned vm-00000003\nPruned 2 VMs\n");
+    let err = err.unwrap();
+    assert_eq!(err.lines().count(), 1, "{err}");
+    assert!(
+        err.contains("VM vm-00000002 was not removed: ") && err.contains("`matchlock gc"),
+        "{err}"
+    );
+    // By force as well, and the wish is kept.
+    for args in [&["rm", "--stopped"][..], &["rm", "-f", "vm-00000002"]] {
+        let (code, line) = stored.refused(args);
+        assert_eq!(code, 1, "{line}");
+        assert!(line.contains("VM vm-00000002 was not removed: "), "{line}");
+    }
+    let shown = stored.json(&["list", "--json"]);
+    assert_eq!((&shown[0]["id"], &shown[0]["status"]), (&"vm-00000002".into(), &"removing".into()));
+    fs::remove_file(stored.installation.home().join("vms/vm-00000002")).unwrap();
+    assert_eq!(stored.ok(&["prune"]), "Pruned vm-00000002\nPruned 1 VMs\n");
+    assert_eq!(stored.ok(&["list"]), "ID  STATUS  IMAGE  CREATED  PID\n");
+}
+
+#[test]
+fn lists_for_scripts_and_for_people() {
+    let mut stored = Stored::new();
+    for number in [1, 2] {
+        stored.insert(number);
+    }
+    stored.removed(3, CREATED.parse().unwrap());
+    assert_eq!(stored.ok(&["list", "-q"]), "vm-00000001\nvm-00000002\n");
+    assert_eq!(stored.ok(&["ls", "-aq"]), stored.ok(&["list", "--quiet"]));
+    assert_eq!(stored.ok(&["list", "--running", "--quiet"]), "");
+    assert_eq!(
+        stored.ok(&["list"]),
+        "ID           STATUS   IMAGE    CREATED           PID\n\
+         vm-00000001  crashed  busybox  2026-01-02 03:04  -\n\
+         vm-00000002  crashed  busybox  2026-01-02 03:04  -\n"
+    );
+    let both = stored.json(&["inspect", "vm-00000002", "vm-00000003"]);
+    assert_eq!((&both[0]["vm"]["id"], &both[1]["vm"]), (&"vm-00000002".into(), &Value::Null));
+    let some = stored.installation.output(&["inspect", "vm-00000009", "vm-00000001"]).unwrap();
+    assert_eq!(some.status.code(), Some(1));
+    let shown: Value = serde_json::from_slice(&some.stdout).unwrap();
+    assert_eq!(
+        (shown.as_array().unwrap().len(), &shown[0]["vm"]["id"]),
+        (1, &"vm-00000001".into())
+    );
+    let said = String::from_utf8(some.stderr).unwrap();
+    assert_eq!(said, "matchlock: VM vm-00000009 not found; see `matchlock list`\n");
+}
+
+#[test]
+fn a_log_is_printed_whole_or_from_its_last_lines_and_none_is_nothing() {
+    let mut stored = Stored::new();
+    stored.insert(1);
+    assert_eq!(stored.ok(&["log", "vm-00000001"]), "");
+    assert_eq!(stored.ok(&["log", "-f", "vm-00000001"]), "", "nobody writes it any more");
+    let logs = stored.installation.home().join("vms/vm-00000001/logs");
+    fs::create_dir_all(&logs).unwrap();
+    fs::write(logs.join("vm.log.1"), "one\ntw").unwrap();
+    fs::write(logs.join("vm.log"), "o\nthree\n").unwrap();
+    fs::write(logs.join("console.log"), "booted\n").unwrap();
+    assert_eq!(stored.ok(&["log", "vm-00000001"]), "one\ntwo\nthree\n");
+    assert_eq!(stored.ok(&["logs", "-n", "2", "vm-00000001"]), "two\nthree\n");
+    assert_eq!(stored.ok(&["log", "--tail", "all", "vm-00000001"]), "one\ntwo\nthree\n");
+    assert_eq!(stored.ok(&["log", "--console", "vm-00000001"]), "booted\n");
+}
+
+/// A pool is for those who need a subnet.
+#[test]
+fn a_wrong_pool_stops_nobody_who_needs_no_subnet() {
+    let mut stored = Stored::new();
+    stored.insert(1);
+    let output = |args: &[&str]| {
+        let mut command = stored.installation.command(args).unwrap();
+        command.env("MATCHLOCK_SUBNET_POOL", "nonsense").output().unwrap()
+    };
+    for args in
+        [&["list"][..], &["get", "vm-00000001"], &["log", "vm-00000001"], &["gc"], &["prune"]]
+    {
+        let output = output(args);
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {output:?}");
+        assert!(output.stderr.is_empty(), "{args:?}: {output:?}");
+    }
+}
+
+/// Whoever reads us may have seen enough at any moment.
+#[test]
+fn a_reader_that_goes_away_is_no_failure() {
+    let mut stored = Stored::new();
+    for number in 1..200 {
+        stored.insert(number);
+    }
+    let logs = stored.installation.home().join("vms/vm-00000001/logs");
+    fs::create_dir_all(&logs).unwrap();
+    fs::write(logs.join("vm.log"), "line\n".repeat(1 << 20)).unwrap();
+    for args in [
+        &["list"][..],
+        &["list", "--json"],
+        &["list", "-q"],
+        &["inspect", "vm-00000001"],
+        &["log", "vm-00000001"],
+        &["log", "-f", "vm-00000001"],
+        &["--help"],
+        &["prune"],
+    ] {
+        let mut command = stored.installation.command(args).unwrap();
+        let (unread, stdout) = std::io::pipe().unwrap();
+        drop(unread);
+        let output = command.stdout(stdout).stderr(std::process::Stdio::piped()).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {output:?}");
+        assert!(output.stderr.is_empty(), "{args:?}: {output:?}");
+    }
 }

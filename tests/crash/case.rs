@@ -3,15 +3,20 @@
 use std::fmt;
 use std::fs;
 use std::os::unix::process::ExitStatusExt as _;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use matchlock_test_support::netns::Namespace;
-use matchlock_test_support::{Installation, Running, busybox_archive, wait_until};
+use matchlock_test_support::{
+    Installation, Running, busybox_archive, modes_of, open_terminal, wait_until,
+};
 use rustix::process::Signal;
 
 use super::host::{self, Lines};
+use super::props::Props;
 use super::scenario::{Scenario, Side, scenario};
 
 /// How long an armed command may take: a boot on a loaded machine, and every deadline of ours.
@@ -145,7 +150,9 @@ pub(crate) struct Stage<'a> {
     /// Turned on in every process of the case.
     pub(crate) mutation: Option<&'a str>,
     /// What was seen while the process stood still at the point.
-    seen: std::cell::RefCell<Seen>,
+    seen: Mutex<Seen>,
+    /// Whether the case makes images, in a cache of its own.
+    has_own_cache: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -160,7 +167,14 @@ const AFTER_THE_HYPERVISOR: &[&str] =
 
 impl<'a> Stage<'a> {
     pub(crate) fn new(net: &'a Namespace, mutation: Option<&'a str>) -> Result<Self> {
-        Ok(Self { net, installation: Installation::new()?, mutation, seen: Default::default() })
+        let installation = Installation::new()?;
+        Ok(Self {
+            net,
+            installation,
+            mutation,
+            seen: Default::default(),
+            has_own_cache: Default::default(),
+        })
     }
 
     pub(crate) fn log(&self) -> std::path::PathBuf {
@@ -176,10 +190,33 @@ impl<'a> Stage<'a> {
             .env("RUST_BACKTRACE", "0")
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
+        if self.has_own_cache.load(Ordering::Relaxed) {
+            command.env("MATCHLOCK_CACHE", self.cache());
+        }
         if let Some(mutation) = self.mutation {
             command.env("MATCHLOCK_MUTATION", mutation);
         }
         command
+    }
+
+    /// A cache of the case's own, where it has one: images are made in it, and the shared one is others'
+    /// too.
+    pub(crate) fn cache(&self) -> std::path::PathBuf {
+        self.installation.home().with_file_name("cache")
+    }
+
+    /// Gives the case a cache of its own.
+    fn own_cache(&self) -> Result<()> {
+        fs::create_dir(self.cache())?;
+        self.has_own_cache.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// `image import`, begun.
+    fn import(&self, failpoints: &str) -> Result<Running> {
+        let mut command = self.command(failpoints, &["image", "import", "again"]);
+        command.stdin(fs::File::open(busybox_archive()?)?);
+        Running::start(&mut command)
     }
 
     pub(crate) fn start(&self, failpoints: &str, args: &[&str]) -> Result<Running> {
@@ -218,7 +255,7 @@ impl<'a> Stage<'a> {
             })?;
             if stopped {
                 let killed = self.kill_hypervisors()?;
-                let mut seen = self.seen.borrow_mut();
+                let mut seen = self.seen.lock().unwrap();
                 seen.hypervisor = Some(killed);
                 if killed && AFTER_THE_HYPERVISOR.iter().any(|p| case.point.starts_with(p)) {
                     seen.wrong.push(format!("the hypervisor lives at {}", case.point));
@@ -234,7 +271,7 @@ impl<'a> Stage<'a> {
     }
 
     /// Whether a line of the log of passed points begins so.
-    fn log_has(&self, start: &str) -> Result<bool> {
+    pub(crate) fn log_has(&self, start: &str) -> Result<bool> {
         match fs::read_to_string(self.log()) {
             Ok(log) => Ok(log.lines().any(|line| line.starts_with(start))),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
@@ -256,6 +293,7 @@ impl<'a> Stage<'a> {
             ));
         }
         wrong.extend(host::false_claims(&self.installation)?);
+        wrong.extend(self.remove_images()?);
         let kept = self.installation.sql("select id from vms")?;
         for vm in kept.lines() {
             let removed = self.start("", &["rm", vm])?.wait(PATIENCE)?;
@@ -267,9 +305,37 @@ impl<'a> Stage<'a> {
     }
 }
 
+impl Stage<'_> {
+    /// Removes the images of the case's own cache. Each must be whole, and there must be nothing beside
+    /// them: what is wrong.
+    fn remove_images(&self) -> Result<Vec<String>> {
+        let cache = self.cache();
+        if !self.has_own_cache.load(Ordering::Relaxed) {
+            return Ok(Vec::new());
+        }
+        let listed = self.start("", &["image", "ls", "--json"])?.wait(PATIENCE)?;
+        ensure!(listed.status.success(), "{}", String::from_utf8_lossy(&listed.stderr));
+        let images: serde_json::Value = serde_json::from_slice(&listed.stdout)?;
+        let images = images.as_array().context("image ls --json printed no array")?;
+        let blobs = host::blobs(&cache)?;
+        let mut wrong = Vec::new();
+        if blobs.len() != images.len() {
+            wrong.push(format!("images {images:?}, and blobs {blobs:?}"));
+        }
+        for _ in images {
+            let removed = self.start("", &["image", "rm", "again"])?.wait(PATIENCE)?;
+            if !removed.status.success() {
+                wrong.push(format!("image rm: {}", String::from_utf8_lossy(&removed.stderr)));
+            }
+        }
+        Ok(wrong)
+    }
+}
+
 pub(crate) const RUN: &[&str] = &["run", "--image", "busybox", "--", "true"];
-const KEPT: &[&str] =
+pub(crate) const KEPT: &[&str] =
     &["run", "--rm=false", "--graceful-shutdown", "2s", "--image", "busybox", "--", "true"];
+const ON_TERMINAL: &[&str] = &["run", "-it", "--image", "busybox", "--", "true"];
 pub(crate) const LONG: &[&str] = &["run", "--image", "busybox", "--", "sleep", "1000"];
 
 /// Carries a case out.
@@ -280,7 +346,7 @@ pub(crate) fn play(net: &Namespace, case: &Case, mutation: Option<&str>) -> Resu
     let mut props = Props::default();
     let (status, said) = lead(&stage, case, &mut props)?;
     let mut leaks = host::false_claims(&stage.installation)?;
-    let seen = stage.seen.take();
+    let seen = std::mem::take(&mut *stage.seen.lock().unwrap());
     leaks.extend(seen.wrong);
     if !stage.log_has(&format!("fired {} ", case.point))? {
         bail!("the point was not reached: {status}: {said}");
@@ -328,6 +394,17 @@ fn lead(stage: &Stage<'_>, case: &Case, props: &mut Props) -> Result<(ExitStatus
     match scenario(&case.point) {
         Scenario::Run("") => finish(stage.start(&armed, RUN)?),
         Scenario::Run(lead) => finish(stage.start(&format!("{lead};{armed}"), RUN)?),
+        Scenario::Terminal => {
+            let (user, programs) = open_terminal()?;
+            let before = modes_of(&user)?;
+            let mut command = stage.command(&armed, ON_TERMINAL);
+            let ended = finish(Running::start(command.stdin(programs))?)?;
+            // Nobody can after a SIGKILL.
+            if !case.fault.kills_the_process() && modes_of(&user)? != before {
+                stage.seen.lock().unwrap().wrong.push("the terminal is not as before".to_owned());
+            }
+            Ok(ended)
+        }
         Scenario::Stop => {
             let owner = stage.start(&armed, KEPT)?;
             stage.installation.wait_for_status("running")?;
@@ -342,7 +419,8 @@ fn lead(stage: &Stage<'_>, case: &Case, props: &mut Props) -> Result<(ExitStatus
         }
         Scenario::Hangs(lead) => hangs(stage, lead, case),
         Scenario::Overslept => {
-            let armed = format!("vm.create_disk.before=sleep(17000);{armed}");
+            // Longer than `Limits::cancel`, which is 25 s.
+            let armed = format!("vm.create_disk.before=sleep(28000);{armed}");
             let owner = stage.start(&armed, RUN)?;
             let reached = || stage.log_has("hit vm.create_disk.before");
             wait_until(PATIENCE, "the slow disk", reached)?;
@@ -354,25 +432,40 @@ fn lead(stage: &Stage<'_>, case: &Case, props: &mut Props) -> Result<(ExitStatus
             *props = Props::dress(stage, &vm)?;
             finish(stage.start(&armed, &["gc"])?)
         }
+        Scenario::TakeOver => {
+            let owner = super::frozen::frozen(stage, "vm.launch.before")?;
+            let ended = finish(stage.start(&armed, &["gc", "--force-running"])?)?;
+            // What it still holds is its own, and goes with it.
+            owner.signal(Signal::KILL)?;
+            owner.wait(PATIENCE)?;
+            Ok(ended)
+        }
         Scenario::Rm => {
             let vm = crashed(stage, KEPT)?;
-            finish(stage.start(&armed, &["rm", &vm])?)
+            finish(stage.start(&armed, &["rm", "--force", &vm])?)
         }
         Scenario::Kill(side) => asked(stage, side, case, &["kill"], &[]),
         Scenario::Exec(side) => asked(stage, side, case, &["exec"], &["--", "true"]),
         Scenario::ImageImport => {
-            let mut command = stage.command(&armed, &["image", "import", "again"]);
-            command.stdin(fs::File::open(busybox_archive()?)?);
-            // The shared cache is others', too.
-            command.env("MATCHLOCK_CACHE", stage.installation.home().with_file_name("cache"));
-            finish(Running::start(&mut command)?)
+            stage.own_cache()?;
+            finish(stage.import(&armed)?)
         }
-        Scenario::ImageRemove => finish(stage.start(&armed, &["image", "rm", "nosuch"])?),
+        Scenario::ImageRemove => {
+            stage.own_cache()?;
+            ensure!(stage.import("")?.wait(PATIENCE)?.status.success(), "it cannot be imported");
+            finish(stage.start(&armed, &["image", "rm", "again"])?)
+        }
+        Scenario::ImageSweep => {
+            stage.own_cache()?;
+            let left = stage.import("image.build.after=return(kill)")?.wait(PATIENCE)?;
+            ensure!(left.status.signal() == Some(9), "{}", String::from_utf8_lossy(&left.stderr));
+            finish(stage.start(&armed, &["gc"])?)
+        }
     }
 }
 
 /// A VM whose owner was killed when all but the hypervisor was there; its id.
-fn crashed(stage: &Stage<'_>, args: &[&str]) -> Result<String> {
+pub(crate) fn crashed(stage: &Stage<'_>, args: &[&str]) -> Result<String> {
     let output = stage.start("vm.launch.before=return(kill)", args)?.wait(PATIENCE)?;
     ensure!(output.status.signal() == Some(9), "{}", String::from_utf8_lossy(&output.stderr));
     Ok(stage.installation.sql("select id from vms")?.trim().to_owned())
@@ -414,80 +507,4 @@ fn end(owner: &Running) -> Result<()> {
         Err(error) if error.downcast_ref() != Some(&rustix::io::Errno::SRCH) => Err(error),
         _ => Ok(()),
     }
-}
-
-/// Things that stand in for what a VM of an older kernel, or a badly timed kill, would leave, and
-/// things of a stranger that look alike.
-#[derive(Default)]
-pub(crate) struct Props {
-    hypervisor: Option<Child>,
-    strangers_hypervisor: Option<Child>,
-    strangers: Lines,
-}
-
-impl Props {
-    /// Gives a crashed VM a hypervisor that did not die, a TAP and tables; and a stranger the same.
-    pub(crate) fn dress(stage: &Stage<'_>, vm: &str) -> Result<Self> {
-        let install = fs::read_to_string(stage.installation.home().join("install-id"))?;
-        let mark = format!("matchlock:{}:{vm}", install.trim());
-        let tap = format!("fc-{}", vm.strip_prefix("vm-").context("a VM's id")?);
-        stage.net.sh(&props(STRANGER, "matchlock:00112233aabbccdd:vm-0badbeef"))?;
-        let after = host::kernel(stage.net, &stage.installation)?;
-        let without = |line: &&String| !line.contains("process ");
-        let strangers = after.iter().filter(without).cloned().collect();
-        stage.net.sh(&props(&tap, &mark))?;
-        let strangers_mark = format!("matchlock:00112233aabbccdd:{vm}");
-        Ok(Self {
-            hypervisor: Some(stand_in(&mark)?),
-            strangers_hypervisor: Some(stand_in(&strangers_mark)?),
-            strangers,
-        })
-    }
-
-    /// The stand-in must have been ended by `gc`, the stranger's not.
-    fn end(&mut self) -> Result<Vec<String>> {
-        let mut wrong = Vec::new();
-        if is_alive(self.hypervisor.take())? == Some(true) {
-            wrong.push("the hypervisor lives".to_owned());
-        }
-        if is_alive(self.strangers_hypervisor.take())? == Some(false) {
-            wrong.push("a stranger's hypervisor was ended".to_owned());
-        }
-        Ok(wrong)
-    }
-
-    /// Takes the stranger's things away.
-    fn clear(&self, net: &Namespace) -> Result<()> {
-        if !self.strangers.is_empty() {
-            net.sh(&format!("ip link del {STRANGER}; nft flush ruleset"))?;
-        }
-        Ok(())
-    }
-}
-
-/// It waits for its stdin, which the test holds; its argv is what a hypervisor is known by.
-fn stand_in(mark: &str) -> Result<Child> {
-    let mut command = Command::new("sh");
-    Ok(command.args(["-c", "read _", "sh", "-name", mark]).stdin(Stdio::piped()).spawn()?)
-}
-
-/// Whether a child lives; then it is ended.
-fn is_alive(child: Option<Child>) -> Result<Option<bool>> {
-    let Some(mut child) = child else { return Ok(None) };
-    if child.try_wait()?.is_some() {
-        return Ok(Some(false));
-    }
-    child.kill()?;
-    child.wait()?;
-    Ok(Some(true))
-}
-
-const STRANGER: &str = "fc-0badbeef";
-
-fn props(tap: &str, mark: &str) -> String {
-    format!(
-        "ip tuntap add {tap} mode tap; ip link set {tap} alias '{mark}'
-         nft add table inet matchlock_{tap} '{{ comment \"{mark}\"; }}'
-         nft add table ip matchlock_nat_{tap} '{{ comment \"{mark}\"; }}'"
-    )
 }

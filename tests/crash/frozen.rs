@@ -7,13 +7,13 @@ use matchlock_test_support::netns::Namespace;
 use matchlock_test_support::{Running, wait_until};
 use rustix::process::Signal;
 
-use super::case::{LONG, PATIENCE, RUN, Stage};
+use super::case::{LONG, PATIENCE, RUN, Stage, crashed};
 use super::host;
 
-/// An owner that stands still before it launches; with everything but a hypervisor.
-fn frozen(stage: &Stage<'_>) -> Result<Running> {
-    let owner =
-        stage.start("vm.launch.before=1*return(stop);vm.launch.after=return(error)", RUN)?;
+/// An owner that stands still at this point; should it go on, it gets no further than a launch.
+pub(crate) fn frozen(stage: &Stage<'_>, point: &str) -> Result<Running> {
+    let owner = stage
+        .start(&format!("{point}=1*return(stop);vm.connect_guest.before=return(error)"), RUN)?;
     let stat = format!("/proc/{}/stat", owner.pid()?.as_raw_pid());
     wait_until(PATIENCE, "the stop", || Ok(fs::read_to_string(&stat)?.contains(") T ")))?;
     Ok(owner)
@@ -22,7 +22,7 @@ fn frozen(stage: &Stage<'_>) -> Result<Running> {
 /// `gc` while an owner stands still: its VM is skipped, and loses nothing. What is wrong.
 pub(crate) fn beside_gc(net: &Namespace, mutation: Option<&str>) -> Result<Vec<String>> {
     let stage = Stage::new(net, mutation)?;
-    let owner = frozen(&stage)?;
+    let owner = frozen(&stage, "vm.launch.before")?;
     let before = host::all(net, &stage.installation)?;
     let gc = stage.start("", &["gc"])?.wait(PATIENCE)?;
     let said = String::from_utf8_lossy(&gc.stdout).into_owned();
@@ -39,7 +39,7 @@ pub(crate) fn beside_gc(net: &Namespace, mutation: Option<&str>) -> Result<Vec<S
 /// Another owner takes the VM over while its owner stands still: that one writes nothing any more.
 pub(crate) fn overtaken(net: &Namespace, mutation: Option<&str>) -> Result<Vec<String>> {
     let stage = Stage::new(net, mutation)?;
-    let owner = frozen(&stage)?;
+    let owner = frozen(&stage, "vm.launch.before")?;
     let rows = "select count(*) from vm_lifecycle";
     let before = stage.installation.sql(rows)?;
     stage.installation.sql("update vm_nodes set owner_epoch = owner_epoch + 1")?;
@@ -58,13 +58,32 @@ pub(crate) fn overtaken(net: &Namespace, mutation: Option<&str>) -> Result<Vec<S
     Ok(wrong)
 }
 
+/// Where an owner stands still when its VM is taken from it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Where {
+    /// At a point of the creation, when it still holds what keeps the tables there.
+    At(&'static str),
+    /// Anywhere: its guest is up.
+    Running,
+}
+
 /// Takes the VM of an owner that stands still, by force; then the owner goes on.
-fn overruled(net: &Namespace) -> Result<Vec<String>> {
-    let stage = Stage::new(net, None)?;
+pub(crate) fn overruled(
+    net: &Namespace,
+    place: Where,
+    mutation: Option<&str>,
+) -> Result<Vec<String>> {
+    let stage = Stage::new(net, mutation)?;
     let before = host::kernel(net, &stage.installation)?;
-    let owner = stage.start("", LONG)?;
-    stage.installation.wait_for_status("running")?;
-    owner.signal(Signal::STOP)?;
+    let owner = match place {
+        Where::At(point) => frozen(&stage, point)?,
+        Where::Running => {
+            let owner = stage.start("", LONG)?;
+            stage.installation.wait_for_status("running")?;
+            owner.signal(Signal::STOP)?;
+            owner
+        }
+    };
     let plain = stage.start("", &["gc"])?.wait(PATIENCE)?;
     let said = String::from_utf8_lossy(&plain.stdout).into_owned();
     ensure!(said.contains("skipped (VM is running)"), "gc said: {said}");
@@ -79,9 +98,42 @@ fn overruled(net: &Namespace) -> Result<Vec<String>> {
     let told = stage.installation.sql(history)?;
     owner.signal(Signal::CONT)?;
     let ended = owner.wait(PATIENCE)?;
-    ensure!(!ended.status.success(), "an overruled owner reported success");
+    // Killed, if it has nothing else to tell: its start may have failed before it knew.
+    let said = String::from_utf8_lossy(&ended.stderr);
+    let failed_before = said.contains("injected at") && said.contains("was taken over");
+    let code = if failed_before { 125 } else { 137 };
+    ensure!(ended.status.code() == Some(code), "an overruled owner's end: {ended:?}");
     if stage.installation.sql(history)? != told {
         wrong.push("an overruled owner wrote history".to_owned());
+    }
+    wrong.extend(stage.recover()?.1);
+    wrong.extend(host::difference(&before, &host::kernel(net, &stage.installation)?));
+    Ok(wrong)
+}
+
+/// A `gc` that stands still half-way: another fails and says so, by force it is overruled, and when it
+/// goes on it changes nothing.
+fn cleaner_overruled(net: &Namespace, point: &str) -> Result<Vec<String>> {
+    let stage = Stage::new(net, None)?;
+    let before = host::kernel(net, &stage.installation)?;
+    let vm = crashed(&stage, RUN)?;
+    let cleaner = stage.start(&format!("{point}=1*return(stop)"), &["gc"])?;
+    let stat = format!("/proc/{}/stat", cleaner.pid()?.as_raw_pid());
+    wait_until(PATIENCE, "the stop", || Ok(fs::read_to_string(&stat)?.contains(") T ")))?;
+    let plain = stage.start("", &["gc"])?.wait(PATIENCE)?;
+    let said = String::from_utf8_lossy(&plain.stdout).into_owned();
+    ensure!(plain.status.code() == Some(1), "gc beside a stopped one: {plain:?}");
+    ensure!(said.contains(&format!("`matchlock gc {vm} --force-running`")), "gc said: {said}");
+    let forced = stage.start("", &["gc", "--force-running"])?.wait(PATIENCE)?;
+    ensure!(forced.status.success(), "{}", String::from_utf8_lossy(&forced.stderr));
+    ensure!(stage.installation.sql("select count(*) from vms")?.trim() == "0", "its row is there");
+    let history = "select count(*) from vm_lifecycle";
+    let told = stage.installation.sql(history)?;
+    cleaner.signal(Signal::CONT)?;
+    cleaner.wait(PATIENCE)?;
+    let mut wrong = Vec::new();
+    if stage.installation.sql(history)? != told {
+        wrong.push("an overruled cleaner wrote history".to_owned());
     }
     wrong.extend(stage.recover()?.1);
     wrong.extend(host::difference(&before, &host::kernel(net, &stage.installation)?));
@@ -106,7 +158,17 @@ fn an_overtaken_owner_writes_nothing() {
 
 #[test]
 fn a_frozen_owner_is_overruled_by_force_and_harms_nothing_when_it_goes_on() {
-    assert_eq!(overruled(&net()).unwrap(), Vec::<String>::new());
+    assert_eq!(overruled(&net(), Where::Running, None).unwrap(), Vec::<String>::new());
+}
+
+/// Between the making of the tables and the end of the launch their socket is the owner's alone, or
+/// its and the hypervisor's.
+#[test]
+fn an_owner_that_is_frozen_with_its_tables_is_overruled_all_the_same() {
+    for point in ["firewall.apply.after", "vm.launch.before", "hypervisor.spawn.after"] {
+        let wrong = overruled(&net(), Where::At(point), None).unwrap();
+        assert_eq!(wrong, Vec::<String>::new(), "{point}");
+    }
 }
 
 /// The VM's actor panics while its guest stands still: the VM goes on, and its command with it.
@@ -116,7 +178,7 @@ fn a_vm_whose_actor_panics_goes_on_without_a_lost_or_repeated_byte() {
     let stage = Stage::new(&net, None).unwrap();
     let script = "i=0; while [ $i -lt 40 ]; do i=$((i+1)); echo line $i; sleep 0.2; done; exit 7";
     let args = ["run", "--image", "busybox", "--", "sh", "-c", script];
-    let mut command = stage.command("actor.vm.hung.before=1*return(panic)", &args);
+    let mut command = stage.command("actor.vm.heard.before=1*return(panic)", &args);
     command.env("MATCHLOCK_HANG_TIMEOUT", "1");
     let owner = Running::start(&mut command).unwrap();
     stage.installation.wait_for_status("running").unwrap();
@@ -150,5 +212,12 @@ fn without_anybody_the_kernel_takes_processes_links_and_tables_along() {
         });
         assert!(gone.is_ok(), "{point}: {left:?}");
         assert_eq!(stage.recover().unwrap().1, Vec::<String>::new());
+    }
+}
+
+#[test]
+fn a_cleaner_that_stands_still_is_overruled_by_force() {
+    for point in ["gc.take_over.after", "gc.remove_disk.before"] {
+        assert_eq!(cleaner_overruled(&net(), point).unwrap(), Vec::<String>::new(), "{point}");
     }
 }

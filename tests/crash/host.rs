@@ -11,7 +11,7 @@ use matchlock_test_support::netns::Namespace;
 use rustix::fs::{FlockOperation, fcntl_lock};
 use rustix::io::Errno;
 
-/// What may stay in the state directory: the state itself, and empty directories.
+/// What may stay in the state directory and in a cache: the state itself, and empty directories.
 const MAY_STAY: &[&str] = &[
     "",
     "state.db",
@@ -22,7 +22,22 @@ const MAY_STAY: &[&str] = &[
     "vm.locks",
     "config.toml",
     "vms",
+    "images",
+    "images/blobs",
+    "images/tmp",
+    "images/metadata.db",
+    "images/metadata.db-wal",
+    "images/metadata.db-shm",
+    "images/metadata.db.init.lock",
 ];
+
+/// The names of the blobs in a cache.
+pub(crate) fn blobs(cache: &Path) -> Result<Vec<String>> {
+    match fs::read_dir(cache.join("images/blobs")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        entries => entries?.map(|entry| Ok(entry?.file_name().to_string_lossy().into())).collect(),
+    }
+}
 
 /// Links, addresses, routes, tables and sockets of a network namespace. Forwarding stays on: a
 /// setting of the host that is turned on once.
@@ -49,6 +64,8 @@ pub(crate) fn all(net: &Namespace, installation: &Installation) -> Result<Lines>
     lines.extend(mounts.lines().filter(|l| l.contains(&text)).map(|l| format!("mount {l}")));
     lines.extend(loop_devices(&text)?);
     lines.extend(files(&home, &home)?);
+    let cache = home.with_file_name("cache");
+    lines.extend(files(&cache, &cache)?);
     lines.extend(rows(installation)?);
     lines.extend(locks(&home)?);
     Ok(lines)

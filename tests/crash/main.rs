@@ -12,11 +12,16 @@
 
 mod binary;
 mod case;
+mod fleet;
+mod forced;
 mod frozen;
 mod host;
 mod mutants;
+mod props;
 mod random;
+mod removal;
 mod scenario;
 mod soak;
 mod suite;
 mod table;
+mod terminal;

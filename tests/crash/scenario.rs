@@ -5,6 +5,8 @@
 pub(crate) enum Scenario {
     /// `run` of a short command, with further points armed that lead there.
     Run(&'static str),
+    /// `run -it` of a short command, on a terminal that must be as before at the end.
+    Terminal,
     /// `run --rm=false`, and SIGTERM once it runs.
     Stop,
     /// `run`, and SIGKILL to the hypervisor once it runs.
@@ -15,16 +17,20 @@ pub(crate) enum Scenario {
     Hangs(&'static str),
     /// `gc` of a VM that holds everything there is.
     Gc,
-    /// `rm` of a kept VM whose owner was killed.
+    /// `rm --force` of a kept VM whose owner was killed.
     Rm,
     /// `kill` of a running VM: the owner has the point, or whoever asks.
     Kill(Side),
     /// `exec` in a running VM.
     Exec(Side),
+    /// `gc --force-running` of a VM whose owner stands still with everything but a hypervisor.
+    TakeOver,
     /// `image import`.
     ImageImport,
-    /// `image rm`.
+    /// `image rm` of an image that is there.
     ImageRemove,
+    /// `gc` after an import that was killed.
+    ImageSweep,
 }
 
 /// Who has the point.
@@ -47,6 +53,7 @@ pub(crate) const NOT_REACHED: &[(&str, &str)] = &[(
 pub(crate) fn boots(point: &str) -> bool {
     match scenario(point) {
         Scenario::Stop
+        | Scenario::Terminal
         | Scenario::LosesMachine
         | Scenario::Hangs(_)
         | Scenario::Kill(_)
@@ -54,10 +61,12 @@ pub(crate) fn boots(point: &str) -> bool {
         Scenario::Run("") => NEED_A_GUEST.iter().any(|prefix| point.starts_with(prefix)),
         Scenario::Run(lead) => lead == STOP_FAILS,
         Scenario::Overslept
+        | Scenario::TakeOver
         | Scenario::Gc
         | Scenario::Rm
         | Scenario::ImageImport
-        | Scenario::ImageRemove => false,
+        | Scenario::ImageRemove
+        | Scenario::ImageSweep => false,
     }
 }
 
@@ -65,6 +74,7 @@ const STOP_FAILS: &str = "vm.close_machine.before=1*return(error)";
 
 const NEED_A_GUEST: &[&str] = &[
     "exec.",
+    "vm_log.",
     "vm.connect_guest.after",
     "vm.configure_guest",
     "vm.record_running",
@@ -104,13 +114,27 @@ const OF_GC: &[&str] = &[
 ];
 
 const SPECIAL: &[(&str, Scenario)] = &[
+    ("exec.terminal", Scenario::Terminal),
+    // Only of a VM that is kept.
+    ("exec.record_exit", Scenario::Stop),
+    ("db.set_exit", Scenario::Stop),
     ("owner.kill", Scenario::Kill(Side::Owner)),
     ("client.kill", Scenario::Kill(Side::Client)),
     ("owner.exec", Scenario::Exec(Side::Owner)),
     ("client.exec", Scenario::Exec(Side::Client)),
     ("rm.", Scenario::Rm),
+    ("db.want_removal", Scenario::Rm),
+    ("actor.reconciler.want_removal", Scenario::Rm),
     ("actor.images.import", Scenario::ImageImport),
     ("actor.images.remove", Scenario::ImageRemove),
+    ("actor.images.sweep", Scenario::ImageSweep),
+    ("image.remove_blob", Scenario::ImageRemove),
+    ("image.sweep", Scenario::ImageSweep),
+    ("image.", Scenario::ImageImport),
+    ("images_db.put_image", Scenario::ImageImport),
+    ("images_db.remove_image", Scenario::ImageRemove),
+    // An owner that stands still keeps the tables of a VM that is taken from it.
+    ("firewall.take", Scenario::TakeOver),
     ("vm.shutdown_guest", Scenario::Stop),
     ("actor.vm.machine_exited", Scenario::LosesMachine),
     ("actor.vm.cancel_deadline", Scenario::Overslept),
@@ -126,9 +150,9 @@ const SPECIAL: &[(&str, Scenario)] = &[
     ),
     ("actor.fleet.scope_closed", Scenario::Run("actor.vm.op_done.before=1*return(panic)")),
     ("actor.fleet.compensated", Scenario::Run("actor.vm.op_done.before=return(panic)")),
-    ("actor.vm.hung", Scenario::Hangs("")),
+    ("actor.vm.heard", Scenario::Hangs("")),
     ("vm.note", Scenario::Hangs("")),
-    ("vm.reattach", Scenario::Hangs("actor.vm.hung.before=1*return(panic)")),
+    ("vm.reattach", Scenario::Hangs("actor.vm.heard.before=1*return(panic)")),
     (
         "actor.root.start",
         Scenario::Run(

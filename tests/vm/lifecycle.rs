@@ -40,7 +40,10 @@ fn a_kept_vm_takes_further_commands_until_it_is_killed() {
     // While it runs it is left alone.
     let all = installation.output(&["gc"]).unwrap();
     assert_eq!(all.status.code(), Some(0), "{}", stderr(&all));
-    assert_eq!(stdout(&all), format!("{vm}: skipped (VM is running)\nReconciled 1 VMs\n"));
+    assert_eq!(
+        stdout(&all),
+        format!("{vm}: skipped (VM is running)\nReconciled 0 VMs, skipped 1\n")
+    );
     assert_eq!(installation.output(&["gc", &vm]).unwrap().status.code(), Some(1));
     assert_eq!(installation.output(&["rm", &vm]).unwrap().status.code(), Some(1));
 

@@ -5,13 +5,19 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod commands;
+mod detach;
 mod errors;
+mod exit_code;
 mod images;
+mod inside;
 mod lifecycle;
+mod log;
 mod network;
 mod network_end;
 mod secrets;
 mod signals;
+mod terminal;
+mod verbs;
 
 use std::process::Output;
 use std::time::Duration;

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use matchlock_test_support::{Installation, Running};
+use matchlock_test_support::{Installation, Running, wait_until};
 use rustix::process::Signal;
 
 use super::{PATIENCE, stderr, stdout};
@@ -39,7 +39,8 @@ fn of_process(pid: i32, file: &str) -> Vec<u8> {
 #[test]
 fn a_secret_of_the_environment_reaches_the_guest_and_nothing_else() {
     let installation = Installation::new().unwrap();
-    let script = "echo $TOKEN; read go; sleep 1000";
+    // What a command prints is in its log: this one tells the length alone.
+    let script = "echo ${#TOKEN}; read go; sleep 1000";
     let args = [
         "run",
         "--no-network",
@@ -71,6 +72,12 @@ fn a_secret_of_the_environment_reaches_the_guest_and_nothing_else() {
     let exec = exec.env("TOKEN2", EXEC_SECRET).env("MATCHLOCK_LOG", "trace").output().unwrap();
     assert_eq!(stdout(&exec), format!("{SECRET} {EXEC_SECRET}\n"), "{}", stderr(&exec));
     assert!(!stderr(&exec).contains(EXEC_SECRET), "{}", stderr(&exec));
+
+    let printed = || {
+        let log = installation.output(&["log", &vm])?;
+        Ok(stdout(&log) == format!("{}\n", SECRET.len()))
+    };
+    wait_until(PATIENCE, "the secret's length", printed).unwrap();
 
     let home = installation.home();
     let nowhere = || {

@@ -10,7 +10,7 @@
 //!   │ ◄───────────────────────────────────────────────│
 //!   │ yamux session, host = client, guest = server    │
 //!   │   stream: Request → Reply                       │   hello, configure, shutdown
-//!   │   stream: Request → ExecInput / ExecOutput …    │   exec, attach
+//!   │   stream: Request → ExecInput / ExecOutput …    │   exec, file, attach
 //! ```
 //!
 //! # Invariants
@@ -27,7 +27,7 @@ pub mod message;
 pub mod resync;
 
 /// The protocol's version, sent in the handshake by both sides.
-pub const PROTOCOL_VERSION: u16 = 3;
+pub const PROTOCOL_VERSION: u16 = 5;
 
 /// The name of the virtio-serial port that carries the link (`/sys/class/virtio-ports/*/name`).
 pub const PORT_NAME: &str = "org.matchlock.link.0";

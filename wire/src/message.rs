@@ -1,11 +1,11 @@
-//! The messages of protocol version 2.
+//! The messages of the protocol, see [`crate::PROTOCOL_VERSION`].
 //!
 //! The first frame of every stream is a [`Request`] from the host. `Hello`, `Configure` and
-//! `Shutdown` are answered by one [`Reply`]. `Exec` and `Attach` turn the stream into a
+//! `Shutdown` are answered by one [`Reply`]. `Exec`, `File` and `Attach` turn the stream into a
 //! conversation about one job:
 //!
 //! ```text
-//!   host → guest  ExecInput:  Stdin* StdinEof? Signal* Ack* Release
+//!   host → guest  ExecInput:  Stdin* StdinEof? Signal* Resize* Ack* Release
 //!   guest → host  ExecOutput: (Started | Attached | Failed) Output* StdinAck* Exited
 //! ```
 //!
@@ -17,6 +17,11 @@
 //! flight. A job outlives its stream; `Attach` continues it from the given offset, and the
 //! guest's `Attached` says from where stdin is to be sent again. `Release` ends a job: running
 //! commands of a released job are killed, its buffers freed, its id forgotten.
+//!
+//! # Terminals
+//! A command may have a [`Terminal`] instead of pipes. What it prints is all [`OutputStream::Stdout`]
+//! then; stdin are the keys that are typed, and its end is the end-of-file key. A released job's
+//! terminal is hung up: SIGHUP first, and what is left half a second later is killed.
 
 use std::net::Ipv4Addr;
 
@@ -38,6 +43,8 @@ pub enum Request {
     Configure(Configure),
     /// Start a command as a new job. The stream continues with [`ExecInput`] and [`ExecOutput`].
     Exec(ExecStart),
+    /// Read, write or list files as a new job. The stream continues as after `Exec`.
+    File(FileStart),
     /// Continue a job from another stream. The stream continues as after `Exec`.
     Attach(ExecAttach),
     /// SIGTERM to all commands, grace, SIGKILL, sync, unmount, power off. Answered by
@@ -125,8 +132,28 @@ pub struct ExecStart {
     pub cwd: Option<String>,
     /// `uid`, `uid:gid`, `user`, `user:group`; resolved in the guest. `None` means root.
     pub user: Option<String>,
-    /// Whether stdin is a pipe; otherwise it is `/dev/null`.
+    /// Whether the host sends stdin. Without, it is `/dev/null`, or a terminal where nobody types.
     pub stdin: bool,
+    /// A terminal for stdin, stdout and stderr together; `None` means pipes.
+    pub terminal: Option<Terminal>,
+}
+
+/// The terminal of a command.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Terminal {
+    /// Its size at the start.
+    pub size: TerminalSize,
+    /// `TERM`, where the environment does not say it; `None` leaves it to the agent.
+    pub term: Option<String>,
+}
+
+/// The size of a terminal, in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalSize {
+    /// The number of lines.
+    pub rows: u16,
+    /// The number of columns.
+    pub cols: u16,
 }
 
 /// Bytes that serde encodes as one block.
@@ -137,6 +164,58 @@ impl From<&str> for Bytes {
     fn from(text: &str) -> Self {
         Self(text.as_bytes().to_vec())
     }
+}
+
+/// Files to be read, written or listed: a job without a command. What is read, and the frames of the
+/// [`FileEntry`]s, come as stdout; what is written goes in as stdin. `Started` means that the file
+/// is open; a failure after that is a line on stderr and the exit code 1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileStart {
+    /// The new job's id. An id that was used before is refused.
+    pub job: JobId,
+    /// What to do.
+    pub op: FileOp,
+}
+
+/// What to do with files, as root, in the namespaces of the agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileOp {
+    /// Read a regular file.
+    Read {
+        /// Its absolute path.
+        path: String,
+        /// Where to begin.
+        offset: u64,
+        /// How much at most; `None` means up to its end.
+        length: Option<u64>,
+    },
+    /// Write a regular file; missing directories are made with mode 0755.
+    Write {
+        /// Its absolute path.
+        path: String,
+        /// Where to begin, at most its size; the rest stays. `None` replaces its contents.
+        offset: Option<u64>,
+        /// The permissions of a file that is made; the lowest nine bits count.
+        mode: u32,
+    },
+    /// List a directory, one level, in no order.
+    List {
+        /// Its absolute path.
+        path: String,
+    },
+}
+
+/// An entry of a directory. `.` and `..` are not told.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// Its name.
+    pub name: Bytes,
+    /// Its size in bytes.
+    pub size: u64,
+    /// `st_mode`.
+    pub mode: u32,
+    /// `st_mtime`.
+    pub modified_unix_s: i64,
 }
 
 /// A job to continue.
@@ -164,8 +243,10 @@ pub enum ExecInput {
         /// The number of bytes sent in all.
         offset: u64,
     },
-    /// A signal for the command's process group.
+    /// A signal for the command's process group. SIGHUP is for its terminal's foreground group too.
     Signal(i32),
+    /// The terminal has another size now. Without a terminal it breaks the protocol.
+    Resize(TerminalSize),
     /// All output before this offset has arrived.
     Ack {
         /// The number of bytes that have arrived.
@@ -250,4 +331,6 @@ pub enum ExecFailureKind {
     Request,
     /// The guest is out of memory, processes or descriptors, or is shutting down.
     Unavailable,
+    /// The file could not be opened.
+    File,
 }

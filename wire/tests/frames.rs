@@ -7,7 +7,8 @@ use bytes::{BufMut, BytesMut};
 use matchlock_wire::frame::{Codec, FrameError, MAX_CHUNK_BYTES, MAX_FRAME_BYTES};
 use matchlock_wire::message::{
     AgentInfo, Bytes, Configure, ExecAttach, ExecFailure, ExecFailureKind, ExecInput, ExecOutput,
-    ExecStart, ExitStatus, JobId, Network, OutputStream, Reply, Request, Shutdown,
+    ExecStart, ExitStatus, FileOp, FileStart, JobId, Network, OutputStream, Reply, Request,
+    Shutdown, Terminal, TerminalSize,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -26,9 +27,18 @@ fn job() -> impl Strategy<Value = JobId> {
 fn exec() -> impl Strategy<Value = Request> {
     let what = (job(), vec(bytes(), 0..6), vec((bytes(), bytes()), 0..6));
     let how = (proptest::option::of(".{0,20}"), proptest::option::of(".{0,20}"), any::<bool>());
-    (what, how).prop_map(|((job, argv, env), (cwd, user, stdin))| {
-        Request::Exec(ExecStart { job, argv, env, cwd, user, stdin })
+    let terminal = proptest::option::of(terminal());
+    (what, how, terminal).prop_map(|((job, argv, env), (cwd, user, stdin), terminal)| {
+        Request::Exec(ExecStart { job, argv, env, cwd, user, stdin, terminal })
     })
+}
+
+fn size() -> impl Strategy<Value = TerminalSize> {
+    any::<(u16, u16)>().prop_map(|(rows, cols)| TerminalSize { rows, cols })
+}
+
+fn terminal() -> impl Strategy<Value = Terminal> {
+    (size(), proptest::option::of(".{0,20}")).prop_map(|(size, term)| Terminal { size, term })
 }
 
 fn network() -> impl Strategy<Value = Network> {
@@ -62,11 +72,29 @@ fn configure() -> impl Strategy<Value = Request> {
     )
 }
 
+fn file_op() -> impl Strategy<Value = FileOp> {
+    let option = || proptest::option::of(any::<u64>());
+    prop_oneof![
+        (".{0,40}", any::<u64>(), option()).prop_map(|(path, offset, length)| FileOp::Read {
+            path,
+            offset,
+            length
+        }),
+        (".{0,40}", option(), any::<u32>()).prop_map(|(path, offset, mode)| FileOp::Write {
+            path,
+            offset,
+            mode
+        }),
+        ".{0,40}".prop_map(|path| FileOp::List { path }),
+    ]
+}
+
 fn request() -> impl Strategy<Value = Request> {
     prop_oneof![
         Just(Request::Hello),
         configure(),
         exec(),
+        (job(), file_op()).prop_map(|(job, op)| Request::File(FileStart { job, op })),
         (job(), any::<u64>()).prop_map(|(job, output_offset)| {
             Request::Attach(ExecAttach { job, output_offset })
         }),
@@ -97,6 +125,7 @@ fn input() -> impl Strategy<Value = ExecInput> {
             .prop_map(|(offset, data)| ExecInput::Stdin { offset, data }),
         any::<u64>().prop_map(|offset| ExecInput::StdinEof { offset }),
         any::<i32>().prop_map(ExecInput::Signal),
+        size().prop_map(ExecInput::Resize),
         any::<u64>().prop_map(|offset| ExecInput::Ack { offset }),
         Just(ExecInput::Release),
     ]

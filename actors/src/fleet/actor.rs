@@ -1,122 +1,26 @@
 //! The actor.
 
 use std::any::Any;
-use std::fmt;
+use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures::FutureExt as _;
-use matchlock_host::guest_link::GuestLink;
-use matchlock_host::owner_lock::HeldLock;
 use matchlock_model::failure::{Failure, FailureKind, panic_text};
 use matchlock_model::id::{Generation, VmId};
 use matchlock_model::phase::Phase;
-use matchlock_model::reconcile::Goal;
 use matchlock_model::vm::StopMode;
-use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
-use tokio::time::Instant;
+use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
 
-use super::MAX_VMS;
+use super::message::{FleetMsg, Reply, RunningVm};
 use super::register::{RegisteredVm, register};
 use super::registry::{Entry, Registry, Release, VmHandle};
 use crate::budget::RestartBudget;
 use crate::deps::Deps;
 use crate::handle::ServiceHandle;
 use crate::points;
-use crate::reconciler::{ReconcilerMsg, Target};
-use crate::vm::{CreateVm, EffectScope, StartAs, Vm, VmArgs, VmContext, VmMsg, abandon};
-
-type Reply<T> = RpcReplyPort<Result<T, Failure>>;
-
-/// What Fleet is asked and told.
-pub enum FleetMsg {
-    /// Bring a VM up. Answered once its row is there; the view says what comes then.
-    CreateVm {
-        /// What it is to be.
-        create: Box<CreateVm>,
-        /// Its handle.
-        reply: Reply<VmHandle>,
-    },
-    /// A VM's lock is held and its row is there (or not).
-    Registered {
-        /// The VM.
-        result: Box<Result<RegisteredVm, Failure>>,
-        /// Who asked for it.
-        reply: Reply<VmHandle>,
-    },
-    /// Take a VM down. Answered at once; the view says what comes then.
-    StopVm {
-        /// Which.
-        id: VmId,
-        /// How.
-        mode: StopMode,
-        /// Its handle.
-        reply: Reply<VmHandle>,
-    },
-    /// Take all VMs down and admit no more.
-    StopAll {
-        /// How.
-        mode: StopMode,
-        /// Their handles.
-        reply: RpcReplyPort<Vec<VmHandle>>,
-    },
-    /// The link to a running guest.
-    OpenLink {
-        /// Which VM's.
-        id: VmId,
-        /// The link, and what the VM was asked to be.
-        reply: Reply<RunningVm>,
-    },
-    /// The effects of a failed life have ended (or not).
-    ScopeClosed {
-        /// Whose.
-        id: VmId,
-        /// What is so now.
-        outcome: ScopeOutcome,
-    },
-    /// The reconciler has done what it could for a VM that used up its budget.
-    Compensated {
-        /// Which.
-        id: VmId,
-        /// Why it was given up.
-        cause: Failure,
-    },
-}
-
-impl fmt::Debug for FleetMsg {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::CreateVm { .. } => "CreateVm",
-            Self::Registered { .. } => "Registered",
-            Self::StopVm { .. } => "StopVm",
-            Self::StopAll { .. } => "StopAll",
-            Self::OpenLink { .. } => "OpenLink",
-            Self::ScopeClosed { .. } => "ScopeClosed",
-            Self::Compensated { .. } => "Compensated",
-        })
-    }
-}
-
-/// A VM whose guest answers.
-#[derive(Clone)]
-pub struct RunningVm {
-    /// The link to its guest.
-    pub link: Arc<dyn GuestLink>,
-    /// What it was asked to be.
-    pub context: Arc<VmContext>,
-}
-
-/// What became of a failed life's effects.
-#[derive(Debug, Clone)]
-pub struct ScopeOutcome {
-    /// Why the life ended.
-    cause: Failure,
-    /// The phase in the row, once all effects have ended; or why there is none.
-    phase: Result<Phase, Failure>,
-    /// Whether the VM's budget allows another life.
-    may_restart: bool,
-}
+use crate::reconciler::ReconcilerMsg;
+use crate::vm::{CreateVm, EffectScope, StartAs, Vm, VmArgs, VmMsg};
 
 /// What Fleet is started with.
 #[derive(Debug, Clone)]
@@ -136,9 +40,11 @@ pub struct Fleet;
 /// What Fleet knows.
 #[derive(Debug)]
 pub struct FleetState {
-    deps: Deps,
-    registry: Registry,
-    reconciler: ServiceHandle<ReconcilerMsg>,
+    pub(super) deps: Deps,
+    pub(super) registry: Registry,
+    pub(super) reconciler: ServiceHandle<ReconcilerMsg>,
+    /// Whose actors are there: one that ends is told by its own id.
+    actors: HashMap<ActorId, VmId>,
     /// VMs whose lock and row are on their way.
     registering: usize,
     closing: bool,
@@ -163,6 +69,7 @@ impl Actor for Fleet {
             deps: args.deps,
             registry: args.registry,
             reconciler: args.reconciler,
+            actors: HashMap::new(),
             registering: 0,
             closing: false,
             stopping: Vec::new(),
@@ -216,14 +123,14 @@ impl Actor for Fleet {
     ) -> Result<(), ActorProcessingErr> {
         match event {
             SupervisionEvent::ActorFailed(cell, error) => {
-                if let Some(id) = state.registry.by_actor(cell.get_id()) {
+                if let Some(id) = state.vm_of(cell.get_id()) {
                     tracing::error!(vm_id = %id, %error, "a VM's actor failed");
                     let text = format!("the VM's actor failed: {error}");
                     state.close_scope(&myself, id, Failure::new(FailureKind::Internal, text));
                 }
             }
             SupervisionEvent::ActorTerminated(cell, _, reason) => {
-                if let Some(id) = state.registry.by_actor(cell.get_id()) {
+                if let Some(id) = state.vm_of(cell.get_id()) {
                     state.actor_ended(&myself, id, reason);
                 }
             }
@@ -239,7 +146,7 @@ fn answer<T>(reply: Reply<T>, result: Result<T, Failure>) {
     }
 }
 
-fn panicked(what: &str, panic: &(dyn Any + Send)) -> Failure {
+pub(super) fn panicked(what: &str, panic: &(dyn Any + Send)) -> Failure {
     let text = format!("{what} of a VM panicked: {}", panic_text(panic));
     Failure::new(FailureKind::Internal, text)
 }
@@ -271,8 +178,9 @@ impl FleetState {
         if self.closing {
             return Err(Failure::new(FailureKind::Cancelled, "matchlock is shutting down"));
         }
-        if self.registry.lock().len() + self.registering >= MAX_VMS {
-            let text = format!("this process has {MAX_VMS} VMs already, its limit");
+        let most = self.deps.limits.vms;
+        if self.registry.lock().len() + self.registering >= most {
+            let text = format!("this process has {most} VMs already, its limit");
             return Err(Failure::new(FailureKind::Host, text));
         }
         let available = (self.deps.available_memory_mb)()?;
@@ -287,13 +195,13 @@ impl FleetState {
     }
 
     async fn adopt(
-        &self,
+        &mut self,
         myself: &ActorRef<FleetMsg>,
         registered: RegisteredVm,
     ) -> Result<VmHandle, ActorProcessingErr> {
         let RegisteredVm { context, lock } = registered;
         let (id, context, scope) = (context.id, Arc::new(context), EffectScope::default());
-        let handle = VmHandle { id, view: context.watch() };
+        let handle = VmHandle::of(&context);
         let entry = Entry {
             context: Arc::clone(&context),
             scope: scope.clone(),
@@ -328,13 +236,20 @@ impl FleetState {
         }
     }
 
-    async fn spawn_actor(
-        &self,
+    /// The VM whose present actor this is, which has ended.
+    fn vm_of(&mut self, actor: ActorId) -> Option<VmId> {
+        let id = self.actors.remove(&actor)?;
+        self.registry.has_actor(id, actor).then_some(id)
+    }
+
+    pub(super) async fn spawn_actor(
+        &mut self,
         myself: &ActorRef<FleetMsg>,
         id: VmId,
         args: VmArgs,
     ) -> Result<(), ActorProcessingErr> {
         let (actor, _) = Actor::spawn_linked(None, Vm, args, myself.get_cell()).await?;
+        self.actors.insert(actor.get_id(), id);
         if let Some(entry) = self.registry.lock().get_mut(&id) {
             entry.actor = Some(actor);
         }
@@ -352,7 +267,7 @@ impl FleetState {
         {
             tracing::debug!(vm_id = %id, "its next life is told to stop");
         }
-        Ok(VmHandle { id, view: entry.context.watch() })
+        Ok(VmHandle::of(&entry.context))
     }
 
     fn link(&self, id: VmId) -> Result<RunningVm, Failure> {
@@ -370,151 +285,4 @@ impl FleetState {
             }
         }
     }
-
-    /// An actor that ended without a fault has settled its VM, unless it was killed.
-    fn actor_ended(&self, myself: &ActorRef<FleetMsg>, id: VmId, reason: Option<String>) {
-        let settled = self
-            .registry
-            .lock()
-            .get(&id)
-            .is_some_and(|entry| entry.context.watch().borrow().settled);
-        if settled {
-            self.registry.retire(id, Release::Abandon);
-            return;
-        }
-        let reason = reason.unwrap_or_else(|| "no reason".to_owned());
-        tracing::error!(vm_id = %id, %reason, "a VM's actor was ended");
-        let text = format!("the VM's actor was ended: {reason}");
-        self.close_scope(myself, id, Failure::new(FailureKind::Internal, text));
-    }
-
-    /// Ends what a failed life left running, then reads where the VM stands.
-    fn close_scope(&self, myself: &ActorRef<FleetMsg>, id: VmId, cause: Failure) {
-        let Some((scope, wait)) = self.registry.lock().get_mut(&id).map(|entry| {
-            entry.actor = None;
-            (entry.scope.clone(), entry.budget.spend(Instant::now()))
-        }) else {
-            return;
-        };
-        let (deps, myself) = (self.deps.clone(), myself.clone());
-        tokio::spawn(async move {
-            let phase = match scope.close(deps.limits.cancel).await {
-                Ok(()) => {
-                    tokio::time::sleep(wait.unwrap_or_default()).await;
-                    // A VM without an actor would never settle if this did not come back.
-                    AssertUnwindSafe(recorded_phase(&deps, id))
-                        .catch_unwind()
-                        .await
-                        .unwrap_or_else(|panic| Err(panicked("the recovery", &*panic)))
-                }
-                Err(stuck) => Err(Failure::from_error(FailureKind::Internal, &stuck)),
-            };
-            let outcome = ScopeOutcome { cause, phase, may_restart: wait.is_some() };
-            if myself.cast(FleetMsg::ScopeClosed { id, outcome }).is_err() {
-                tracing::error!(vm_id = %id, "the fleet was gone before a VM was recovered");
-            }
-        });
-    }
-
-    async fn recover(
-        &self,
-        myself: &ActorRef<FleetMsg>,
-        id: VmId,
-        outcome: ScopeOutcome,
-    ) -> Result<(), ActorProcessingErr> {
-        let phase = match outcome.phase {
-            Ok(phase) => phase,
-            Err(failure) => {
-                self.give_up(id, outcome.cause.context(failure));
-                return Ok(());
-            }
-        };
-        let mut restart = None;
-        let mut lock = None;
-        if let Some(entry) = self.registry.lock().get_mut(&id) {
-            if outcome.may_restart {
-                entry.scope = EffectScope::default();
-                restart = Some(VmArgs {
-                    context: Arc::clone(&entry.context),
-                    scope: entry.scope.clone(),
-                    generation: entry.context.generation().next(),
-                    start: StartAs::Recover {
-                        phase,
-                        cause: outcome.cause.clone(),
-                        stop: entry.stop,
-                    },
-                });
-            } else {
-                lock = entry.lock.take();
-            }
-        }
-        match restart {
-            Some(args) => {
-                // Published first: the effects of the new life look at it.
-                args.context.publish(|view| view.generation = args.generation);
-                self.spawn_actor(myself, id, args).await
-            }
-            None => {
-                self.compensate(myself, id, lock, outcome.cause);
-                Ok(())
-            }
-        }
-    }
-
-    /// The VM's actor has used up its budget: the reconciler cleans up, with the lock we hold.
-    fn compensate(
-        &self,
-        myself: &ActorRef<FleetMsg>,
-        id: VmId,
-        lock: Option<HeldLock>,
-        cause: Failure,
-    ) {
-        let (reconciler, myself) = (self.reconciler.clone(), myself.clone());
-        let context = self.registry.lock().get(&id).map(|entry| Arc::clone(&entry.context));
-        let why = cause.clone();
-        tokio::spawn(async move {
-            if let Some(context) = context {
-                abandon(&context).await;
-            }
-            let message = |reply| ReconcilerMsg::Reconcile {
-                target: Target::Owned { vm: id, lock, cause: why },
-                goal: Goal::Clean,
-                reply,
-            };
-            let report = reconciler.call(message, Duration::from_secs(60)).await;
-            tracing::warn!(vm_id = %id, ?report, "a VM whose actor kept failing was compensated");
-            if myself.cast(FleetMsg::Compensated { id, cause }).is_err() {
-                tracing::error!(vm_id = %id, "the fleet was gone before a VM was given up");
-            }
-        });
-    }
-
-    /// Gives up a VM that has no actor any more and cannot get one: ends its hypervisor, and leaves
-    /// the rest to the reconciler.
-    fn give_up(&self, id: VmId, cause: Failure) {
-        self.publish_end(id, cause, Release::Abandon);
-    }
-
-    /// Publishes the end of a VM that has no actor any more, and forgets it.
-    fn publish_end(&self, id: VmId, cause: Failure, release: Release) {
-        let Some(context) = self.registry.lock().get(&id).map(|entry| Arc::clone(&entry.context))
-        else {
-            return;
-        };
-        tracing::error!(vm_id = %id, %cause, "a VM was given up");
-        context.publish(|view| {
-            view.cause = Some(cause);
-            view.settled = true;
-        });
-        self.registry.retire(id, release);
-    }
-}
-
-async fn recorded_phase(deps: &Deps, id: VmId) -> Result<Phase, Failure> {
-    let head =
-        deps.reader.lifecycle_head(id).await.map_err(|e| {
-            Failure::from_error(FailureKind::Host, &e).context("could not read the VM")
-        })?;
-    head.map(|record| record.phase)
-        .ok_or_else(|| Failure::new(FailureKind::NotFound, format!("VM {id} has no row")))
 }

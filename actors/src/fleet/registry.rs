@@ -8,10 +8,11 @@ use matchlock_model::id::VmId;
 use matchlock_model::view::VmView;
 use matchlock_model::vm::StopMode;
 use ractor::{ActorId, ActorRef};
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use crate::budget::RestartBudget;
-use crate::vm::{EffectScope, VmContext, VmMsg, abandon};
+use crate::vm::{EffectScope, PhaseFollower, VmContext, VmMsg, abandon};
 
 /// A VM for those who asked for it.
 #[derive(Debug, Clone)]
@@ -20,6 +21,14 @@ pub struct VmHandle {
     pub id: VmId,
     /// What happens to it; its last value says how it ended.
     pub view: watch::Receiver<VmView>,
+    /// Each phase that it comes to.
+    pub phases: PhaseFollower,
+}
+
+impl VmHandle {
+    pub(super) fn of(context: &VmContext) -> Self {
+        Self { id: context.id, view: context.watch(), phases: context.follow_phases() }
+    }
 }
 
 /// What Fleet keeps of a VM.
@@ -33,6 +42,21 @@ pub(super) struct Entry {
     pub(super) budget: RestartBudget,
     /// Held for the VM's whole life; dropping it tells every process that the owner is gone.
     pub(super) lock: Option<HeldLock>,
+}
+
+/// Where the whole tree ends, entries go while effects still run: until those end, or this process
+/// does, nobody else may touch what they could.
+impl Drop for Entry {
+    fn drop(&mut self) {
+        let (Some(lock), scope) = (self.lock.take(), self.scope.clone()) else { return };
+        // Without a runtime no effect runs.
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(async move {
+                scope.ended().await;
+                drop(lock);
+            });
+        }
+    }
 }
 
 /// How a VM is let go of.
@@ -69,16 +93,13 @@ impl Registry {
     /// Watches all VMs.
     #[must_use]
     pub fn handles(&self) -> Vec<VmHandle> {
-        self.lock()
-            .iter()
-            .map(|(id, entry)| VmHandle { id: *id, view: entry.context.watch() })
-            .collect()
+        self.lock().values().map(|entry| VmHandle::of(&entry.context)).collect()
     }
 
     /// Forgets a VM. Its lock is released once none of its effects runs any more: until then
     /// nobody else may touch what they could.
     pub(super) fn retire(&self, id: VmId, release: Release) {
-        let Some(entry) = self.lock().remove(&id) else { return };
+        let Some(mut entry) = self.lock().remove(&id) else { return };
         tokio::spawn(async move {
             // At once, whatever still hangs; and again, should what hung have been a launch.
             if release == Release::Abandon {
@@ -88,14 +109,14 @@ impl Registry {
             if release == Release::Abandon {
                 abandon(&entry.context).await;
             }
-            drop(entry);
+            drop(entry.lock.take());
         });
     }
 
-    pub(super) fn by_actor(&self, actor: ActorId) -> Option<VmId> {
-        self.lock()
-            .iter()
-            .find(|(_, entry)| entry.actor.as_ref().is_some_and(|a| a.get_id() == actor))
-            .map(|(id, _)| *id)
+    /// Whether this is the VM's actor.
+    pub(super) fn has_actor(&self, id: VmId, actor: ActorId) -> bool {
+        let entries = self.lock();
+        let of_vm = entries.get(&id).and_then(|entry| entry.actor.as_ref());
+        of_vm.is_some_and(|of_vm| of_vm.get_id() == actor)
     }
 }

@@ -37,6 +37,11 @@ pub enum ImagesMsg {
         /// What was removed.
         reply: RpcReplyPort<Result<RemovedImage, Failure>>,
     },
+    /// Remove what imports and removals left that did not end.
+    Sweep {
+        /// How many things were removed.
+        reply: RpcReplyPort<Result<usize, Failure>>,
+    },
 }
 
 /// What was removed.
@@ -53,6 +58,7 @@ impl fmt::Debug for ImagesMsg {
         f.write_str(match self {
             Self::Import { .. } => "Import",
             Self::Remove { .. } => "Remove",
+            Self::Sweep { .. } => "Sweep",
         })
     }
 }
@@ -100,6 +106,7 @@ impl Actor for Images {
             ImagesMsg::Remove { tag, reply } => {
                 work::spawn(reply, move || work::remove(&args, &tag));
             }
+            ImagesMsg::Sweep { reply } => work::spawn(reply, move || work::sweep(&args)),
         }
         Ok(())
     }

@@ -2,17 +2,20 @@
 //!
 //! ```text
 //!  Import ─► (task) host::image::import ─► blob in place ─► row put ─► image
-//!  Remove ─► (task) row removed ─► blob removed, unless another tag or a VM uses it
+//!  Remove ─► (task) blob locked, unless a VM uses it ─► row removed ─► blob removed, unless another
+//!                   tag uses it
+//!  Sweep  ─► (task) temporary directories without a living import, blobs that no row names, removed
 //! ```
 //!
 //! # Invariants
-//! 1. A row names a blob that is complete. A blob without a row is garbage that the next import
-//!    of the same image uses again and `image rm` of its last tag removes.
+//! 1. A row names a blob that is complete. A blob without a row is garbage, which a crash leaves; the
+//!    next import of the same image uses it again, a sweep removes it.
 //! 2. A blob that a VM runs from is not removed; then the row stays too.
 //! 3. One change of the metadata at a time in this process; SQLite keeps processes apart.
 //!
 //! # Failure
-//! An import that fails or is cancelled leaves no row and nothing in the temporary directory.
+//! An import that fails or is cancelled leaves no row and nothing in the temporary directory. What a
+//! crash leaves is swept by `gc`, and what is temporary of it by the next import.
 
 mod actor;
 mod work;

@@ -1,7 +1,9 @@
 //! The work itself, on blocking threads.
 
+use std::ffi::OsStr;
 use std::path::Path;
 
+use matchlock_failpoints::mutated;
 use matchlock_host::image::{self, ImageError, ImportedImage};
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::image::{ImageRecord, ImageScope};
@@ -69,7 +71,7 @@ pub(super) fn import(
         && replaced.record.rootfs_path != record.rootfs_path
     {
         // In use by a VM, it stays until an image that uses it is removed.
-        if let Err(failure) = remove_unwanted(args, &metadata, &replaced.record, None) {
+        if let Err(failure) = remove_unwanted(args, &metadata, &replaced.record) {
             tracing::warn!(%failure, "the blob of the replaced image stays");
         }
     }
@@ -83,28 +85,63 @@ pub(super) fn remove(args: &ImagesArgs, tag: &str) -> Result<RemovedImage, Failu
     }
     let mut metadata = open_images(&args.dirs.images).map_err(|e| store_failure(&e))?;
     let record = metadata.find(tag).map_err(|e| store_failure(&e))?.ok_or_else(not_found)?;
-    // The blob first: if a VM uses it, the image stays whole.
-    let blob_removed = remove_unwanted(args, &metadata, &record, Some(tag))?;
-    metadata
-        .remove_image(Some(record.scope), tag, (args.now)())
-        .map_err(|e| store_failure(&e))?
-        .ok_or_else(not_found)?;
-    Ok(RemovedImage { record, blob_removed })
+    // Under the blob's lock: if a VM uses it, the image stays whole; and no crash leaves a row
+    // without its blob.
+    let mut removed = None;
+    let mut is_wanted = || {
+        if mutated("remove_blob_first") {
+            return false;
+        }
+        let row = metadata.remove_image(Some(record.scope), tag, (args.now)());
+        let unwanted = matches!(&row, Ok(Some(row)) if !row.blob_in_use);
+        removed = Some(row);
+        !unwanted
+    };
+    let blob = image::remove_blob(&args.dirs, Path::new(&record.rootfs_path), &mut is_wanted);
+    let row = match (removed, &blob) {
+        (Some(row), _) => row,
+        // The blob is gone already.
+        (None, Ok(_)) => metadata.remove_image(Some(record.scope), tag, (args.now)()),
+        (None, Err(error)) => return Err(image_failure(error)),
+    };
+    row.map_err(|e| store_failure(&e))?.ok_or_else(not_found)?;
+    Ok(RemovedImage { record, blob_removed: blob.map_err(|e| image_failure(&e))? })
 }
 
-/// Removes an image's blob, unless an image of another tag uses it; whether it is gone.
+pub(super) fn sweep(args: &ImagesArgs) -> Result<usize, Failure> {
+    let temporary = image::sweep_temporary(&args.dirs).map_err(|e| image_failure(&e))?.removed;
+    let metadata =
+        matchlock_store::read_images(&args.dirs.images).map_err(|e| store_failure(&e))?;
+    // Without metadata nobody can tell which blobs are wanted.
+    let Some(metadata) = metadata else { return Ok(temporary) };
+    let mut unreadable = None;
+    let mut is_wanted = |name: &OsStr| match metadata.list() {
+        // By name: the cache may have been reached by another path then.
+        Ok(images) => {
+            images.iter().any(|image| Path::new(&image.rootfs_path).file_name() == Some(name))
+        }
+        Err(error) => {
+            unreadable.get_or_insert_with(|| store_failure(&error));
+            true
+        }
+    };
+    let blobs = image::sweep_blobs(&args.dirs, &mut is_wanted);
+    match (blobs, unreadable) {
+        (_, Some(failure)) => Err(failure),
+        (Err(error), None) => Err(image_failure(&error)),
+        (Ok(blobs), None) => Ok(temporary + blobs),
+    }
+}
+
+/// Removes the blob of an image that has no row any more, unless another image uses it.
 fn remove_unwanted(
     args: &ImagesArgs,
     metadata: &ImageConn,
     image: &ImageRecord,
-    but_tag: Option<&str>,
-) -> Result<bool, Failure> {
+) -> Result<(), Failure> {
     let mut unreadable = None;
     let mut is_wanted = || match metadata.list() {
-        Ok(images) => images.iter().any(|other| {
-            let same = other.scope == image.scope && but_tag == Some(other.tag.as_str());
-            other.rootfs_path == image.rootfs_path && !same
-        }),
+        Ok(images) => images.iter().any(|other| other.rootfs_path == image.rootfs_path),
         Err(error) => {
             unreadable = Some(store_failure(&error));
             true
@@ -114,6 +151,6 @@ fn remove_unwanted(
     match (removed, unreadable) {
         (_, Some(failure)) => Err(failure),
         (Err(error), None) => Err(image_failure(&error)),
-        (Ok(removed), None) => Ok(removed),
+        (Ok(_), None) => Ok(()),
     }
 }

@@ -8,6 +8,7 @@ use matchlock_model::failure::Failure;
 use matchlock_model::id::VmId;
 use matchlock_model::reconcile::Goal;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+use tokio::sync::watch;
 
 use super::report::VmReport;
 use super::work;
@@ -20,8 +21,10 @@ pub enum Target {
     One(VmId),
     /// Every VM that has a row, a directory or a marked process.
     All,
-    /// One whose owner holds its lock and does not answer: it is stopped, or hangs. What it may still
-    /// do when it goes on is refused by the epoch.
+    /// Every VM that somebody wants removed, and that was not removed then.
+    Wanted,
+    /// One whose owner, or cleaner, holds its lock and does not answer: it is stopped, or hangs. What
+    /// it may still record when it goes on is refused by the epoch.
     TakeOver(VmId),
     /// One whose lock the caller hands over.
     Owned {
@@ -42,8 +45,17 @@ pub enum ReconcilerMsg {
         target: Target,
         /// How far.
         goal: Goal,
+        /// Is told how many VMs are done, of how many, for whoever watches.
+        progress: Option<watch::Sender<(u64, u64)>>,
         /// One report per VM, in the order of their ids; or why none could be made.
         reply: RpcReplyPort<Result<Vec<VmReport>, Failure>>,
+    },
+    /// Note that a VM is to be removed: whoever cleans it up then removes it, now or later.
+    WantRemoval {
+        /// Which.
+        vm: VmId,
+        /// Done: it is written.
+        reply: RpcReplyPort<Result<(), Failure>>,
     },
     /// Drop the history of VMs that were removed before this moment.
     PruneHistory {
@@ -60,6 +72,7 @@ impl fmt::Debug for ReconcilerMsg {
             Self::Reconcile { goal, .. } => {
                 f.debug_struct("Reconcile").field("goal", goal).finish_non_exhaustive()
             }
+            Self::WantRemoval { vm, .. } => f.debug_tuple("WantRemoval").field(vm).finish(),
             Self::PruneHistory { before, .. } => {
                 f.debug_struct("PruneHistory").field("before", before).finish_non_exhaustive()
             }
@@ -94,8 +107,11 @@ impl Actor for Reconciler {
         let deps = deps.clone();
         tokio::spawn(async move {
             match message {
-                ReconcilerMsg::Reconcile { target, goal, reply } => {
-                    answer(reply, work::reconcile(&deps, target, goal).await);
+                ReconcilerMsg::Reconcile { target, goal, progress, reply } => {
+                    answer(reply, work::reconcile(&deps, target, goal, progress).await);
+                }
+                ReconcilerMsg::WantRemoval { vm, reply } => {
+                    answer(reply, work::want_removal(&deps, vm).await);
                 }
                 ReconcilerMsg::PruneHistory { before, reply } => {
                     answer(reply, work::prune_history(&deps, before).await);

@@ -162,6 +162,7 @@ async fn allocate(
     reply: &RpcReplyPort<Result<Grant, Failure>>,
 ) -> Result<Grant, Failure> {
     let deps = &state.deps;
+    let pool = deps.subnet_pool.clone()?;
     points::around(SUBNET, "reap", reap_stale_taps(state, vm)).await?;
     SUBNET.before("lock").map_err(injected)?;
     let lock = deps.network_locks.acquire(LOCK_PATIENCE).await.map_err(|e| host(&e))?;
@@ -171,7 +172,6 @@ async fn allocate(
     if reply.is_closed() {
         return Err(Failure::new(FailureKind::Cancelled, "nobody waits for the subnet any more"));
     }
-    let pool = deps.subnet_pool.clone();
     let op = WriteOp::AllocateSubnet { vm, epoch, pool, avoid, at: (deps.now)() };
     SUBNET.before("row").map_err(injected)?;
     match deps.db.write(op).await? {
@@ -196,9 +196,17 @@ async fn reap_stale_taps(state: &SubnetAllocatorArgs, vm: VmId) -> Result<(), Fa
     let taps = deps.taps.list_marked(&deps.install).await.map_err(|e| host(&e))?;
     let mut stale = Vec::new();
     for left in taps.into_iter().filter_map(|tap| tap.mark).map(|mark| mark.vm) {
-        // A lock that cannot be looked at is no reason to fail: the TAP's subnet is avoided.
-        if left != vm && matches!(deps.locks.is_held(left), Ok(false)) {
-            stale.push(left);
+        if left == vm {
+            continue;
+        }
+        match deps.locks.is_held(left) {
+            Ok(false) => stale.push(left),
+            Ok(true) => {}
+            // No reason to fail: the TAP's subnet is avoided.
+            Err(error) => {
+                let error = host(&error);
+                tracing::warn!(vm_id = %left, %error, "whether a TAP is stale cannot be seen");
+            }
         }
     }
     let limit = deps.limits.reap;
@@ -206,6 +214,7 @@ async fn reap_stale_taps(state: &SubnetAllocatorArgs, vm: VmId) -> Result<(), Fa
         let message = |reply| ReconcilerMsg::Reconcile {
             target: Target::One(left),
             goal: Goal::Clean,
+            progress: None,
             reply,
         };
         let report = state.reconciler.call(message, limit).await;

@@ -8,7 +8,7 @@ use futures::FutureExt as _;
 use matchlock_model::failure::{Failure, FailureKind, panic_text};
 use matchlock_model::id::Generation;
 use matchlock_model::phase::Phase;
-use matchlock_model::vm::{Effect, OpResult, StopMode, VmEvent, VmState, step};
+use matchlock_model::vm::{Effect, Heard, OpResult, StopMode, VmEvent, VmState, step};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio_util::sync::CancellationToken;
 
@@ -41,8 +41,8 @@ pub enum VmMsg {
     MachineExited(Failure),
     /// The guest cannot be reached any more, though the hypervisor is there.
     LinkLost(Failure),
-    /// The guest does not answer, or (`None`) does so again.
-    Hung(Option<Failure>),
+    /// The guest does not answer, or does so again.
+    Heard(Heard),
 }
 
 /// How a life of the actor begins.
@@ -158,7 +158,7 @@ impl Actor for Vm {
                 state.watching = false;
                 state.apply(&myself, VmEvent::LinkLost(cause))
             }
-            VmMsg::Hung(cause) => state.apply(&myself, VmEvent::Hung(cause)),
+            VmMsg::Heard(heard) => state.apply(&myself, VmEvent::Heard(heard)),
             VmMsg::OpDone { op, recorded, result } => {
                 if !state.is_current(op) {
                     tracing::warn!(vm_id = %state.context.id, op, "answer of an old operation");

@@ -13,13 +13,16 @@ use matchlock_host::tap::TapHandle;
 use matchlock_model::failure::Failure;
 use matchlock_model::id::{Generation, OwnerEpoch, VmId};
 use matchlock_model::image::ImageConfig;
+use matchlock_model::phase::Phase;
 use matchlock_model::record::{Cleanup, CleanupEntry, CleanupStatus, CleanupStep};
 use matchlock_model::spec::VmSpec;
 use matchlock_model::subnet::Subnet;
 use matchlock_model::view::{Timings, VmView};
+use matchlock_store::WriteOp;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::phases::{PhaseFollower, PhaseLog};
 use crate::budget::RestartBudget;
 use crate::deps::{Deps, ServeGuard};
 
@@ -54,6 +57,7 @@ pub struct VmContext {
     pub deps: Deps,
     held: Mutex<Held>,
     view: watch::Sender<VmView>,
+    phases: PhaseLog,
 }
 
 /// What is held at the moment.
@@ -108,7 +112,8 @@ impl VmContext {
         view: watch::Sender<VmView>,
     ) -> Self {
         let paths = deps.paths(id);
-        Self { id, create, paths, epoch, deps, held: Mutex::default(), view }
+        let phases = PhaseLog::new(view.borrow().phase);
+        Self { id, create, paths, epoch, deps, held: Mutex::default(), view, phases }
     }
 
     // A poisoned lock holds whole values: each is replaced in one assignment.
@@ -238,6 +243,16 @@ impl VmContext {
         }
     }
 
+    /// Records how the VM's own command ended.
+    ///
+    /// # Errors
+    /// When it could not be written: `Fenced` under another owner, `NotFound` once it is removed.
+    pub async fn record_exit(&self, code: u8) -> Result<(), Failure> {
+        let op = WriteOp::SetExit { vm: self.id, epoch: self.epoch, code };
+        self.deps.db.write(op).await?;
+        Ok(())
+    }
+
     /// Changes the view that others watch.
     pub fn publish(&self, change: impl FnOnce(&mut VmView)) {
         self.view.send_modify(change);
@@ -252,6 +267,17 @@ impl VmContext {
     #[must_use]
     pub fn watch(&self) -> watch::Receiver<VmView> {
         self.view.subscribe()
+    }
+
+    /// Tells those who follow the VM a phase that is committed, or that another life goes on in it.
+    pub(crate) fn note_phase(&self, phase: Phase, cause: Option<Failure>) {
+        self.phases.add(phase, self.generation(), cause);
+    }
+
+    /// Follows the VM's phases, from the first.
+    #[must_use]
+    pub fn follow_phases(&self) -> PhaseFollower {
+        self.phases.follow()
     }
 
     /// The life of the actor that publishes now.

@@ -5,19 +5,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::FutureExt as _;
-use matchlock_host::guest_link::LinkError;
-use matchlock_host::hypervisor::{HypervisorError, Machine, MachineExit};
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::phase::Phase;
 use matchlock_model::record::CleanupStep;
 use matchlock_model::vm::{Effect, OpResult};
 use matchlock_store::WriteOp;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::context::VmContext;
-use super::network;
 use super::watch;
+use super::{machine, network};
 use crate::points;
 
 /// How far an operation has come.
@@ -34,12 +32,6 @@ impl Progress {
         Self { recorded, effect: "none" }
     }
 }
-
-/// How long a lost link may wait for the machine's own, better reason.
-pub(super) const EXIT_AFTER_LINK_LOSS: Duration = Duration::from_secs(2);
-
-/// How many lines of the console an error shows.
-const CONSOLE_LINES: usize = 5;
 
 /// Carries out the effects of an operation in order.
 ///
@@ -255,13 +247,13 @@ async fn carry_out(context: &Arc<VmContext>, effect: &Effect, recorded: Phase) -
             .map_err(|e| host(&e)),
         Effect::CreateTap => network::create_tap(context).await,
         Effect::ApplyFirewall => network::apply_firewall(context).await,
-        Effect::Launch => launch(context).await,
-        Effect::ConnectGuest => connect_guest(context).await,
-        Effect::ConfigureGuest => configure_guest(context).await,
+        Effect::Launch => machine::launch(context).await,
+        Effect::ConnectGuest => machine::connect_guest(context).await,
+        Effect::ConfigureGuest => machine::configure_guest(context).await,
         Effect::Reattach { cause } => watch::reattach(context, cause).await,
         Effect::Note { cause } => watch::note(context, cause.as_ref()).await,
-        Effect::ShutdownGuest { grace } => shutdown_guest(context, *grace).await,
-        Effect::CloseMachine => close_machine(context).await,
+        Effect::ShutdownGuest { grace } => machine::shutdown_guest(context, *grace).await,
+        Effect::CloseMachine => machine::close_machine(context).await,
         Effect::RemoveTap => network::remove_tap(context).await,
         Effect::RemoveFirewall => network::remove_firewall(context).await,
         Effect::ReleaseSubnet => network::release_subnet(context).await,
@@ -285,7 +277,7 @@ async fn carry_out(context: &Arc<VmContext>, effect: &Effect, recorded: Phase) -
     }
 }
 
-fn host(error: &(dyn std::error::Error + 'static)) -> Failure {
+pub(super) fn host(error: &(dyn std::error::Error + 'static)) -> Failure {
     Failure::from_error(FailureKind::Host, error)
 }
 
@@ -352,7 +344,9 @@ fn network_step(context: &VmContext, took: Duration, step: CleanupStep) -> Optio
 }
 
 async fn record(context: &VmContext, phase: Phase, cause: Option<&Failure>) -> OpResult {
-    write_phase(context, phase, cause.map(|failure| failure.message.clone())).await
+    write_phase(context, phase, cause.map(|failure| failure.message.clone())).await?;
+    context.note_phase(phase, cause.cloned());
+    Ok(())
 }
 
 /// Commits a phase; `None` leaves the last error in the row as it is, an empty one ends it.
@@ -380,123 +374,5 @@ pub(super) async fn write_phase(
 async fn serve_owner(context: &VmContext) -> OpResult {
     let guard = context.deps.owner_server.serve(context.id, &context.paths).await?;
     context.set_server(Some(guard));
-    Ok(())
-}
-
-async fn launch(context: &VmContext) -> OpResult {
-    let started = Instant::now();
-    let spec = context.machine_spec();
-    let machine = context.deps.hypervisor.launch(&spec).await.map_err(|e| host(&e))?;
-    // The hypervisor has its own descriptors now.
-    drop(spec);
-    let hypervisor = machine.identity();
-    // Kept before it is recorded: if the write fails, closing the machine must find it.
-    context.set_machine(Some(machine), started);
-    let op = WriteOp::SetHypervisor {
-        vm: context.id,
-        epoch: context.epoch,
-        hypervisor,
-        at: (context.deps.now)(),
-    };
-    context.deps.db.write(op).await.map(drop).map_err(Failure::from)
-}
-
-pub(super) fn no_machine() -> Failure {
-    Failure::new(FailureKind::Internal, "the hypervisor was not launched")
-}
-
-async fn connect_guest(context: &VmContext) -> OpResult {
-    let machine = context.machine().ok_or_else(no_machine)?;
-    let limit = context.deps.limits.boot;
-    let link = tokio::select! {
-        biased;
-        exit = machine.wait_exit() => return Err(ended_early(&*machine, &exit)),
-        link = context.deps.connector.connect(&*machine, limit) => link,
-    };
-    let link = match link {
-        Ok(link) => link,
-        Err(error) => return Err(never_ready(&*machine, &error).await),
-    };
-    let agent = link.agent().clone();
-    let ready = context.launched_at().map(|launched| launched.elapsed());
-    context.time(|timings| {
-        timings.kernel = Some(Duration::from_micros(agent.init_started_us));
-        timings.agent_ready = ready;
-    });
-    context.set_link(Some(link));
-    Ok(())
-}
-
-fn ended_early(machine: &dyn Machine, exit: &MachineExit) -> Failure {
-    let text = format!("the guest ended before its agent was ready: {exit}{}", console(machine));
-    Failure::new(FailureKind::Guest, text)
-}
-
-/// A link that failed because the machine has ended is better explained by the machine.
-async fn never_ready(machine: &dyn Machine, error: &LinkError) -> Failure {
-    if let Ok(exit) = timeout(EXIT_AFTER_LINK_LOSS, machine.wait_exit()).await {
-        return ended_early(machine, &exit);
-    }
-    let chain = matchlock_model::failure::chain(error);
-    let text = format!("the guest's agent never got ready: {chain}{}", console(machine));
-    Failure::new(FailureKind::Guest, text)
-}
-
-/// The end of the console, for the end of an error text.
-fn console(machine: &dyn Machine) -> String {
-    match machine.console_tail(CONSOLE_LINES) {
-        Ok(lines) if lines.is_empty() => "; its console is empty".to_owned(),
-        Ok(lines) => format!("; its console ends with: {}", lines.join(" | ")),
-        Err(error) => format!("; its console cannot be read: {error}"),
-    }
-}
-
-async fn configure_guest(context: &VmContext) -> OpResult {
-    let link = context
-        .link()
-        .ok_or_else(|| Failure::new(FailureKind::Internal, "the guest is not connected"))?;
-    let config = context.create.spec.guest_config(context.id, context.subnet());
-    link.configure(&config).await.map_err(|e| Failure::from_error(FailureKind::Guest, &e))
-}
-
-/// Asks the guest to power off and waits until it has. A guest that does not answer is no failure
-/// of the stop: the machine is closed next, and the step's entry says what happened.
-async fn shutdown_guest(context: &VmContext, grace: Duration) -> OpResult {
-    let (Some(machine), Some(link)) = (context.machine(), context.link()) else {
-        return Ok(());
-    };
-    let asked = async {
-        link.shutdown(grace).await.map_err(|e| Failure::from_error(FailureKind::Guest, &e))?;
-        machine.wait_exit().await;
-        Ok(())
-    };
-    let limit = grace + context.deps.limits.power_off;
-    let result: OpResult = timeout(limit, asked).await.unwrap_or_else(|_| {
-        let text = format!("the guest did not power off within {limit:?}");
-        Err(Failure::new(FailureKind::Timeout, text))
-    });
-    if let Err(failure) = &result {
-        tracing::warn!(vm_id = %context.id, %failure, "the guest was not shut down cleanly");
-    }
-    context.note_cleanup(CleanupStep::GuestSync, &result);
-    Ok(())
-}
-
-/// Ends the hypervisor and sees that it is gone: by its handle, or, where a launch was cancelled or
-/// an earlier life did not keep its handle, by the VM's mark.
-async fn close_machine(context: &VmContext) -> OpResult {
-    context.set_link(None);
-    let limit = context.deps.limits.kill;
-    if let Some(machine) = context.machine() {
-        machine.kill(limit).await.map_err(|e: HypervisorError| host(&e))?;
-        return Ok(());
-    }
-    let processes = Arc::clone(&context.deps.processes);
-    let mark = context.deps.mark(context.id);
-    for process in processes.find_marked().map_err(|e| host(&e))? {
-        if process.mark == mark {
-            processes.kill(&process.identity, limit).await.map_err(|e| host(&e))?;
-        }
-    }
     Ok(())
 }

@@ -27,7 +27,9 @@
 mod actor;
 mod context;
 mod effects;
+mod machine;
 mod network;
+mod phases;
 mod scope;
 mod watch;
 
@@ -35,4 +37,5 @@ pub(crate) use effects::abandon;
 
 pub use actor::{StartAs, Vm, VmArgs, VmMsg};
 pub use context::{CreateVm, VmContext};
+pub use phases::{PhaseChange, PhaseFollower};
 pub use scope::{EffectScope, ScopeStuck};

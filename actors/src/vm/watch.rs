@@ -3,7 +3,7 @@
 //! ```text
 //!   watch:     hypervisor's exit ──► MachineExited          (ends the watch)
 //!              session's end ──────► LinkLost               (ends the watch; reattach begins anew)
-//!              no answer to a ping ► Hung(cause) … Hung(None) when it comes after all
+//!              no answer to a ping ► Heard(Silence) … Heard(Answer) when it comes after all
 //!   reattach:  hypervisor there? session there, or a new one? ──► the row says what happened
 //! ```
 //!
@@ -22,12 +22,14 @@ use matchlock_host::guest_link::{GuestLink, LinkError};
 use matchlock_host::hypervisor::{Machine, MachineExit};
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::phase::Phase;
-use matchlock_model::vm::OpResult;
+use matchlock_model::view::SILENT_GUEST;
+use matchlock_model::vm::{Heard, OpResult};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::actor::VmMsg;
 use super::context::VmContext;
-use super::effects::{EXIT_AFTER_LINK_LOSS, no_machine, write_phase};
+use super::effects::write_phase;
+use super::machine::{EXIT_AFTER_LINK_LOSS, no_machine};
 
 /// So many ticks without an answer are a hang.
 const HUNG_TICKS: u32 = 30;
@@ -74,13 +76,13 @@ async fn listen(link: &dyn GuestLink, hang: Duration, tell: &impl Fn(VmMsg)) -> 
             }
             if waited > HUNG_TICKS && !hung {
                 hung = true;
-                let text = format!("the guest has not answered for {hang:?}");
-                tell(VmMsg::Hung(Some(Failure::new(FailureKind::Guest, text))));
+                let text = format!("{SILENT_GUEST} {hang:?}");
+                tell(VmMsg::Heard(Heard::Silence(Failure::new(FailureKind::Guest, text))));
             }
         };
         if answer.is_ok() && hung {
             hung = false;
-            tell(VmMsg::Hung(None));
+            tell(VmMsg::Heard(Heard::Answer));
         }
     }
 }

@@ -81,6 +81,10 @@ impl Rootfs for Host {
         self.0.act_now(Act::ListDirs, None, || self.0.sim.rootfs.list_dirs(vms_dir), file)
     }
 
+    fn list_strangers(&self, vms_dir: &Path) -> Result<Vec<std::path::PathBuf>, RootfsError> {
+        self.0.act_now(Act::ListDirs, None, || self.0.sim.rootfs.list_strangers(vms_dir), file)
+    }
+
     fn observe(&self, paths: &VmPaths) -> Result<ObservedFiles, RootfsError> {
         let work = || self.0.sim.rootfs.observe(paths);
         self.0.act_now(Act::ObserveFiles, vm_of(paths), work, file)
@@ -130,6 +134,10 @@ impl Taps for Host {
         self.0.act(Act::ListTaps, None, || self.0.sim.taps.list_marked(install), tap).await
     }
 
+    async fn list_alike(&self) -> Result<Vec<ObservedTap>, TapError> {
+        self.0.act(Act::ListTaps, None, || self.0.sim.taps.list_alike(), tap).await
+    }
+
     async fn remove(&self, name: &str, mark: &Mark) -> Result<(), TapError> {
         let work = || self.0.sim.taps.remove(name, mark);
         self.0.act(Act::RemoveTap, Some(mark.vm), work, tap).await
@@ -143,16 +151,9 @@ impl Taps for Host {
 #[async_trait]
 impl Firewall for Host {
     async fn apply(&self, spec: &FirewallSpec) -> Result<FirewallHandle, FirewallError> {
-        let work = || self.0.sim.firewall.apply(spec);
+        let firewall = self.0.sim.firewall.in_process(self.0.identity.clone());
+        let work = || firewall.apply(spec);
         self.0.act(Act::ApplyFirewall, Some(spec.mark.vm), work, tables).await
-    }
-
-    async fn replace(
-        &self,
-        handle: &FirewallHandle,
-        spec: &FirewallSpec,
-    ) -> Result<(), FirewallError> {
-        self.0.sim.firewall.replace(handle, spec).await
     }
 
     async fn release(&self, handle: FirewallHandle) -> Result<(), FirewallError> {
@@ -182,8 +183,22 @@ impl Firewall for Host {
         self.0.act(Act::ListFirewall, None, work, tables).await
     }
 
+    async fn list_alike(&self) -> Result<Vec<ObservedTable>, FirewallError> {
+        self.0.act(Act::ListFirewall, None, || self.0.sim.firewall.list_alike(), tables).await
+    }
+
     async fn remove(&self, tap: &str, mark: &Mark) -> Result<(), FirewallError> {
         let work = || self.0.sim.firewall.remove(tap, mark);
+        self.0.act(Act::RemoveFirewall, Some(mark.vm), work, tables).await
+    }
+
+    async fn remove_from(
+        &self,
+        tap: &str,
+        mark: &Mark,
+        holder: &ProcessIdentity,
+    ) -> Result<(), FirewallError> {
+        let work = || self.0.sim.firewall.remove_from(tap, mark, holder);
         self.0.act(Act::RemoveFirewall, Some(mark.vm), work, tables).await
     }
 
@@ -252,6 +267,10 @@ impl OwnerLocks for Host {
         let tenure = Tenure { pid: self.0.pid, token: self.0.sim.token() };
         cleaners.insert(vm, tenure);
         Ok(Box::new(Held { of: Arc::clone(&self.0), vm: Some(vm), tenure, cleaner: true }))
+    }
+
+    fn is_being_cleaned(&self, vm: VmId) -> Result<bool, OwnerLockError> {
+        Ok(lock(&self.0.sim.cleaners).contains_key(&vm))
     }
 
     fn is_held(&self, vm: VmId) -> Result<bool, OwnerLockError> {
@@ -347,10 +366,7 @@ fn listing(source: io::Error) -> ProcessError {
 #[async_trait]
 impl Processes for Host {
     fn own_identity(&self) -> Result<ProcessIdentity, ProcessError> {
-        let work = || {
-            let own = self.0.sim.processes.own_identity()?;
-            Ok(ProcessIdentity { pid: self.0.pid, ..own })
-        };
+        let work = || Ok(self.0.identity.clone());
         self.0.act_now(Act::OwnIdentity, None, work, listing)
     }
 

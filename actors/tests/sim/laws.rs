@@ -13,7 +13,7 @@ use matchlock_model::record::LifecycleRecord;
 use matchlock_store::WriteOp;
 
 use super::faults::{Act, Kind};
-use super::world::{Sim, lock};
+use super::world::{Sim, Tenure, lock};
 
 /// What the laws need to remember.
 #[derive(Debug, Default)]
@@ -21,10 +21,42 @@ pub(crate) struct Laws {
     in_flight: BTreeMap<u64, (i32, VmId, Act)>,
     /// What was tried to be taken away of a VM since something was made for it last.
     tried: BTreeMap<VmId, BTreeSet<Act>>,
+    /// VMs for which a TAP was made, or tried to be.
+    with_tap: BTreeSet<VmId>,
     /// VMs whose last view was seen, and the tenure of the lock at that moment.
     settled: BTreeMap<VmId, Settled>,
     /// VMs for which a subnet was asked when they were created no more: they must not get it.
     late_subnets: BTreeSet<VmId>,
+    /// Who may write for a VM: who inserted its row, or raised its epoch last.
+    owners: BTreeMap<VmId, i32>,
+    /// Who was told to take which VM from whoever has it, whatever lock that one holds.
+    takers: BTreeSet<(i32, VmId)>,
+    /// Owners whose VM was taken over while they held its lock.
+    overruled: BTreeMap<VmId, Overruled>,
+}
+
+/// An owner whose VM was taken over.
+#[derive(Debug, Clone, Copy)]
+struct Overruled {
+    pid: i32,
+    /// The tenure of its lock.
+    token: u64,
+    /// Whether it has looked at the epoch since.
+    knows: bool,
+    /// What it did all the same: it was about to when the VM was taken.
+    did: Option<Act>,
+}
+
+impl Overruled {
+    /// Whether it may still do this: the one effect that it had begun, or was about to begin.
+    fn may(self, act: Act) -> bool {
+        let second_step =
+            [(Act::ReleaseFirewall, Act::RemoveFirewall), (Act::CreateTap, Act::RemoveTap)];
+        match self.did {
+            None => !self.knows,
+            Some(did) => did == act || second_step.contains(&(did, act)),
+        }
+    }
 }
 
 /// The moment of a VM's last view.
@@ -53,6 +85,9 @@ impl Laws {
             .find(|(_, other, _)| *other == vm)
             .map(|(pid, _, act)| format!("{act:?} of p{pid}"));
         self.in_flight.insert(id, (pid, vm, act));
+        if act == Act::CreateTap {
+            self.with_tap.insert(vm);
+        }
         match act.kind() {
             Kind::Build => drop(self.tried.remove(&vm)),
             // What fails was tried too: as much as possible is released.
@@ -162,6 +197,7 @@ impl Sim {
         let settled = lock(&self.laws).settled.get(&vm).copied();
         if let (Some(tenure), Some(settled)) = (tenure, settled)
             && tenure.token == settled.token
+            && tenure.pid == pid
             && !settled.goes_on_with(act)
             // Whoever gives a VM up ends its hypervisor before he lets go of the lock.
             && act != Act::Kill
@@ -175,9 +211,17 @@ impl Sim {
         if !matches!(act.kind(), Kind::Build | Kind::Undo) {
             return;
         }
+        if self.is_of_overruled(pid, act, vm) {
+            return;
+        }
         let tenure = lock(&self.locks).get(&vm).copied();
+        let cleaner = lock(&self.cleaners).get(&vm).copied();
         match tenure {
             Some(tenure) if tenure.pid == pid => {}
+            // With `--force` it is enough to be the one who cleans up.
+            _ if self.is_overruled(vm) && cleaner.is_some_and(|cleaner| cleaner.pid == pid) => {}
+            // From a cleaner that does not end it is taken without any lock: the epoch is what counts.
+            _ if self.has_taken(pid, vm) => {}
             other => {
                 let text = format!("law 5: the VM's lock is not held by it but by {other:?}");
                 self.broken(pid, act, vm, &text);
@@ -188,6 +232,79 @@ impl Sim {
             Kind::Undo => self.check_undo(pid, act, vm),
             Kind::Wait | Kind::Look | Kind::Now => {}
         }
+    }
+
+    /// Notes who may write from now on.
+    pub(crate) fn note_owner(&self, pid: i32, op: &WriteOp) {
+        let (tenures, mut laws) = (lock(&self.locks), lock(&self.laws));
+        match op {
+            WriteOp::InsertVm { record } => {
+                laws.owners.insert(record.id, pid);
+                laws.overruled.remove(&record.id);
+            }
+            WriteOp::RaiseEpoch { vm, .. } => {
+                laws.owners.insert(*vm, pid);
+                if let Some(tenure) = tenures.get(vm).filter(|tenure| tenure.pid != pid)
+                    && laws.overruled.get(vm).is_none_or(|before| before.token != tenure.token)
+                {
+                    let Tenure { pid, token } = *tenure;
+                    laws.overruled.insert(*vm, Overruled { pid, token, knows: false, did: None });
+                    self.trace.count("overruled");
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// A process reads the epoch of a VM.
+    pub(crate) fn note_look(&self, pid: i32, vm: VmId) {
+        if let Some(overruled) = lock(&self.laws).overruled.get_mut(&vm)
+            && overruled.pid == pid
+        {
+            overruled.knows = true;
+        }
+    }
+
+    /// Somebody is told to take a VM over.
+    pub(crate) fn note_taker(&self, pid: i32, vm: VmId) {
+        lock(&self.laws).takers.insert((pid, vm));
+    }
+
+    /// Whether it was told to take the VM over, and nobody has raised the epoch since it did.
+    fn has_taken(&self, pid: i32, vm: VmId) -> bool {
+        let laws = lock(&self.laws);
+        laws.takers.contains(&(pid, vm)) && laws.owners.get(&vm) == Some(&pid)
+    }
+
+    /// Whether the VM was taken from an owner that may still be there.
+    pub(crate) fn is_overruled(&self, vm: VmId) -> bool {
+        lock(&self.laws).overruled.contains_key(&vm)
+    }
+
+    /// Whether an overruled owner has touched the VM since.
+    pub(crate) fn is_disturbed(&self, vm: VmId) -> bool {
+        lock(&self.laws).overruled.get(&vm).is_some_and(|overruled| overruled.did.is_some())
+    }
+
+    /// Law 4 of an owner whose VM was taken over: it does no more than what it had looked before, and
+    /// ends its own hypervisor. Whether this operation is of such a one.
+    fn is_of_overruled(&self, pid: i32, act: Act, vm: VmId) -> bool {
+        let tenure = lock(&self.locks).get(&vm).copied();
+        let mut laws = lock(&self.laws);
+        let Some(overruled) = laws.overruled.get_mut(&vm) else { return false };
+        if overruled.pid != pid || tenure.is_none_or(|tenure| tenure.token != overruled.token) {
+            return false;
+        }
+        if act == Act::Kill {
+            return true;
+        }
+        let may = overruled.may(act);
+        overruled.did = Some(act);
+        drop(laws);
+        if !may {
+            self.broken(pid, act, vm, "law 4: another has taken the VM over");
+        }
+        true
     }
 
     /// Law 1: the row that names a resource is there before the resource, and it is ours.
@@ -216,7 +333,7 @@ impl Sim {
 
     /// Law 7: hypervisor, TAP, tables, sockets and disk, subnet, directory.
     fn check_undo(&self, pid: i32, act: Act, vm: VmId) {
-        if act == Act::Kill {
+        if act == Act::Kill || self.is_disturbed(vm) {
             return;
         }
         if self.has_hypervisor(vm) {
@@ -247,18 +364,19 @@ impl Sim {
         let wrong = |vm: VmId, why: &str| {
             self.trace.broken(format_args!("a write for {vm} by p{pid}: {why}"));
         };
+        if epoch_of(op).is_some_and(|(vm, _)| self.is_disturbed(vm)) {
+            return;
+        }
         match op {
             WriteOp::ReleaseSubnet { vm, .. } if self.is_theirs(pid, op) => {
                 if self.has_tap(*vm) || self.has_hypervisor(*vm) {
                     wrong(*vm, "law 7: the subnet is released while its TAP is there");
                 }
-                let creating = lock(&self.rows)
-                    .vm(*vm)
-                    .unwrap()
-                    .is_none_or(|row| row.phase == Phase::Creating);
+                // One that reached nobody is given back at once: no TAP was ever on it.
+                let used = lock(&self.laws).with_tap.contains(vm);
                 let tried = lock(&self.laws).tried.get(vm).cloned().unwrap_or_default();
                 let disk = self.has_disk(*vm) && !tried.contains(&Act::RemoveDisk);
-                if !creating && disk {
+                if used && disk {
                     wrong(*vm, "law 7: the subnet is released before the disk");
                 }
             }
@@ -310,7 +428,7 @@ impl Sim {
 
     pub(crate) fn owner(&self, op: &WriteOp) -> Option<i32> {
         let (vm, _) = epoch_of(op)?;
-        Some(lock(&self.rows).vm(vm).unwrap()?.owner?.pid)
+        lock(&self.laws).owners.get(&vm).copied()
     }
 
     /// A VM's last view was seen.
@@ -319,6 +437,9 @@ impl Sim {
             let mut laws = lock(&self.laws);
             let stuck = laws.in_flight.values().find(|(_, of, _)| *of == vm).map(|(.., act)| *act);
             laws.settled.insert(vm, Settled { token: tenure.token, stuck });
+        }
+        if self.is_overruled(vm) {
+            return;
         }
         let remains = self.remains(vm);
         let row = lock(&self.rows).vm(vm).unwrap();
@@ -384,11 +505,13 @@ fn epoch_of(op: &WriteOp) -> Option<(VmId, matchlock_model::id::OwnerEpoch)> {
     match op {
         WriteOp::SetPhase { vm, epoch, .. }
         | WriteOp::SetHypervisor { vm, epoch, .. }
+        | WriteOp::SetExit { vm, epoch, .. }
         | WriteOp::AllocateSubnet { vm, epoch, .. }
         | WriteOp::ReleaseSubnet { vm, epoch }
         | WriteOp::RemoveVm { vm, epoch } => Some((*vm, *epoch)),
-        WriteOp::InsertVm { .. } | WriteOp::RaiseEpoch { .. } | WriteOp::PruneHistory { .. } => {
-            None
-        }
+        WriteOp::InsertVm { .. }
+        | WriteOp::RaiseEpoch { .. }
+        | WriteOp::WantRemoval { .. }
+        | WriteOp::PruneHistory { .. } => None,
     }
 }

@@ -13,6 +13,7 @@ use matchlock_host::hypervisor::{
 };
 use matchlock_host::rootfs::VmPaths;
 use matchlock_model::exec::ExecSpec;
+use matchlock_model::file::FileOp;
 use matchlock_model::guest::{AgentInfo, GuestConfig};
 use matchlock_model::id::VmId;
 use matchlock_model::identity::ProcessIdentity;
@@ -245,6 +246,10 @@ impl GuestLink for SimLink {
 
     async fn exec(&self, _spec: &ExecSpec) -> Result<ExecSession, LinkError> {
         Err(LinkError::Lost { cause: "no commands in a simulation".into() })
+    }
+
+    async fn file(&self, _op: &FileOp) -> Result<ExecSession, LinkError> {
+        Err(LinkError::Lost { cause: "no files in a simulation".into() })
     }
 
     async fn shutdown(&self, _grace: Duration) -> Result<(), LinkError> {

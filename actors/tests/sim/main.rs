@@ -2,7 +2,7 @@
 //! faults, killed actors and killed nodes; the laws are watched all the time, and in the end nothing
 //! is left.
 //!
-//! `MATCHLOCK_SIM_SEEDS=from..to cargo test -p matchlock-actors --test sim seeds` runs these seeds
+//! `MATCHLOCK_SIM_SEEDS=from..to cargo test --workspace --test sim seeds` runs these seeds
 //! (`from..to` without `to`, or one number); a failing one prints its trace. The same seed gives the
 //! same trace, in every process.
 
@@ -83,8 +83,8 @@ fn run(seed: u64, replayed: bool) -> Summary {
 
 fn report(seed: u64, summary: &Summary) -> String {
     format!(
-        "seed {seed} breaks: {:#?}\n{}\nreplay: MATCHLOCK_SIM_SEEDS={seed} cargo test -p \
-         matchlock-actors --test sim seeds -- --nocapture\n",
+        "seed {seed} breaks: {:#?}\n{}\nreplay: MATCHLOCK_SIM_SEEDS={seed} cargo test \
+         --workspace --test sim seeds -- --nocapture\n",
         summary.broken,
         summary.last.join("\n")
     )

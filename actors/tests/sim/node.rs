@@ -46,12 +46,14 @@ pub(crate) struct Node {
 
 fn limits() -> Limits {
     Limits {
+        vms: 256,
         boot: Duration::from_secs(30),
         hang: Duration::from_secs(30),
         reap: Duration::from_secs(20),
         kill: Duration::from_secs(3),
         power_off: Duration::from_secs(5),
         cancel: Duration::from_secs(5),
+        cleaner: Duration::from_secs(5),
     }
 }
 
@@ -77,7 +79,7 @@ fn deps(host: &Host, services: &Services) -> Deps {
         taps: host.clone(),
         firewall: host.clone(),
         network_locks: host.clone(),
-        subnet_pool: Arc::new(SubnetPool::default()),
+        subnet_pool: Ok(Arc::new(SubnetPool::default())),
         subnets: SubnetHandle(services.subnet_allocator.clone()),
         processes: host.clone(),
         locks: host.clone(),
@@ -164,7 +166,7 @@ impl Node {
         target: Target,
         goal: Goal,
     ) -> Result<Result<Vec<VmReport>, Failure>, CallError> {
-        let message = |reply| ReconcilerMsg::Reconcile { target, goal, reply };
+        let message = |reply| ReconcilerMsg::Reconcile { target, goal, progress: None, reply };
         self.services.reconciler.call(message, Duration::from_secs(3600)).await
     }
 
@@ -213,9 +215,11 @@ fn spec(ephemeral: bool) -> VmSpec {
         cpus: 1.0,
         memory_mb: 256,
         disk_size_mb: 64,
-        timeout_s: None,
+        timeout: None,
         graceful_shutdown: Some(Duration::from_millis(100)),
         stdin: false,
+        terminal: None,
+        privileged: false,
         remove: ephemeral,
         host_cpus: 4,
     })

@@ -21,6 +21,9 @@ use super::world::{Sim, lock};
 /// How long a VM that was told to stop may take, with every effect as late as can be.
 const SETTLE: Duration = Duration::from_secs(1800);
 
+/// The longest that a process stands still: longer than a cancelled operation is waited for.
+const LONGEST_FREEZE: Duration = Duration::from_secs(90);
+
 /// How long a VM takes that nothing disturbs.
 pub(crate) const UNDISTURBED: Duration = Duration::from_secs(60);
 
@@ -142,10 +145,11 @@ impl Game {
         let answer = node.reconcile(target, goal).await;
         self.check_answered(&node, "reconcile", &answer);
         let reports = answer.ok()?.ok()?;
-        for VmReport { vm, outcome } in &reports {
+        for VmReport { vm, outcome, .. } in &reports {
             node.process.note(format_args!("reconciled {vm}: {}", brief(outcome)));
             self.sim.trace.count(format!("reconciled {}", brief(outcome)));
-            let clean = matches!(outcome, Outcome::Cleaned { .. });
+            // What an overruled owner was just about to do may have come after the last look.
+            let clean = matches!(outcome, Outcome::Cleaned { .. }) && !self.sim.is_disturbed(*vm);
             let remains = self.sim.remains(*vm);
             if clean && !remains.is_empty() {
                 self.sim.trace.broken(format_args!("{vm} was cleaned, but there is {remains:?}"));
@@ -209,8 +213,55 @@ impl Game {
                 let (game, mode) = (self.clone(), self.mode());
                 tokio::spawn(async move { game.stop_all(&node, mode).await });
             }
+            94 => self.freeze(&node),
+            95..=96 => {
+                self.freeze(&node);
+                self.take_over(&node).await;
+            }
+            97..=98 => self.take_over(&node).await,
             _ => sleep(Duration::from_secs(60)).await,
         }
+    }
+
+    /// SIGSTOP for a while.
+    fn freeze(&self, node: &Node) {
+        let process = Arc::clone(&node.process);
+        process.freeze();
+        let pause = self.sim.rng().up_to(LONGEST_FREEZE);
+        tokio::spawn(async move {
+            sleep(pause).await;
+            process.thaw();
+        });
+    }
+
+    /// `--force`: a VM is taken from its owner, which stands still, or hangs, or goes on.
+    async fn take_over(&self, owner: &Node) {
+        let owner = owner.process.pid;
+        let owned: Vec<VmId> = {
+            let locks = lock(&self.sim.locks);
+            locks.iter().filter(|(_, of)| of.pid == owner).map(|(vm, _)| *vm).collect()
+        };
+        if owned.is_empty() {
+            return;
+        }
+        let may = |node: &Arc<Node>| node.process.pid != owner && !node.process.is_frozen();
+        let other = self.living().into_iter().find(may);
+        let Some(node) = (match other {
+            Some(node) => Some(node),
+            None => self.boot().await,
+        }) else {
+            return;
+        };
+        let vm = *self.sim.rng().pick(&owned);
+        let goal = if self.below(3) == 0 { Goal::Remove } else { Goal::Clean };
+        let pause = self.sim.rng().up_to(Duration::from_secs(10));
+        self.sim.trace.count("take-over");
+        let game = self.clone();
+        tokio::spawn(async move {
+            sleep(pause).await;
+            game.sim.note_taker(node.process.pid, vm);
+            game.reconcile(node, Target::TakeOver(vm), goal).await
+        });
     }
 
     fn compensate(&self, node: Arc<Node>) {
@@ -245,6 +296,9 @@ impl Game {
     pub(crate) async fn finish(&self) {
         lock(&self.sim.plan).on = false;
         self.sim.trace.note("faults cease");
+        for node in self.living() {
+            node.process.thaw();
+        }
         sleep(UNDISTURBED).await;
         for node in self.living() {
             self.end(&node).await;
@@ -279,7 +333,7 @@ impl Game {
         let Some(reports) = reports else {
             return self.sim.trace.broken("gc without faults failed");
         };
-        for VmReport { vm, outcome } in reports {
+        for VmReport { vm, outcome, .. } in reports {
             if !matches!(outcome, Outcome::Cleaned { .. } | Outcome::Unknown) {
                 self.sim.trace.broken(format_args!("gc without faults: {vm} {outcome:?}"));
             }
@@ -316,7 +370,9 @@ impl Game {
 fn brief(outcome: &Outcome) -> String {
     match outcome {
         Outcome::Running => "running".to_owned(),
+        Outcome::BeingCleaned => "being cleaned".to_owned(),
         Outcome::Unknown => "unknown".to_owned(),
+        Outcome::Planned => "looked at".to_owned(),
         Outcome::Cleaned { removed } => format!("cleaned {}", removed.len()),
         Outcome::Failed { step, .. } => format!("failed {step}"),
     }

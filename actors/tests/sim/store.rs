@@ -70,6 +70,7 @@ impl SimStore {
         match &outcome {
             Ok(_) => {
                 sim.check_written(pid, &op, owner);
+                sim.note_owner(pid, &op);
                 self.of.note(format_args!("writes {}", brief(&op)));
             }
             Err(_) => self.of.note(format_args!("was refused {}", brief(&op))),
@@ -92,9 +93,11 @@ fn vm_of(op: &WriteOp) -> Option<VmId> {
         WriteOp::InsertVm { record } => Some(record.id),
         WriteOp::SetPhase { vm, .. }
         | WriteOp::SetHypervisor { vm, .. }
+        | WriteOp::SetExit { vm, .. }
         | WriteOp::RaiseEpoch { vm, .. }
         | WriteOp::AllocateSubnet { vm, .. }
         | WriteOp::ReleaseSubnet { vm, .. }
+        | WriteOp::WantRemoval { vm, .. }
         | WriteOp::RemoveVm { vm, .. } => Some(*vm),
         WriteOp::PruneHistory { .. } => None,
     }
@@ -106,9 +109,11 @@ fn brief(op: &WriteOp) -> String {
         WriteOp::InsertVm { .. } => format!("insert {vm}"),
         WriteOp::SetPhase { phase, epoch, .. } => format!("{vm} {phase} epoch {}", epoch.0),
         WriteOp::SetHypervisor { .. } => format!("{vm} hypervisor"),
+        WriteOp::SetExit { code, .. } => format!("{vm} ended with {code}"),
         WriteOp::RaiseEpoch { .. } => format!("{vm} raise"),
         WriteOp::AllocateSubnet { .. } => format!("{vm} subnet"),
         WriteOp::ReleaseSubnet { .. } => format!("{vm} release subnet"),
+        WriteOp::WantRemoval { .. } => format!("{vm} is to be removed"),
         WriteOp::RemoveVm { .. } => format!("{vm} remove"),
         WriteOp::PruneHistory { .. } => "prune".to_owned(),
     }
@@ -189,12 +194,21 @@ impl Rows for Host {
         self.read(None, ReadConn::vm_ids).await
     }
 
+    async fn vms_to_remove(&self) -> Result<Vec<Result<VmId, BadRow>>, ReadError> {
+        self.read(None, ReadConn::vms_to_remove).await
+    }
+
     async fn remains(&self, vm: VmId) -> Result<Option<VmRemains>, ReadError> {
         self.read(Some(vm), |rows| rows.remains(vm)).await
     }
 
     async fn owner_epoch(&self, vm: VmId) -> Result<Option<OwnerEpoch>, ReadError> {
-        self.read(Some(vm), |rows| rows.owner_epoch(vm)).await
+        let read = |rows: &ReadConn| {
+            // From now on it knows, if it was overruled.
+            self.0.sim.note_look(self.0.pid, vm);
+            rows.owner_epoch(vm)
+        };
+        self.read(Some(vm), read).await
     }
 
     async fn lifecycle_head(&self, vm: VmId) -> Result<Option<LifecycleRecord>, ReadError> {

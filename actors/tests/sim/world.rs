@@ -197,8 +197,12 @@ fn directory() -> TempDir {
 /// A process that is a node of Matchlock.
 pub(crate) struct Proc {
     pub(crate) pid: i32,
+    pub(crate) identity: ProcessIdentity,
     pub(crate) sim: Arc<Sim>,
     alive: AtomicBool,
+    /// SIGSTOP: what it is about to do waits.
+    frozen: AtomicBool,
+    thawed: Notify,
     /// The TAPs that it made.
     pub(crate) taps: Mutex<Vec<String>>,
 }
@@ -217,12 +221,16 @@ impl Drop for InFlight {
 
 impl Proc {
     pub(crate) fn new(sim: &Arc<Sim>) -> Arc<Self> {
-        let pid = sim.processes.add(None, None).pid;
+        let identity = sim.processes.add(None, None);
+        let pid = identity.pid;
         sim.trace.note(format_args!("p{pid} starts"));
         Arc::new(Self {
             pid,
+            identity,
             sim: Arc::clone(sim),
             alive: AtomicBool::new(true),
+            frozen: AtomicBool::new(false),
+            thawed: Notify::new(),
             taps: Mutex::default(),
         })
     }
@@ -231,10 +239,37 @@ impl Proc {
         self.alive.load(Ordering::Relaxed)
     }
 
-    /// Nothing of a dead process goes on.
+    pub(crate) fn is_frozen(&self) -> bool {
+        self.frozen.load(Ordering::Relaxed)
+    }
+
+    /// Nothing of a dead process goes on, and nothing of a frozen one until it is thawed.
     pub(crate) async fn gate(&self) {
-        if !self.is_alive() {
-            std::future::pending::<()>().await;
+        loop {
+            let thawed = self.thawed.notified();
+            if !self.is_alive() {
+                std::future::pending::<()>().await;
+            }
+            if !self.is_frozen() {
+                return;
+            }
+            thawed.await;
+        }
+    }
+
+    /// SIGSTOP. What cannot wait (it looks, or takes a lock) was done just before.
+    pub(crate) fn freeze(&self) {
+        if !self.frozen.swap(true, Ordering::Relaxed) {
+            self.note("is frozen");
+            self.sim.trace.count("freeze");
+        }
+    }
+
+    /// SIGCONT.
+    pub(crate) fn thaw(&self) {
+        if self.frozen.swap(false, Ordering::Relaxed) {
+            self.note("goes on");
+            self.thawed.notify_waiters();
         }
     }
 
@@ -258,7 +293,10 @@ impl Proc {
         {
             self.sim.begin(self.pid, act, vm);
             let other = lock(&self.sim.laws).enter(id, self.pid, vm, act);
-            if let Some(other) = other {
+            // What an overruled owner had begun may still be under way.
+            if let Some(other) = other
+                && !self.sim.is_overruled(vm)
+            {
                 let text = format!("{vm}: {act:?} of p{} while {other} is under way", self.pid);
                 self.sim.trace.broken(text);
             }
@@ -365,6 +403,7 @@ impl Proc {
         if !self.alive.swap(false, Ordering::Relaxed) {
             return;
         }
+        self.thaw();
         self.note("dies");
         let sim = &self.sim;
         lock(&sim.laws).forget(self.pid);

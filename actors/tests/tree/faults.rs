@@ -1,5 +1,6 @@
 //! Effects that fail, hang or come late.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use matchlock_host::guest_link::{FakeReadiness, LinkError};
@@ -9,8 +10,13 @@ use matchlock_model::phase::Phase;
 use matchlock_model::reconcile::Goal;
 use matchlock_model::vm::StopMode;
 
-use super::world::{World, lost, reaches, settled};
+use matchlock_actors::db_writer::{Store, WRITE_LIMIT};
+use matchlock_actors::deps::Limits;
 use matchlock_actors::reconciler::{Outcome, Target};
+use matchlock_store::{WriteError, WriteOp, WriteOutcome};
+use tokio::time::timeout;
+
+use super::world::{Host, PATIENCE, World, lost, reaches, settled};
 
 #[tokio::test]
 async fn a_disk_that_cannot_be_made() {
@@ -153,4 +159,53 @@ async fn a_second_stop_does_not_wait_for_a_guest_that_does_not_answer() {
     assert_eq!(settled(&mut vm).await.phase, Phase::Cleaned);
     world.assert_nothing_left().await;
     world.shutdown().await;
+}
+
+static HELD_UP: AtomicBool = AtomicBool::new(false);
+static ARRIVED: AtomicBool = AtomicBool::new(false);
+
+/// A database in which recording that a VM starts takes long, while it is told so.
+struct Slow(Box<dyn Store>);
+
+impl Store for Slow {
+    fn apply(&mut self, ops: Vec<WriteOp>) -> Vec<Result<WriteOutcome, WriteError>> {
+        let starts = |op: &WriteOp| matches!(op, WriteOp::SetPhase { phase: Phase::Running, .. });
+        if ops.iter().any(starts) {
+            ARRIVED.store(true, Ordering::SeqCst);
+            while HELD_UP.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
+        }
+        self.0.apply(ops)
+    }
+}
+
+/// An operation that waits for a record ends by itself, and the hypervisor is then taken down in
+/// order: who is told to stop meanwhile waits for it, as long as a write may take.
+#[tokio::test]
+async fn a_stop_during_a_record_that_takes_long_leaves_nothing() {
+    let host = Host { cancel: Limits::default().cancel, ..Host::default() };
+    let world = World::with(100_000, |store| Box::new(Slow(store)), host).await;
+    HELD_UP.store(true, Ordering::SeqCst);
+    let mut vm = world.create(true).await.unwrap();
+    let arrived = async {
+        while !ARRIVED.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    timeout(PATIENCE, arrived).await.unwrap();
+    world.stop(vm.id, StopMode::Force).await.unwrap();
+    // Longer than the tests' own limit for a cancelled operation, far shorter than the real one.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(!vm.view.borrow().settled);
+    HELD_UP.store(false, Ordering::SeqCst);
+    let view = settled(&mut vm).await;
+    assert_eq!((view.phase, view.cause), (Phase::Cleaned, None));
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[test]
+fn a_cancelled_operation_may_take_as_long_as_a_write() {
+    assert!(Limits::default().cancel > WRITE_LIMIT);
 }

@@ -4,9 +4,11 @@ use std::time::Duration;
 
 use matchlock_host::guest_link::ExecEvent;
 use matchlock_model::exec::{ExecSpec, ExitStatus};
+use matchlock_model::failure::FailureKind;
 use matchlock_model::phase::Phase;
 use matchlock_model::record::CleanupStatus;
 use matchlock_model::vm::StopMode;
+use matchlock_store::WriteOp;
 
 use super::world::{World, settled};
 
@@ -83,6 +85,7 @@ async fn commands_run_over_the_link_of_a_running_vm() {
         cwd: None,
         user: None,
         stdin: false,
+        terminal: None,
     };
     let mut session = running.link.exec(&spec).await.unwrap();
     let mut last = None;
@@ -94,6 +97,27 @@ async fn commands_run_over_the_link_of_a_running_vm() {
     settled(&mut vm).await;
     let refused = world.link(vm.id).await.err().unwrap();
     assert!(refused.message.contains(&vm.id.to_string()), "{refused}");
+    world.shutdown().await;
+}
+
+#[tokio::test]
+async fn an_exit_code_is_kept_by_whoever_owns_the_vm_and_by_nobody_else() {
+    let world = World::new().await;
+    let mut vm = world.running(false).await;
+    let running = world.link(vm.id).await.unwrap();
+    running.context.record_exit(7).await.unwrap();
+    // Also once the VM is down: its command may have ended with it.
+    world.stop(vm.id, StopMode::Force).await.unwrap();
+    settled(&mut vm).await;
+    running.context.record_exit(143).await.unwrap();
+    let row = world.deps.reader.vm(vm.id).await.unwrap().unwrap();
+    assert_eq!((row.phase, row.exit_code), (Phase::Cleaned, Some(143)));
+    let at = jiff::Timestamp::now();
+    world.deps.db.write(WriteOp::RaiseEpoch { vm: vm.id, pid: 1, at }).await.unwrap();
+    let late = running.context.record_exit(0).await.unwrap_err();
+    assert_eq!(late.kind, FailureKind::Fenced, "{late}");
+    let row = world.deps.reader.vm(vm.id).await.unwrap().unwrap();
+    assert_eq!(row.exit_code, Some(143));
     world.shutdown().await;
 }
 

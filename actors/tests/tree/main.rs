@@ -5,6 +5,7 @@
 
 mod db_writer;
 mod faults;
+mod gc;
 mod life;
 mod network;
 mod reconciling;

@@ -9,10 +9,12 @@ use matchlock_host::firewall::FirewallOp;
 use matchlock_host::process::{NamespaceSighting, Processes as _};
 use matchlock_host::tap::{TapOp, Taps as _, tap_name};
 use matchlock_model::id::{InstallId, Mark, VmId};
-use matchlock_model::identity::Namespaces;
+use matchlock_model::identity::{Namespaces, ProcessIdentity};
 use matchlock_model::phase::Phase;
 use matchlock_model::reconcile::Goal;
+use matchlock_model::record::Resources;
 use matchlock_model::vm::StopMode;
+use matchlock_store::{NewVm, WriteOp};
 
 use super::world::{World, reaches, settled};
 
@@ -195,6 +197,45 @@ async fn elsewhere_until(sighting: NamespaceSighting) {
     assert!(world.deps.reader.vm(vm.id).await.unwrap().unwrap().holds_subnet);
     world.processes.set_sighting(&ours.net, sighting);
     let reports = world.reconcile(Target::One(vm.id), Goal::Remove).await;
+    assert!(matches!(reports[0].outcome, Outcome::Cleaned { .. }), "{reports:?}");
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+/// After a reboot an interrupted `gc` has taken the VM over: what it had is of the boot before all the
+/// same.
+#[tokio::test]
+async fn a_network_of_an_earlier_boot_is_gone_whoever_owns_the_vm_now() {
+    let world = World::new().await;
+    let vm = VmId::new(7);
+    let now = world.processes.own_identity().unwrap();
+    let maker = ProcessIdentity { boot_id: "an earlier boot".into(), ..now.clone() };
+    let ours = world.processes.own_namespaces().unwrap();
+    let namespaces = Namespaces { net: "4:999".into(), ..ours };
+    let record = NewVm {
+        id: vm,
+        image: "fake".into(),
+        config_json: "{}".into(),
+        owner: maker.clone(),
+        namespaces,
+        ephemeral: false,
+        backend: "fake".into(),
+        resources: Resources {
+            owner: Some(maker),
+            tap_name: Some(tap_name(vm)),
+            ..Resources::default()
+        },
+        created_at: jiff::Timestamp::now(),
+    };
+    let at = jiff::Timestamp::now();
+    for op in [
+        WriteOp::InsertVm { record: Box::new(record) },
+        // Somebody's namespace has that number now.
+        WriteOp::RaiseEpoch { vm, pid: now.pid, at },
+    ] {
+        world.deps.db.write(op).await.unwrap();
+    }
+    let reports = world.reconcile(Target::One(vm), Goal::Remove).await;
     assert!(matches!(reports[0].outcome, Outcome::Cleaned { .. }), "{reports:?}");
     world.assert_nothing_left().await;
     world.shutdown().await;

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use matchlock_actors::db_writer::Store;
 use matchlock_actors::reconciler::{Outcome, Target};
+use matchlock_host::fault::Fault;
+use matchlock_host::firewall::FirewallOp;
 use matchlock_host::owner_lock::OwnerLocks as _;
 use matchlock_host::process::Processes as _;
 use matchlock_host::rootfs::{Rootfs as _, RootfsFault, RootfsOp};
@@ -18,11 +20,11 @@ use matchlock_store::{DbFault, NewVm, WriteError, WriteOp, WriteOutcome};
 use super::world::World;
 
 /// A VM whose owner was killed: row, files, hypervisor; no lock.
-async fn crashed(world: &World, number: u32) -> VmId {
+pub(crate) async fn crashed(world: &World, number: u32) -> VmId {
     crashed_as(world, number, false).await
 }
 
-async fn crashed_as(world: &World, number: u32, ephemeral: bool) -> VmId {
+pub(crate) async fn crashed_as(world: &World, number: u32, ephemeral: bool) -> VmId {
     let vm = VmId::new(number);
     let record = NewVm {
         id: vm,
@@ -231,6 +233,31 @@ async fn a_removal_that_fails_for_a_moment_is_tried_again() {
     };
     let (reports, ()) = tokio::join!(world.reconcile(Target::One(vm), Goal::Remove), heals);
     assert!(matches!(reports[0].outcome, Outcome::Cleaned { .. }), "{reports:?}");
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+/// What cannot be removed keeps its record and its step; what does not depend on it goes all the same.
+#[tokio::test]
+async fn a_removal_that_fails_keeps_no_other_from_being_tried() {
+    let world = World::new().await;
+    let vm = crashed(&world, 7).await;
+    let mark = world.deps.mark(vm).to_string();
+    let table = "inet matchlock_fc-00000007";
+    world.firewall.add_table(table, Some(&mark));
+    world.firewall.set_fault(FirewallOp::Remove, Some(Fault::Fails));
+    let reports = world.reconcile(Target::One(vm), Goal::Remove).await;
+    let Outcome::Failed { removed, step, .. } = &reports[0].outcome else { panic!("{reports:?}") };
+    assert_eq!(step, "nftables_cleanup");
+    assert_eq!(*removed, ["machine_close", "sockets_remove", "rootfs_remove"]);
+    // But not its directory, and it is not called cleaned.
+    assert!(world.rootfs.existing().contains(&world.paths(vm).dir));
+    let head = world.deps.reader.lifecycle_head(vm).await.unwrap().unwrap();
+    assert_eq!(head.phase, Phase::CleanupFailed);
+    assert!(head.last_error.starts_with("nftables_cleanup: "), "{}", head.last_error);
+    assert_eq!(world.firewall.existing(), [table]);
+    world.firewall.set_fault(FirewallOp::Remove, None);
+    world.reconcile(Target::One(vm), Goal::Remove).await;
     world.assert_nothing_left().await;
     world.shutdown().await;
 }

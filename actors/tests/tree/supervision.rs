@@ -6,7 +6,7 @@ use bytes::Bytes;
 use matchlock_actors::fleet::VmHandle;
 use matchlock_actors::reconciler::{Outcome, Target};
 use matchlock_host::guest_link::{ExecEvent, ExecSession, LinkError, StdinInput};
-use matchlock_host::hypervisor::ExitReason;
+use matchlock_host::hypervisor::{ExitReason, LaunchFault};
 use matchlock_host::rootfs::{RootfsFault, RootfsOp};
 use matchlock_model::exec::{ExecSpec, OutputStream};
 use matchlock_model::id::VmId;
@@ -25,6 +25,7 @@ async fn typing(world: &World, vm: VmId) -> ExecSession {
         cwd: None,
         user: None,
         stdin: true,
+        terminal: None,
     };
     let mut session = world.link(vm).await.unwrap().link.exec(&spec).await.unwrap();
     assert_eq!(session.events.recv().await.unwrap().unwrap(), ExecEvent::Started);
@@ -306,6 +307,33 @@ async fn a_running_vm_of_a_silent_owner_is_overruled() {
     let view = settled(&mut vm).await;
     assert!(view.cause.is_some());
     world.lock_is_free(vm.id).await;
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+/// An owner that stands still after it made its tables and before its hypervisor has them: they are
+/// taken from it.
+#[tokio::test]
+async fn an_owner_that_hangs_with_its_tables_is_overruled() {
+    let world = World::new().await;
+    world.hypervisor.set_launch_fault(Some(LaunchFault::Never));
+    let mut vm = world.create(false).await.unwrap();
+    reaches(&mut vm, |view| view.phase == Phase::Starting).await;
+    let launching = async {
+        while world.hypervisor.launches().is_empty() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    timeout(PATIENCE, launching).await.unwrap();
+    assert_eq!(world.firewall.existing().len(), 2);
+    let forced = world.reconcile(Target::TakeOver(vm.id), Goal::Clean).await;
+    let Outcome::Cleaned { removed } = &forced[0].outcome else { panic!("{forced:?}") };
+    assert!(removed.contains(&"nftables_cleanup".to_owned()), "{removed:?}");
+    assert_eq!(world.firewall.existing(), Vec::<String>::new());
+    world.stop(vm.id, StopMode::Force).await.unwrap();
+    settled(&mut vm).await;
+    world.lock_is_free(vm.id).await;
+    world.reconcile(Target::One(vm.id), Goal::Remove).await;
     world.assert_nothing_left().await;
     world.shutdown().await;
 }

@@ -22,7 +22,7 @@ use matchlock_host::hypervisor::{ExitReason, FakeHypervisor};
 use matchlock_host::image::{ImageDirs, ImportLimits};
 use matchlock_host::netlock::{FakeNetworkLocks, NetworkLocks};
 use matchlock_host::owner_lock::FakeOwnerLocks;
-use matchlock_host::process::FakeProcesses;
+use matchlock_host::process::{FakeProcesses, Processes as _};
 use matchlock_host::rootfs::{FakeRootfs, VmPaths};
 use matchlock_host::tap::FakeTaps;
 use matchlock_model::failure::Failure;
@@ -35,7 +35,7 @@ use matchlock_model::subnet::SubnetPool;
 use matchlock_model::view::VmView;
 use matchlock_model::vm::StopMode;
 use matchlock_store::{ReadPool, open_state};
-use ractor::{Actor, ActorCell, ActorRef};
+use ractor::{Actor, ActorCell, ActorRef, RpcReplyPort};
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -47,17 +47,32 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) type WrapStore = fn(Box<dyn Store>) -> Box<dyn Store>;
 
 /// What installations on one host share, and what tells them apart.
-struct Host {
-    install: u8,
-    first_id: u32,
-    taps: FakeTaps,
-    network_locks: Arc<dyn NetworkLocks>,
+pub(crate) struct Host {
+    pub(crate) install: u8,
+    pub(crate) first_id: u32,
+    /// From a ping to the record of a hang.
+    pub(crate) hang: Duration,
+    /// From cancelling an operation to its end.
+    pub(crate) cancel: Duration,
+    /// Its VMs have no NIC.
+    pub(crate) no_network: bool,
+    pub(crate) taps: FakeTaps,
+    pub(crate) network_locks: Arc<dyn NetworkLocks>,
 }
 
 impl Default for Host {
     fn default() -> Self {
         let network_locks = Arc::new(FakeNetworkLocks::default());
-        Self { install: 1, first_id: 1, taps: FakeTaps::default(), network_locks }
+        Self {
+            install: 1,
+            first_id: 1,
+            // A loaded machine answers later than at once.
+            hang: Duration::from_millis(500),
+            cancel: Duration::from_millis(300),
+            no_network: false,
+            taps: FakeTaps::default(),
+            network_locks,
+        }
     }
 }
 
@@ -83,6 +98,7 @@ pub(crate) struct World {
     root: ActorRef<RootMsg>,
     joined: JoinHandle<()>,
     writer: ThreadSlot,
+    no_network: bool,
     _home: TempDir,
 }
 
@@ -103,11 +119,11 @@ impl World {
     /// Another installation in the same network namespace. Its ids are others.
     pub(crate) async fn beside(&self) -> Self {
         let (taps, network_locks) = (self.taps.clone(), Arc::clone(&self.deps.network_locks));
-        let host = Host { install: 2, first_id: 101, taps, network_locks };
+        let host = Host { install: 2, first_id: 101, taps, network_locks, ..Host::default() };
         Self::with(100_000, |store| store, host).await
     }
 
-    async fn with(memory_mb: u64, wrap: WrapStore, host: Host) -> Self {
+    pub(crate) async fn with(memory_mb: u64, wrap: WrapStore, host: Host) -> Self {
         let home = tempfile::tempdir().unwrap();
         drop(open_state(home.path()).unwrap());
         let slots = Slots::default();
@@ -115,8 +131,8 @@ impl World {
         let processes = FakeProcesses::new();
         let hypervisor = FakeHypervisor::new(processes.clone());
         let connector = FakeConnector::default();
-        let Host { install, first_id, taps, network_locks } = host;
-        let firewall = FakeFirewall::default();
+        let Host { install, first_id, hang, cancel, no_network, taps, network_locks } = host;
+        let firewall = FakeFirewall::default().in_process(processes.own_identity().unwrap());
         let (rootfs, locks) = (FakeRootfs::new(), FakeOwnerLocks::default());
         power_off_on_shutdown(&connector, &hypervisor);
         let ids = AtomicU32::new(first_id);
@@ -130,7 +146,7 @@ impl World {
             taps: Arc::new(taps.clone()),
             firewall: Arc::new(firewall.clone()),
             network_locks,
-            subnet_pool: Arc::new(SubnetPool::default()),
+            subnet_pool: Ok(Arc::new(SubnetPool::default())),
             subnets: SubnetHandle(services.subnet_allocator.clone()),
             locks: Arc::new(locks.clone()),
             owner_server: Arc::new(NoServer),
@@ -140,13 +156,14 @@ impl World {
             now: jiff::Timestamp::now,
             random_u32: Arc::new(move || Ok(ids.fetch_add(1, Ordering::Relaxed))),
             limits: Limits {
+                vms: 20_000,
                 boot: Duration::from_secs(30),
-                // Half a second: a loaded machine answers later than at once.
-                hang: Duration::from_millis(500),
+                hang,
                 kill: Duration::from_millis(300),
                 power_off: Duration::from_millis(300),
-                cancel: Duration::from_millis(300),
+                cancel,
                 reap: Duration::from_secs(1),
+                cleaner: Duration::from_millis(300),
             },
         };
         let (writer, path) = (ThreadSlot::default(), home.path().to_owned());
@@ -178,13 +195,14 @@ impl World {
             root,
             joined,
             writer,
+            no_network,
             _home: home,
         }
     }
 
     pub(crate) async fn create(&self, ephemeral: bool) -> Result<VmHandle, Failure> {
         let create = Box::new(CreateVm {
-            spec: spec(ephemeral),
+            spec: spec(ephemeral, self.no_network),
             image: ImageConfig::default(),
             base_disk: "/fake/base.erofs".into(),
             lease: None,
@@ -216,7 +234,19 @@ impl World {
     }
 
     pub(crate) async fn reconcile(&self, target: Target, goal: Goal) -> Vec<VmReport> {
-        let message = |reply| ReconcilerMsg::Reconcile { target, goal, reply };
+        self.ask_reconciler(|reply| ReconcilerMsg::Reconcile {
+            target,
+            goal,
+            progress: None,
+            reply,
+        })
+        .await
+    }
+
+    pub(crate) async fn ask_reconciler(
+        &self,
+        message: impl FnOnce(RpcReplyPort<Result<Vec<VmReport>, Failure>>) -> ReconcilerMsg,
+    ) -> Vec<VmReport> {
         self.services.reconciler.call(message, PATIENCE).await.unwrap().unwrap()
     }
 
@@ -291,7 +321,7 @@ fn power_off_on_shutdown(connector: &FakeConnector, hypervisor: &FakeHypervisor)
     });
 }
 
-fn spec(ephemeral: bool) -> VmSpec {
+fn spec(ephemeral: bool, no_network: bool) -> VmSpec {
     VmSpec::check(VmSpecInput {
         image: "fake".into(),
         command: vec![b"echo".to_vec()],
@@ -301,13 +331,15 @@ fn spec(ephemeral: bool) -> VmSpec {
         user: None,
         hostname: None,
         add_hosts: Vec::new(),
-        network: NetworkInput::default(),
+        network: NetworkInput { no_network, ..NetworkInput::default() },
         cpus: 1.0,
         memory_mb: 256,
         disk_size_mb: 64,
-        timeout_s: None,
+        timeout: None,
         graceful_shutdown: Some(Duration::from_millis(100)),
         stdin: false,
+        terminal: None,
+        privileged: false,
         remove: ephemeral,
         host_cpus: 4,
     })

@@ -5,7 +5,8 @@
 //!   Starting ─────────► Running ────────────────────────────────► Exited
 //!      │ report of the child   └───────────── Release ──────────────┤
 //!      ▼                                                            ▼
-//!   Failed (told to whoever asks)                               released
+//!   Failed (told to whoever asks)                               released: killed; a terminal is
+//!                                                               hung up first, by the pump
 //! ```
 //!
 //! # Invariants
@@ -13,17 +14,18 @@
 //! 2. Only the attached stream is woken, for whatever there is to send.
 
 use std::cell::{Cell, RefCell};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 
 use matchlock_wire::frame::MAX_CHUNK_BYTES;
-use matchlock_wire::message::{ExecFailure, ExecOutput, ExitStatus, JobId};
+use matchlock_wire::message::{ExecFailure, ExecOutput, ExitStatus, JobId, TerminalSize};
+use rustix::process::Signal;
 use tokio::sync::Notify;
 
 use super::output::Output;
 use super::stdin::{Stdin, StdinError};
 use crate::boot::console;
 use crate::latch::Latch;
-use crate::launch::Process;
+use crate::launch::{Process, Terminal};
 
 /// A stream's hold on a job.
 #[derive(Debug, Default)]
@@ -58,14 +60,22 @@ pub struct Job {
     pub space_freed: Notify,
     /// Stdin, or its end, has come.
     pub stdin_came: Notify,
-    process: Process,
+    /// `None` for a job without a command.
+    process: Option<Process>,
+    /// Its terminal, which goes with the pump: nobody else keeps it from being hung up.
+    terminal: Option<Weak<Terminal>>,
     failure: RefCell<Option<ExecFailure>>,
     state: RefCell<State>,
 }
 
 impl Job {
-    /// A job whose small init was cloned.
-    pub fn new(id: JobId, process: Process, has_stdin: bool) -> Self {
+    /// A job whose small init was cloned, or one without a command.
+    pub fn new(
+        id: JobId,
+        process: Option<Process>,
+        has_stdin: bool,
+        terminal: Option<&Rc<Terminal>>,
+    ) -> Self {
         Self {
             id,
             decided: Latch::default(),
@@ -73,6 +83,7 @@ impl Job {
             space_freed: Notify::new(),
             stdin_came: Notify::new(),
             process,
+            terminal: terminal.map(Rc::downgrade),
             failure: RefCell::new(None),
             state: RefCell::new(State {
                 output: Output::default(),
@@ -100,21 +111,55 @@ impl Job {
         self.wake_stream();
     }
 
-    /// Kills the command and lets everybody let go of the job.
+    /// Kills the command and lets everybody let go of the job. A command on a terminal is told
+    /// before: its pump hangs the terminal up.
     pub fn release(&self) {
         self.released.set();
-        if let Err(error) = self.process.kill() {
-            console::failure("cannot kill a released command", &error);
+        if self.terminal.is_none() || !self.decided.is_set() {
+            self.kill();
         }
         self.wake_stream();
     }
 
-    /// Sends a signal to the command's process group.
+    /// Kills the command and everything in its namespace.
+    pub fn kill(&self) {
+        if let Some(process) = &self.process
+            && let Err(error) = process.kill()
+        {
+            console::failure("cannot kill a released command", &error);
+        }
+    }
+
+    /// Sends a signal to the command's process group; SIGHUP to its terminal's foreground too.
     ///
     /// # Errors
     /// When the number is no signal or the kernel refuses.
     pub fn signal(&self, number: i32) -> std::io::Result<()> {
-        self.process.signal(number)
+        // Without a command there is nobody to get it. The command first: it must not see the
+        // foreground end without knowing why.
+        self.process.as_ref().map_or(Ok(()), |process| process.signal(number))?;
+        if number == Signal::HUP.as_raw()
+            && let Some(terminal) = self.terminal.as_ref().and_then(Weak::upgrade)
+        {
+            terminal.signal_foreground(Signal::HUP)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the command has a terminal, or had one.
+    pub fn has_terminal(&self) -> bool {
+        self.terminal.is_some()
+    }
+
+    /// Sets the size of the command's terminal. One that is gone with its command has no size.
+    ///
+    /// # Errors
+    /// When there never was one, or the kernel refuses.
+    pub fn resize(&self, size: TerminalSize) -> std::io::Result<()> {
+        let Some(terminal) = &self.terminal else {
+            return Err(std::io::Error::other("the command has no terminal"));
+        };
+        terminal.upgrade().map_or(Ok(()), |terminal| terminal.resize(size))
     }
 
     // ---- the stream's side -----------------------------------------------------------------

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   Exec ─► Jobs ─► launch ─► Job ◄─ pump ─► pipes
-//!   Attach ─┘                  ▲
+//!   File, Attach ─┘            ▲ ◄─ files ─► a file
 //!                              └─ stream (one at a time)
 //! ```
 //!
@@ -13,6 +13,7 @@
 //! 3. Why a command was not executed can be asked for again, as long as it is among the last
 //!    [`MAX_JOBS`] failures: the link may have broken before the answer.
 
+mod files;
 pub mod job;
 pub mod output;
 mod pump;
@@ -23,8 +24,9 @@ use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::rc::Rc;
 
-use matchlock_wire::message::{ExecFailure, ExecFailureKind, ExecStart, JobId};
+use matchlock_wire::message::{ExecFailure, ExecFailureKind, ExecStart, FileStart, JobId};
 
+use crate::boot::console;
 use crate::launch::Launcher;
 use job::Job;
 
@@ -89,32 +91,47 @@ impl Jobs {
     /// # Errors
     /// When the request is wrong, or the guest cannot take it.
     pub fn exec(self: &Rc<Self>, start: &ExecStart) -> Result<Rc<Job>, ExecFailure> {
-        if self.closed.get() {
-            let message = "the guest is shutting down";
-            return Err(failure(ExecFailureKind::Unavailable, message));
-        }
-        if !self.used.borrow_mut().add(start.job) {
-            let message = "this job id was used before";
-            return Err(failure(ExecFailureKind::Request, message));
-        }
-        let result = if self.jobs.borrow().len() < MAX_JOBS {
-            self.launcher.launch(start)
-        } else {
-            let message = format!("the guest has {MAX_JOBS} jobs already");
-            Err(failure(ExecFailureKind::Unavailable, &message))
-        };
-        let (launched, command) = match result {
-            Ok(launched) => launched,
-            Err(failure) => {
-                self.remember_failure(start.job, failure.clone());
-                return Err(failure);
-            }
-        };
+        let (launched, command) = self.begin(start.job, || self.launcher.launch(start))?;
         let (job, pipes) = pump::split(start.job, launched);
         self.jobs.borrow_mut().insert(job.id, Rc::clone(&job));
         let pump = pump::run(Rc::clone(self), Rc::clone(&job), command, pipes);
         tokio::task::spawn_local(pump);
         Ok(job)
+    }
+
+    /// Opens files as a new job.
+    ///
+    /// # Errors
+    /// When the request is wrong, the files cannot be opened, or the guest cannot take it.
+    pub fn file(self: &Rc<Self>, start: &FileStart) -> Result<Rc<Job>, ExecFailure> {
+        let opened = self.begin(start.job, || files::open(&start.op))?;
+        let job = Rc::new(Job::new(start.job, None, opened.takes_stdin(), None));
+        self.jobs.borrow_mut().insert(job.id, Rc::clone(&job));
+        tokio::task::spawn_local(files::run(Rc::clone(self), Rc::clone(&job), opened));
+        Ok(job)
+    }
+
+    /// Begins a new job, if its id is new and there is room. What fails is remembered under its id.
+    fn begin<T>(
+        &self,
+        id: JobId,
+        begin: impl FnOnce() -> Result<T, ExecFailure>,
+    ) -> Result<T, ExecFailure> {
+        if self.closed.get() {
+            let message = "the guest is shutting down";
+            return Err(failure(ExecFailureKind::Unavailable, message));
+        }
+        if !self.used.borrow_mut().add(id) {
+            let message = "this job id was used before";
+            return Err(failure(ExecFailureKind::Request, message));
+        }
+        let result = if self.jobs.borrow().len() < MAX_JOBS {
+            begin()
+        } else {
+            let message = format!("the guest has {MAX_JOBS} jobs already");
+            Err(failure(ExecFailureKind::Unavailable, &message))
+        };
+        result.inspect_err(|failure| self.remember_failure(id, failure.clone()))
     }
 
     /// A job that is to be continued.
@@ -140,9 +157,15 @@ impl Jobs {
         }
     }
 
-    /// Refuses new jobs from now on.
+    /// Refuses new jobs from now on, and hangs up on those with a terminal: a shell that talks to
+    /// somebody takes no notice of the SIGTERM that will come.
     pub fn close(&self) {
         self.closed.set(true);
+        for job in self.jobs.borrow().values().filter(|job| job.has_terminal()) {
+            if let Err(error) = job.signal(libc::SIGHUP) {
+                console::failure("cannot hang up a terminal", &error);
+            }
+        }
     }
 
     /// How many jobs there are.

@@ -141,6 +141,9 @@ async fn receive<R: AsyncRead + Unpin>(
             ExecInput::Signal(number) => {
                 job.signal(number).map_err(|error| broken(format!("signal {number}: {error}")))?
             }
+            ExecInput::Resize(size) => job
+                .resize(size)
+                .map_err(|error| broken(format!("another size of a terminal: {error}")))?,
             ExecInput::Ack { offset } => job.acknowledge(attachment, offset).map_err(broken)?,
             ExecInput::Release => {
                 jobs.release(job.id);

@@ -2,7 +2,7 @@
 //!
 //! # Invariants
 //! 1. No string holds a NUL, and the environment names each variable once.
-//! 2. `PATH`, `HOME` and `USER` are there, unless the user has no name.
+//! 2. `PATH`, `HOME` and `USER` are there, unless the user has no name; with a terminal, `TERM` too.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, OsStr};
@@ -12,12 +12,15 @@ use std::path::{Path, PathBuf};
 use std::ptr;
 
 use libc::c_char;
-use matchlock_wire::message::{Bytes, ExecFailure, ExecFailureKind, ExecStart};
+use matchlock_wire::message::{Bytes, ExecFailure, ExecFailureKind, ExecStart, TerminalSize};
 
 use super::diagnose::quote;
 use super::user::{self, Identity};
 
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// What every program knows how to talk to.
+const DEFAULT_TERM: &[u8] = b"xterm";
 
 /// A command that is ready to be cloned.
 #[derive(Debug)]
@@ -28,6 +31,7 @@ pub struct Command {
     cwd: CString,
     identity: Identity,
     stdin: bool,
+    terminal: Option<TerminalSize>,
 }
 
 impl Command {
@@ -39,12 +43,21 @@ impl Command {
         let argv = arguments(&start.argv)?;
         let identity = user::resolve(Path::new("/"), start.user.as_deref())
             .map_err(|message| ExecFailure { kind: ExecFailureKind::User, message })?;
-        let (env, path) = environment(&start.env, &identity)?;
+        let terminal = start.terminal.as_ref();
+        let term = terminal.map(|terminal| terminal.term.as_deref().map(str::as_bytes));
+        let term = term.map(|given| given.unwrap_or(DEFAULT_TERM));
+        let (env, path) = environment(&start.env, &identity, term)?;
         let cwd = working_directory(start.cwd.as_deref())?;
-        Ok(Self { argv, env, path, cwd, identity, stdin: start.stdin })
+        let terminal = terminal.map(|terminal| terminal.size);
+        Ok(Self { argv, env, path, cwd, identity, stdin: start.stdin, terminal })
     }
 
-    /// Whether stdin is a pipe.
+    /// The size of its terminal, if it is to have one.
+    pub fn terminal(&self) -> Option<TerminalSize> {
+        self.terminal
+    }
+
+    /// Whether the host sends stdin.
     pub fn has_stdin(&self) -> bool {
         self.stdin
     }
@@ -115,12 +128,14 @@ fn arguments(argv: &[Bytes]) -> Result<Vec<CString>, ExecFailure> {
 fn environment(
     env: &[(Bytes, Bytes)],
     identity: &Identity,
+    term: Option<&[u8]>,
 ) -> Result<(Vec<CString>, Vec<u8>), ExecFailure> {
     let name = identity.name.as_deref();
     let defaults = [
         (b"PATH".as_slice(), Some(DEFAULT_PATH)),
         (b"HOME", Some(identity.home.as_slice())),
         (b"USER", name),
+        (b"TERM", term),
     ];
     let defaults = defaults.into_iter().filter_map(|(k, v)| Some((k, v?)));
     let given = env.iter().map(|(k, v)| (k.0.as_slice(), v.0.as_slice()));
@@ -185,7 +200,7 @@ mod tests {
 
     fn env(pairs: &[(&str, &str)]) -> Result<(Vec<String>, String), ExecFailure> {
         let pairs: Vec<_> = pairs.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();
-        let (entries, path) = environment(&pairs, &identity())?;
+        let (entries, path) = environment(&pairs, &identity(), None)?;
         let text = |entry: CString| entry.into_string().unwrap();
         Ok((entries.into_iter().map(text).collect(), String::from_utf8(path).unwrap()))
     }
@@ -206,8 +221,19 @@ mod tests {
     fn a_user_without_a_name_has_no_user_variable() {
         let mut nameless = identity();
         nameless.name = None;
-        let (entries, _) = environment(&[], &nameless).unwrap();
+        let (entries, _) = environment(&[], &nameless, None).unwrap();
         assert_eq!(entries.len(), 2);
+    }
+
+    #[test]
+    fn a_terminal_names_itself_unless_the_environment_does() {
+        let names = |given: &[(Bytes, Bytes)]| {
+            let (entries, _) = environment(given, &identity(), Some(b"vt100")).unwrap();
+            let is_term = |entry: &CString| entry.to_bytes().starts_with(b"TERM=");
+            entries.into_iter().filter(is_term).collect::<Vec<_>>()
+        };
+        assert_eq!(names(&[]), [c"TERM=vt100".to_owned()]);
+        assert_eq!(names(&[("TERM".into(), "dumb".into())]), [c"TERM=dumb".to_owned()]);
     }
 
     #[test]

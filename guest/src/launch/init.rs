@@ -50,8 +50,10 @@ pub(super) struct Plan<'a> {
     pub(super) stdout: RawFd,
     /// The command's stderr.
     pub(super) stderr: RawFd,
-    /// All of the above, in ascending order.
+    /// All of the above, in ascending order; one that is there twice too.
     pub(super) keep: [RawFd; 6],
+    /// Whether stdin is a terminal, to be the controlling one.
+    pub(super) terminal: bool,
 }
 
 const SIGNALS: c_int = 64;
@@ -312,6 +314,10 @@ fn own_process(plan: &Plan<'_>) -> Result<(), c_int> {
         check(libc::dup2(plan.stdin, libc::STDIN_FILENO))?;
         check(libc::dup2(plan.stdout, libc::STDOUT_FILENO))?;
         check(libc::dup2(plan.stderr, libc::STDERR_FILENO))?;
+        if plan.terminal {
+            // The new session has none yet; its only group is in the foreground then.
+            check(libc::ioctl(libc::STDIN_FILENO, libc::TIOCSCTTY, ZERO))?;
+        }
         libc::umask(0o022);
     }
     let keep = [libc::STDIN_FILENO, libc::STDOUT_FILENO, libc::STDERR_FILENO, plan.report];

@@ -13,6 +13,8 @@
 //! 2. The small init holds no end of the command's stdio.
 //! 3. All signals are blocked around the clone, so no handler of the agent runs in the child.
 //! 4. The child enters the reaper's table before the loop can turn.
+//! 5. A command with a [`Terminal`] leads a session whose controlling terminal it is; all three of
+//!    its streams are that terminal.
 //!
 //! # Failure
 //! What fails before the clone is an [`ExecFailure`] at once; what fails after it arrives through
@@ -24,10 +26,11 @@ mod diagnose;
 mod init;
 mod namespace;
 mod report;
+mod terminal;
 mod user;
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 
 use matchlock_wire::message::{ExecFailure, ExecFailureKind, ExecStart};
@@ -35,6 +38,8 @@ use nix::sys::resource::{Resource, getrlimit};
 use rustix::fs::{Mode, OFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, WaitStatus};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
 use tokio::sync::oneshot;
 
@@ -42,6 +47,7 @@ use crate::reaper::Reaper;
 pub use command::Command;
 pub use diagnose::explain;
 pub use report::{Report, Step};
+pub use terminal::Terminal;
 
 /// How much a pipe of a command holds, where the kernel allows it.
 const PIPE_BYTES: usize = 1024 * 1024;
@@ -67,12 +73,33 @@ pub struct Launched {
     pub report: pipe::Receiver,
     /// Holds the command's raw wait status once the init has ended.
     pub status: OwnedFd,
-    /// To the command's stdin, if it has one.
-    pub stdin: Option<pipe::Sender>,
+    /// To the command's stdin, if the host sends one.
+    pub stdin: Option<End>,
     /// From the command's stdout.
-    pub stdout: pipe::Receiver,
-    /// From the command's stderr.
-    pub stderr: pipe::Receiver,
+    pub stdout: End,
+    /// From the command's stderr; a terminal has no other output.
+    pub stderr: Option<End>,
+    /// The command's terminal, if it has one.
+    pub terminal: Option<Rc<Terminal>>,
+}
+
+/// The agent's end of one of a command's streams. Never blocks.
+#[derive(Debug)]
+pub enum End {
+    /// Of a pipe.
+    Pipe(AsyncFd<OwnedFd>),
+    /// Of a terminal, which has one end for everything.
+    Terminal(Rc<Terminal>),
+}
+
+impl End {
+    /// What is read or written.
+    pub fn fd(&self) -> &AsyncFd<OwnedFd> {
+        match self {
+            Self::Pipe(fd) => fd,
+            Self::Terminal(terminal) => terminal.master(),
+        }
+    }
 }
 
 /// A running command, to be signalled.
@@ -110,26 +137,38 @@ impl Process {
     }
 }
 
-/// The ends of a command's pipes that its side of the clone uses.
+/// The descriptors that the command's side of the clone uses.
 #[derive(Debug)]
 struct ChildEnds {
     status: OwnedFd,
     control: OwnedFd,
     report: OwnedFd,
-    stdin: OwnedFd,
-    stdout: OwnedFd,
-    stderr: OwnedFd,
+    stdio: ChildStdio,
 }
 
-/// The ends that the agent keeps.
+/// What becomes the command's stdin, stdout and stderr.
 #[derive(Debug)]
-struct AgentEnds {
-    status: OwnedFd,
-    control: OwnedFd,
-    report: OwnedFd,
-    stdin: Option<OwnedFd>,
-    stdout: OwnedFd,
-    stderr: OwnedFd,
+enum ChildStdio {
+    Pipes([OwnedFd; 3]),
+    Terminal(Rc<Terminal>),
+}
+
+impl ChildStdio {
+    fn raw(&self) -> [RawFd; 3] {
+        match self {
+            Self::Pipes(ends) => ends.each_ref().map(AsRawFd::as_raw_fd),
+            Self::Terminal(terminal) => [terminal.slave().as_raw_fd(); 3],
+        }
+    }
+}
+
+/// The agent's ends of the streams.
+#[derive(Debug)]
+struct AgentStdio {
+    stdin: Option<End>,
+    stdout: End,
+    stderr: Option<End>,
+    terminal: Option<Rc<Terminal>>,
 }
 
 impl Launcher {
@@ -152,66 +191,73 @@ impl Launcher {
     }
 
     fn clone_init(&self, command: &Command) -> io::Result<Launched> {
-        let (agent, child) = make_pipes(command.has_stdin())?;
+        let (status, status_end) = pipe_pair()?;
+        let (control_end, control) = pipe_pair()?;
+        let (report, report_end) = pipe_pair()?;
+        for end in [&status, &control, &report] {
+            never_block(end)?;
+        }
         // The agent's ends join the reactor first: nothing may fail once the child is there.
-        let report = receiver(agent.report)?;
-        let stdout = receiver(agent.stdout)?;
-        let stderr = receiver(agent.stderr)?;
-        let stdin = agent.stdin.map(pipe::Sender::from_owned_fd_unchecked).transpose()?;
+        let report = pipe::Receiver::from_owned_fd_unchecked(report)?;
+        let (agent, stdio) = match command.terminal() {
+            Some(size) => {
+                let terminal = Rc::new(Terminal::open(size, command.identity().uid)?);
+                on_terminal(terminal, command.has_stdin())
+            }
+            None => make_pipes(command.has_stdin())?,
+        };
+        let child =
+            ChildEnds { status: status_end, control: control_end, report: report_end, stdio };
         let pid = clone_into(command, &child, self.cgroup.as_ref())?;
         let ended = self.reaper.watch(pid);
         drop(child);
-        let process = Process { pid, control: agent.control, reaper: Rc::clone(&self.reaper) };
-        Ok(Launched { process, ended, report, status: agent.status, stdin, stdout, stderr })
+        let process = Process { pid, control, reaper: Rc::clone(&self.reaper) };
+        let AgentStdio { stdin, stdout, stderr, terminal } = agent;
+        Ok(Launched { process, ended, report, status, stdin, stdout, stderr, terminal })
     }
 }
 
-fn receiver(fd: OwnedFd) -> io::Result<pipe::Receiver> {
-    pipe::Receiver::from_owned_fd_unchecked(fd)
+fn on_terminal(terminal: Rc<Terminal>, with_stdin: bool) -> (AgentStdio, ChildStdio) {
+    let end = || End::Terminal(Rc::clone(&terminal));
+    let (stdin, stdout) = (with_stdin.then(end), end());
+    let child = ChildStdio::Terminal(Rc::clone(&terminal));
+    (AgentStdio { stdin, stdout, stderr: None, terminal: Some(terminal) }, child)
 }
 
-fn make_pipes(with_stdin: bool) -> io::Result<(AgentEnds, ChildEnds)> {
-    let (status_read, status_write) = pipe_pair()?;
-    let (control_read, control_write) = pipe_pair()?;
-    let (report_read, report_write) = pipe_pair()?;
-    let (stdout_read, stdout_write) = pipe_pair()?;
-    let (stderr_read, stderr_write) = pipe_pair()?;
-    let (stdin_read, stdin_write) = if with_stdin {
+fn make_pipes(with_stdin: bool) -> io::Result<(AgentStdio, ChildStdio)> {
+    let (stdout, stdout_end) = pipe_pair()?;
+    let (stderr, stderr_end) = pipe_pair()?;
+    let (stdin, stdin_end) = if with_stdin {
         let (read, write) = pipe_pair()?;
-        (read, Some(write))
+        (Some(pipe_end(write, Interest::WRITABLE)?), read)
     } else {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let null = rustix::fs::open("/dev/null", flags, Mode::empty())?;
-        (above_stdio(null)?, None)
+        (None, above_stdio(null)?)
     };
-    for end in [&stdout_read, &stderr_read].into_iter().chain(&stdin_write) {
-        enlarge(end)?;
-    }
-    for end in [&status_read, &control_write, &report_read]
-        .into_iter()
-        .chain([&stdout_read, &stderr_read])
-        .chain(&stdin_write)
-    {
-        let flags = rustix::fs::fcntl_getfl(end)?;
-        rustix::fs::fcntl_setfl(end, flags | OFlags::NONBLOCK)?;
-    }
-    let agent = AgentEnds {
-        status: status_read,
-        control: control_write,
-        report: report_read,
-        stdin: stdin_write,
-        stdout: stdout_read,
-        stderr: stderr_read,
+    let agent = AgentStdio {
+        stdin,
+        stdout: pipe_end(stdout, Interest::READABLE)?,
+        stderr: Some(pipe_end(stderr, Interest::READABLE)?),
+        terminal: None,
     };
-    let child = ChildEnds {
-        status: status_write,
-        control: control_read,
-        report: report_write,
-        stdin: stdin_read,
-        stdout: stdout_write,
-        stderr: stderr_write,
-    };
-    Ok((agent, child))
+    Ok((agent, ChildStdio::Pipes([stdin_end, stdout_end, stderr_end])))
+}
+
+fn pipe_end(fd: OwnedFd, interest: Interest) -> io::Result<End> {
+    enlarge(&fd)?;
+    never_block(&fd)?;
+    Ok(End::Pipe(join_reactor(fd, interest)?))
+}
+
+fn join_reactor(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an owned descriptor is open until it is dropped, and stays the same.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
+}
+
+fn never_block(fd: &OwnedFd) -> io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(fd)?;
+    Ok(rustix::fs::fcntl_setfl(fd, flags | OFlags::NONBLOCK)?)
 }
 
 fn pipe_pair() -> io::Result<(OwnedFd, OwnedFd)> {
@@ -244,15 +290,10 @@ fn file_limit() -> io::Result<libc::rlimit> {
 fn clone_into(command: &Command, ends: &ChildEnds, cgroup: Option<&OwnedFd>) -> io::Result<Pid> {
     let argv = command.argv_pointers();
     let envp = command.env_pointers();
-    let raw = |fd: &OwnedFd| fd.as_fd().as_raw_fd();
-    let mut keep: [RawFd; 6] = [
-        raw(&ends.status),
-        raw(&ends.control),
-        raw(&ends.report),
-        raw(&ends.stdin),
-        raw(&ends.stdout),
-        raw(&ends.stderr),
-    ];
+    let [status, control, report] =
+        [&ends.status, &ends.control, &ends.report].map(AsRawFd::as_raw_fd);
+    let [stdin, stdout, stderr] = ends.stdio.raw();
+    let mut keep: [RawFd; 6] = [status, control, report, stdin, stdout, stderr];
     keep.sort_unstable();
     let plan = init::Plan {
         argv: &argv,
@@ -262,13 +303,14 @@ fn clone_into(command: &Command, ends: &ChildEnds, cgroup: Option<&OwnedFd>) -> 
         cwd: command.cwd(),
         files: file_limit()?,
         identity: command.identity(),
-        status: raw(&ends.status),
-        control: raw(&ends.control),
-        report: raw(&ends.report),
-        stdin: raw(&ends.stdin),
-        stdout: raw(&ends.stdout),
-        stderr: raw(&ends.stderr),
+        status,
+        control,
+        report,
+        stdin,
+        stdout,
+        stderr,
         keep,
+        terminal: command.terminal().is_some(),
     };
     namespace::clone_init(&plan, cgroup)
 }

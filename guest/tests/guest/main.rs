@@ -4,7 +4,9 @@
 
 mod boot;
 mod commands;
+mod files;
 mod network;
 mod sessions;
 mod streams;
 mod support;
+mod terminals;

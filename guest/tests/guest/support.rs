@@ -19,8 +19,8 @@ use matchlock_guest::reaper::Reaper;
 use matchlock_guest::session::{self, Line};
 use matchlock_wire::frame::Codec;
 use matchlock_wire::message::{
-    AgentInfo, Bytes, Configure, ExecAttach, ExecInput, ExecOutput, ExecStart, JOB_WINDOW_BYTES,
-    JobId, OutputStream, Reply, Request,
+    AgentInfo, Bytes, Configure, ExecAttach, ExecInput, ExecOutput, ExecStart, FileStart,
+    JOB_WINDOW_BYTES, JobId, OutputStream, Reply, Request,
 };
 use matchlock_wire::resync::{Greeting, Hunter, hello};
 use matchlock_wire::{MAX_STREAMS, SPLIT_SEND_BYTES, STREAM_WINDOW_BYTES};
@@ -311,6 +311,11 @@ impl Host {
         Job::new(self.open(Request::Exec(start)).await)
     }
 
+    /// Opens files.
+    pub(crate) async fn files(&self, start: FileStart) -> Job {
+        Job::new(self.open(Request::File(start)).await)
+    }
+
     /// Continues a job.
     pub(crate) async fn attach(&self, job: JobId, output_offset: u64) -> Job {
         let request = Request::Attach(ExecAttach { job, output_offset });
@@ -475,5 +480,6 @@ pub(crate) fn start(job: u8, argv: &[&str]) -> ExecStart {
         cwd: None,
         user: None,
         stdin: false,
+        terminal: None,
     }
 }

@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use matchlock_model::id::{InstallId, Mark};
+use matchlock_model::identity::ProcessIdentity;
 
 use super::{
     Firewall, FirewallError, FirewallHandle, FirewallSpec, Held, ObservedFirewall, ObservedTable,
-    Obstacle, filter_table, nat_table,
+    Obstacle, filter_table, is_alike, nat_table,
 };
 use crate::fault::{Fault, Faults, disturbed};
 
@@ -19,15 +20,15 @@ use crate::fault::{Fault, Faults, disturbed};
 pub enum FirewallOp {
     /// [`Firewall::apply`].
     Apply,
-    /// [`Firewall::replace`].
-    Replace,
     /// [`Firewall::release`].
     Release,
     /// [`Firewall::observe`].
     Observe,
     /// [`Firewall::list_marked`].
     ListMarked,
-    /// [`Firewall::remove`].
+    /// [`Firewall::list_alike`].
+    ListAlike,
+    /// [`Firewall::remove`] and [`Firewall::remove_from`].
     Remove,
     /// [`Firewall::obstacles`].
     Obstacles,
@@ -42,6 +43,8 @@ const OWNER_PAUSE: Duration = Duration::from_millis(10);
 #[derive(Debug, Clone, Default)]
 pub struct FakeFirewall {
     state: Arc<Mutex<State>>,
+    /// Whose sockets hold what is made here.
+    process: Option<ProcessIdentity>,
 }
 
 #[derive(Debug, Default)]
@@ -58,6 +61,7 @@ struct State {
 struct Table {
     shown: ObservedTable,
     owner: Option<u64>,
+    holder: Option<ProcessIdentity>,
     spec: Option<FirewallSpec>,
 }
 
@@ -95,14 +99,22 @@ impl State {
         }
     }
 
-    fn require_no_owner(&self, tap: &str) -> Result<(), FirewallError> {
-        match self.existing(tap).find(|table| table.owner.is_some()) {
+    /// `through` is the process whose socket is used.
+    fn require_no_owner(
+        &self,
+        tap: &str,
+        through: Option<&ProcessIdentity>,
+    ) -> Result<(), FirewallError> {
+        let stands_in_the_way = |table: &&Table| {
+            table.owner.is_some() && (through.is_none() || table.holder.as_ref() != through)
+        };
+        match self.existing(tap).find(stands_in_the_way) {
             None => Ok(()),
             Some(table) => Err(FirewallError::OwnerLives { table: table.shown.name.clone() }),
         }
     }
 
-    fn write(&mut self, spec: &FirewallSpec, owner: Option<u64>) {
+    fn write(&mut self, spec: &FirewallSpec, owner: Option<u64>, holder: Option<&ProcessIdentity>) {
         for name in names(&spec.tap) {
             let shown = ObservedTable {
                 name: name.clone(),
@@ -110,22 +122,32 @@ impl State {
                 mark: Some(spec.mark.clone()),
                 owned: owner.is_some(),
             };
-            self.tables.insert(name, Table { shown, owner, spec: Some(spec.clone()) });
+            let (holder, spec) = (holder.cloned(), Some(spec.clone()));
+            self.tables.insert(name, Table { shown, owner, holder, spec });
         }
     }
 
-    fn apply(&mut self, spec: &FirewallSpec) -> Result<Option<u64>, FirewallError> {
+    fn apply(
+        &mut self,
+        spec: &FirewallSpec,
+        holder: Option<&ProcessIdentity>,
+    ) -> Result<Option<u64>, FirewallError> {
         self.require_mark(&spec.tap, &spec.mark)?;
-        self.require_no_owner(&spec.tap)?;
+        self.require_no_owner(&spec.tap, None)?;
         self.last_owner += 1;
         let owner = (!self.plain).then_some(self.last_owner);
-        self.write(spec, owner);
+        self.write(spec, owner, holder);
         Ok(owner)
     }
 
-    fn remove(&mut self, tap: &str, mark: &Mark) -> Result<(), FirewallError> {
+    fn remove(
+        &mut self,
+        tap: &str,
+        mark: &Mark,
+        through: Option<&ProcessIdentity>,
+    ) -> Result<(), FirewallError> {
         self.require_mark(tap, mark)?;
-        self.require_no_owner(tap)?;
+        self.require_no_owner(tap, through)?;
         for name in names(tap) {
             self.tables.remove(&name);
         }
@@ -146,6 +168,12 @@ impl FakeFirewall {
         let fake = Self::default();
         fake.state().plain = true;
         fake
+    }
+
+    /// The same host, as another process sees it: what it makes, its sockets hold.
+    #[must_use]
+    pub fn in_process(&self, process: ProcessIdentity) -> Self {
+        Self { process: Some(process), ..self.clone() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -194,7 +222,9 @@ impl FakeFirewall {
             mark: comment.and_then(Mark::parse),
             owned: false,
         };
-        self.state().tables.insert(name.to_owned(), Table { shown, owner: None, spec: None });
+        self.state()
+            .tables
+            .insert(name.to_owned(), Table { shown, owner: None, holder: None, spec: None });
     }
 
     /// Puts something in the guests' way.
@@ -223,27 +253,8 @@ impl FakeFirewall {
 #[async_trait]
 impl Firewall for FakeFirewall {
     async fn apply(&self, spec: &FirewallSpec) -> Result<FirewallHandle, FirewallError> {
-        self.run(FirewallOp::Apply, |state| state.apply(spec).map(|owner| self.handle(spec, owner)))
-            .await
-    }
-
-    async fn replace(
-        &self,
-        handle: &FirewallHandle,
-        spec: &FirewallSpec,
-    ) -> Result<(), FirewallError> {
-        self.run(FirewallOp::Replace, |state| {
-            if (&handle.tap, &handle.mark) != (&spec.tap, &spec.mark) {
-                let source = io::ErrorKind::InvalidInput.into();
-                return Err(FirewallError::of("replace the firewall tables", source));
-            }
-            state.require_mark(&spec.tap, &spec.mark)?;
-            let owner = match &handle.held {
-                Held::Fake { _keeper: keeper } => Some(keeper.owner),
-                Held::Socket(_) | Held::Nothing => None,
-            };
-            state.write(spec, owner);
-            Ok(())
+        self.run(FirewallOp::Apply, |state| {
+            state.apply(spec, self.process.as_ref()).map(|owner| self.handle(spec, owner))
         })
         .await
     }
@@ -251,7 +262,7 @@ impl Firewall for FakeFirewall {
     async fn release(&self, handle: FirewallHandle) -> Result<(), FirewallError> {
         let FirewallHandle { tap, mark, held } = handle;
         drop(held);
-        self.run(FirewallOp::Release, |state| state.remove(&tap, &mark)).await
+        self.run(FirewallOp::Release, |state| state.remove(&tap, &mark, None)).await
     }
 
     async fn observe(&self, tap: &str) -> Result<ObservedFirewall, FirewallError> {
@@ -273,15 +284,36 @@ impl Firewall for FakeFirewall {
         .await
     }
 
+    async fn list_alike(&self) -> Result<Vec<ObservedTable>, FirewallError> {
+        self.run(FirewallOp::ListAlike, |state| {
+            let tables = state.tables.values().map(|table| &table.shown);
+            Ok(tables.filter(|table| is_alike(table)).cloned().collect())
+        })
+        .await
+    }
+
     async fn remove(&self, tap: &str, mark: &Mark) -> Result<(), FirewallError> {
         // As the kernel does it: what a process held goes a moment after it.
         for _ in 0..OWNER_TRIES {
-            match self.run(FirewallOp::Remove, |state| state.remove(tap, mark)).await {
+            match self.run(FirewallOp::Remove, |state| state.remove(tap, mark, None)).await {
                 Err(FirewallError::OwnerLives { .. }) => tokio::time::sleep(OWNER_PAUSE).await,
                 result => return result,
             }
         }
-        self.run(FirewallOp::Remove, |state| state.remove(tap, mark)).await
+        self.run(FirewallOp::Remove, |state| state.remove(tap, mark, None)).await
+    }
+
+    async fn remove_from(
+        &self,
+        tap: &str,
+        mark: &Mark,
+        holder: &ProcessIdentity,
+    ) -> Result<(), FirewallError> {
+        match self.remove(tap, mark).await {
+            Err(FirewallError::OwnerLives { .. }) => {}
+            result => return result,
+        }
+        self.run(FirewallOp::Remove, |state| state.remove(tap, mark, Some(holder))).await
     }
 
     async fn obstacles(&self) -> Result<Vec<Obstacle>, FirewallError> {

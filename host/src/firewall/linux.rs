@@ -2,13 +2,15 @@
 
 use std::fs;
 use std::io;
+use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use matchlock_failpoints::{Area, Injected, mutated};
-use matchlock_model::id::{InstallId, Mark};
+use matchlock_model::id::{InstallId, Mark, VmId};
+use matchlock_model::identity::ProcessIdentity;
 use tokio::time::Instant;
 
 use super::netlink::{
@@ -16,9 +18,10 @@ use super::netlink::{
 };
 use super::{
     Firewall, FirewallError, FirewallHandle, FirewallSpec, Held, ObservedFirewall, ObservedTable,
-    Obstacle, TABLE_PREFIX, filter_table, nat_table, policy,
+    Obstacle, TABLE_PREFIX, filter_table, holder, is_alike, nat_table, policy,
 };
 use crate::fenced::fenced;
+use crate::tap::tap_name;
 
 const IP_FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
 /// Of the calling thread's namespace; missing while no table of the old iptables is loaded.
@@ -50,7 +53,7 @@ const CLOSING: Duration = Duration::from_millis(400);
 const MAX_TRIES: usize = 5;
 
 /// What a crash may come between.
-pub const POINTS: Area = Area::new("firewall", &["apply", "release", "remove"]);
+pub const POINTS: Area = Area::new("firewall", &["apply", "release", "remove", "take"]);
 
 impl From<Injected> for FirewallError {
     fn from(injected: Injected) -> Self {
@@ -85,9 +88,33 @@ impl LinuxFirewall {
     }
 }
 
+impl LinuxFirewall {
+    /// Makes a VM's tables and lets them go; whether they had an owner. Only for a network namespace
+    /// made for that.
+    pub(crate) fn probe(&self) -> Result<bool, FirewallError> {
+        let vm = VmId::new(0);
+        let spec = FirewallSpec {
+            mark: Mark { install: InstallId::from_bytes([0; 8]), vm },
+            tap: tap_name(vm),
+            guest: Ipv4Addr::new(192, 0, 2, 2),
+            dns_servers: vec![Ipv4Addr::new(192, 0, 2, 53)],
+            allow_private: false,
+            allow_host_access: false,
+        };
+        self.apply_now(&spec).map(|made| made.is_dead_mans_switch())
+    }
+
+    /// Whether tables can be listed; makes nothing.
+    pub(crate) fn list_probe() -> Result<(), FirewallError> {
+        list_now(|_| false).map(drop)
+    }
+}
+
 /// A table of the kernel, and how to delete exactly it.
 struct Found {
     shown: ObservedTable,
+    /// The number of the socket that owns it.
+    port: Option<u32>,
     family: u8,
     handle: Vec<u8>,
 }
@@ -103,7 +130,8 @@ impl Found {
             comment,
             owned: message.attribute(TABLE_OWNER).is_some(),
         };
-        Some(Self { shown, family, handle: message.attribute(TABLE_HANDLE)?.to_vec() })
+        let port = message.attribute(TABLE_OWNER).and_then(number);
+        Some(Self { shown, port, family, handle: message.attribute(TABLE_HANDLE)?.to_vec() })
     }
 
     /// By handle: the name might mean another table by then.
@@ -168,12 +196,11 @@ fn is_unknown_flag(refused: &Refused) -> bool {
     matches!(refused.source.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP))
 }
 
-/// Makes or replaces the tables through this socket, which may own the ones that are there.
+/// Makes or replaces the tables through this socket.
 fn write_tables(
     socket: &mut Socket,
     spec: &FirewallSpec,
     owned: bool,
-    may_be_owned: bool,
 ) -> Result<Result<(), Refused>, FirewallError> {
     let doing = || format!("write the firewall tables of {}", spec.tap);
     let written = policy::write(spec, owned).map_err(|error| {
@@ -187,7 +214,7 @@ fn write_tables(
         let mut deletions = Vec::new();
         for table in existing.iter().flatten() {
             table.require_mark(&spec.mark)?;
-            if table.shown.owned && !may_be_owned {
+            if table.shown.owned {
                 return Err(FirewallError::OwnerLives { table: table.shown.name.clone() });
             }
             deletions.push(table.deletion());
@@ -205,11 +232,11 @@ impl LinuxFirewall {
         let mut socket = open()?;
         POINTS.before("apply")?;
         let owned = self.owner_flag.load(Ordering::Relaxed);
-        let mut result = write_tables(&mut socket, spec, owned, false)?;
+        let mut result = write_tables(&mut socket, spec, owned)?;
         let mut held_by_socket = owned;
         if owned && result.as_ref().is_err_and(is_unknown_flag) {
             // If the tables can be had without the flag, the flag was the reason.
-            let plain = write_tables(&mut socket, spec, false, false)?;
+            let plain = write_tables(&mut socket, spec, false)?;
             if plain.is_ok() {
                 self.owner_flag.store(false, Ordering::Relaxed);
                 held_by_socket = false;
@@ -235,7 +262,7 @@ fn release_now(handle: FirewallHandle) -> Result<(), FirewallError> {
     let Held::Socket(socket) = &held else { return Ok(()) };
     let mut socket = socket.lock().unwrap_or_else(PoisonError::into_inner);
     POINTS.before("release")?;
-    remove_through(&mut socket, &tap, &mark)?;
+    remove_through(&mut socket, None, &tap, &mark)?;
     Ok(POINTS.after("release")?)
 }
 
@@ -245,11 +272,17 @@ fn remove_now(tap: &str, mark: &Mark) -> Result<(), FirewallError> {
     if mutated("firewall_remove_lies") {
         return Ok(());
     }
-    remove_through(&mut open()?, tap, mark)?;
+    remove_through(&mut open()?, None, tap, mark)?;
     Ok(POINTS.after("remove")?)
 }
 
-fn remove_through(socket: &mut Socket, tap: &str, mark: &Mark) -> Result<(), FirewallError> {
+/// Looks through one socket, and deletes through this one or the other.
+fn remove_through(
+    socket: &mut Socket,
+    mut other: Option<&mut Socket>,
+    tap: &str,
+    mark: &Mark,
+) -> Result<(), FirewallError> {
     let doing = || format!("remove the firewall tables of {tap}");
     let mut tries = 0;
     loop {
@@ -265,9 +298,12 @@ fn remove_through(socket: &mut Socket, tap: &str, mark: &Mark) -> Result<(), Fir
         }
         let owned = existing.iter().find(|table| table.shown.owned);
         let deletions: Vec<_> = existing.iter().map(|table| table.deletion()).collect();
-        match (socket.delete(&deletions), owned) {
+        let through = other.as_deref_mut().unwrap_or(socket);
+        match (through.delete(&deletions), owned) {
             (Ok(()), _) => {}
             (Err(refused), _) if is_stale(&refused) => {}
+            // Whoever else reads from a socket that we have a copy of may have got its answer.
+            (Err(refused), _) if refused.source.kind() == io::ErrorKind::UnexpectedEof => {}
             (Err(refused), Some(owned)) if refused.source.raw_os_error() == Some(libc::EPERM) => {
                 return Err(FirewallError::OwnerLives { table: owned.shown.name.clone() });
             }
@@ -276,11 +312,28 @@ fn remove_through(socket: &mut Socket, tap: &str, mark: &Mark) -> Result<(), Fir
     }
 }
 
-fn list_now(install: &InstallId) -> Result<Vec<ObservedTable>, FirewallError> {
+/// Removes a TAP's tables through a copy of the socket that owns them, which this process holds.
+fn remove_from_now(tap: &str, mark: &Mark, holder: &ProcessIdentity) -> Result<(), FirewallError> {
+    POINTS.before("take")?;
+    let mut looking = open()?;
+    let found = find(&mut looking, tap)?;
+    let owned = found.iter().flatten().find_map(|table| Some((table.port?, &table.shown.name)));
+    let Some((port, table)) = owned else { return Ok(()) };
+    match holder::take(port, holder) {
+        Ok(Some(mut socket)) => remove_through(&mut looking, Some(&mut socket), tap, mark)?,
+        Ok(None) => return Err(FirewallError::OwnerLives { table: table.clone() }),
+        Err(source) => {
+            let (table, pid) = (table.clone(), holder.pid);
+            return Err(FirewallError::HeldBy { table, pid, source });
+        }
+    }
+    Ok(POINTS.after("take")?)
+}
+
+fn list_now(wanted: impl Fn(&ObservedTable) -> bool) -> Result<Vec<ObservedTable>, FirewallError> {
     let tables = open()?.dump(&Message::new(GET_TABLE, 0));
     let tables = tables.map_err(|source| FirewallError::of("list the firewall tables", source))?;
-    let ours = |table: &ObservedTable| table.mark.as_ref().is_some_and(|m| m.install == *install);
-    Ok(tables.iter().filter_map(Found::of).map(|found| found.shown).filter(ours).collect())
+    Ok(tables.iter().filter_map(Found::of).map(|found| found.shown).filter(wanted).collect())
 }
 
 /// What a chain of somebody else does to every packet that no rule of it lets through.
@@ -362,29 +415,6 @@ impl Firewall for LinuxFirewall {
         elsewhere("write the firewall tables", move || this.apply_now(&spec)).await
     }
 
-    async fn replace(
-        &self,
-        handle: &FirewallHandle,
-        spec: &FirewallSpec,
-    ) -> Result<(), FirewallError> {
-        let doing = format!("replace the firewall tables of {}", handle.tap);
-        if (&handle.tap, &handle.mark) != (&spec.tap, &spec.mark) {
-            return Err(FirewallError::of(doing, io::ErrorKind::InvalidInput.into()));
-        }
-        let spec = spec.clone();
-        let Held::Socket(socket) = &handle.held else {
-            let plain = Self::with_plain_tables();
-            return elsewhere("", move || plain.apply_now(&spec)).await.map(drop);
-        };
-        let socket = Arc::clone(socket);
-        elsewhere("replace the firewall tables", move || {
-            let mut socket = socket.lock().unwrap_or_else(PoisonError::into_inner);
-            let written = write_tables(&mut socket, &spec, true, true)?;
-            written.map_err(|error| refused(doing, error))
-        })
-        .await
-    }
-
     async fn release(&self, handle: FirewallHandle) -> Result<(), FirewallError> {
         let (tap, mark) = (handle.tap.clone(), handle.mark.clone());
         elsewhere("remove the firewall tables", move || release_now(handle)).await?;
@@ -403,7 +433,13 @@ impl Firewall for LinuxFirewall {
 
     async fn list_marked(&self, install: &InstallId) -> Result<Vec<ObservedTable>, FirewallError> {
         let install = install.clone();
-        elsewhere("list the firewall tables", move || list_now(&install)).await
+        let ours =
+            move |table: &ObservedTable| table.mark.as_ref().is_some_and(|m| m.install == install);
+        elsewhere("list the firewall tables", move || list_now(ours)).await
+    }
+
+    async fn list_alike(&self) -> Result<Vec<ObservedTable>, FirewallError> {
+        elsewhere("list the firewall tables", || list_now(is_alike)).await
     }
 
     async fn remove(&self, tap: &str, mark: &Mark) -> Result<(), FirewallError> {
@@ -419,6 +455,26 @@ impl Firewall for LinuxFirewall {
                 result => return result,
             }
         }
+    }
+
+    async fn remove_from(
+        &self,
+        tap: &str,
+        mark: &Mark,
+        holder: &ProcessIdentity,
+    ) -> Result<(), FirewallError> {
+        match self.remove(tap, mark).await {
+            Err(FirewallError::OwnerLives { .. }) if mutated("leave_tables_of_others") => {
+                return Ok(());
+            }
+            Err(FirewallError::OwnerLives { .. }) => {}
+            result => return result,
+        }
+        let (name, expected, holder) = (tap.to_owned(), mark.clone(), holder.clone());
+        let work = move || remove_from_now(&name, &expected, &holder);
+        elsewhere("remove the firewall tables", work).await?;
+        // What was done through the socket of another is looked at through our own.
+        self.remove(tap, mark).await
     }
 
     async fn obstacles(&self) -> Result<Vec<Obstacle>, FirewallError> {

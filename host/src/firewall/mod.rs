@@ -17,8 +17,8 @@
 //! # Invariants
 //! 1. Both tables come and go in one atomic batch, through one netlink socket that the
 //!    [`FirewallHandle`] holds, and after the launch the hypervisor alone: an owner that hangs keeps
-//!    no table of a VM that has ended. (Who is to change them then takes the socket from its child,
-//!    as pidfd_getfd does.) They have the owner flag: **the kernel removes them when that
+//!    no table of a VM that has ended. (From one that stands still in between, whoever takes its VM over
+//!    takes a copy of the socket: `holder`.) They have the owner flag: **the kernel removes them when that
 //!    socket closes**, however its process ends, and lets nobody else change them. (A child that
 //!    is being spawned at that moment holds a copy of the socket until its exec.) Where the kernel
 //!    has no such flag (before 5.12) they are plain tables, and `gc` finds them by mark.
@@ -46,8 +46,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use matchlock_model::id::{InstallId, Mark};
+use matchlock_model::identity::ProcessIdentity;
 
 mod fake;
+mod holder;
 mod linux;
 mod netlink;
 mod policy;
@@ -69,6 +71,12 @@ pub fn filter_table(tap: &str) -> String {
 #[must_use]
 pub fn nat_table(tap: &str) -> String {
     format!("{TABLE_PREFIX}nat_{tap}")
+}
+
+/// Whether a table looks like one of Matchlock's.
+fn is_alike(table: &ObservedTable) -> bool {
+    let named = |(_, name): (&str, &str)| name.starts_with(TABLE_PREFIX);
+    table.mark.is_some() || table.name.split_once(' ').is_some_and(named)
 }
 
 /// What a VM's guest may reach.
@@ -207,6 +215,18 @@ pub enum FirewallError {
         /// The table.
         table: String,
     },
+    /// The tables belong to a netlink socket of this process, and it cannot be had.
+    #[error(
+        "the table {table} is held by process {pid}, whose socket cannot be had (that takes root, or CAP_SYS_PTRACE): end that process (kill -9 {pid}), then run `matchlock gc`"
+    )]
+    HeldBy {
+        /// The table.
+        table: String,
+        /// The process.
+        pid: i32,
+        /// Why its socket cannot be had.
+        source: io::Error,
+    },
     /// The table carries another mark than the one expected, or none.
     #[error(
         "the table {table} is not {expected} ({}); it was left alone",
@@ -291,19 +311,6 @@ pub trait Firewall: Send + Sync {
     /// was changed then.
     async fn apply(&self, spec: &FirewallSpec) -> Result<FirewallHandle, FirewallError>;
 
-    /// Writes both tables anew, through the socket that owns them. There is no moment without
-    /// them. Connections that the new rules would refuse cannot send any more, in this or the
-    /// other direction, except that answers to what was sent before still come in.
-    ///
-    /// # Errors
-    /// When the spec is of another TAP or mark than the handle, or the kernel refuses; the tables
-    /// are as they were then.
-    async fn replace(
-        &self,
-        handle: &FirewallHandle,
-        spec: &FirewallSpec,
-    ) -> Result<(), FirewallError>;
-
     /// Gives the tables up and looks whether they are gone.
     ///
     /// # Errors
@@ -322,6 +329,13 @@ pub trait Firewall: Send + Sync {
     /// When the tables could not be listed.
     async fn list_marked(&self, install: &InstallId) -> Result<Vec<ObservedTable>, FirewallError>;
 
+    /// Every table that looks like one of Matchlock's, whosever it is: its comment is a mark of any
+    /// installation, or its name is one that we would give.
+    ///
+    /// # Errors
+    /// When the tables could not be listed.
+    async fn list_alike(&self) -> Result<Vec<ObservedTable>, FirewallError>;
+
     /// Removes a TAP's tables if their comment is exactly this mark, and looks again. Gone already
     /// is success.
     ///
@@ -331,6 +345,20 @@ pub trait Firewall: Send + Sync {
     /// when one carries anything else; nothing was removed then. Otherwise when they could not be
     /// looked at or are still there.
     async fn remove(&self, tap: &str, mark: &Mark) -> Result<(), FirewallError>;
+
+    /// As [`Firewall::remove`], of tables that this process may still hold: one that stands still, or
+    /// hangs, and got no further than to make them. For whoever has seen to it that the process may do
+    /// nothing more to the VM: they are removed through its own socket.
+    ///
+    /// # Errors
+    /// As [`Firewall::remove`]; [`FirewallError::HeldBy`] when the process holds them and its socket
+    /// cannot be had (that takes root, or CAP_SYS_PTRACE).
+    async fn remove_from(
+        &self,
+        tap: &str,
+        mark: &Mark,
+        holder: &ProcessIdentity,
+    ) -> Result<(), FirewallError>;
 
     /// What of this host's other rules may stand in a guest's way. Rules inside chains are not
     /// read: an empty answer is no promise.

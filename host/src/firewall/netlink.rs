@@ -19,8 +19,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, netlink, recv, sendto,
-    socket_with,
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, getsockname, netlink, recv,
+    sendto, socket_with,
 };
 
 /// Bytes of the two headers in front of the attributes.
@@ -28,6 +28,9 @@ const HEADERS: usize = 20;
 
 /// The kernel sends dumps in parts of at most 32 KiB.
 const BUFFER: usize = 64 * 1024;
+
+/// The first number of a request through another's socket.
+const ADOPTED: u32 = 0x4000_0000;
 
 /// How often an interrupted dump is read again.
 const MAX_DUMPS: usize = 50;
@@ -233,6 +236,20 @@ impl Socket {
         )?;
         bind(&fd, &SocketAddrNetlink::new(0, 0))?;
         Ok(Self { fd, sequence: 1 })
+    }
+
+    /// A copy of a socket that another process uses as well. It may have answers in it that nobody
+    /// has read: they are dropped, and our own have numbers that nobody else comes to.
+    pub(super) fn adopt(fd: OwnedFd) -> io::Result<Self> {
+        let socket = Self { fd, sequence: ADOPTED };
+        while socket.receive()?.is_some() {}
+        Ok(socket)
+    }
+
+    /// The number that the kernel knows this socket by, in its network namespace.
+    pub(super) fn port(&self) -> io::Result<u32> {
+        let address = SocketAddrNetlink::try_from(getsockname(&self.fd)?)?;
+        Ok(address.pid())
     }
 
     /// Carries out a batch that rustables wrote, behind these deletions, wholly or not at all.

@@ -5,7 +5,9 @@ use std::fmt::Write as _;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::BytesMut;
-use matchlock_model::exec::{ExecRefusal, ExecRefusalKind, ExecSpec, ExitStatus, OutputStream};
+use matchlock_model::exec::{
+    ExecRefusal, ExecRefusalKind, ExecSpec, ExitStatus, OutputStream, TerminalSize,
+};
 use matchlock_model::guest::{AgentInfo, GuestConfig, GuestNetwork};
 use matchlock_wire::frame::{Codec, FrameError, MAX_CHUNK_BYTES};
 use matchlock_wire::message;
@@ -142,7 +144,17 @@ pub(super) fn exec_start(job: message::JobId, spec: &ExecSpec) -> message::ExecS
         cwd: spec.cwd.clone(),
         user: spec.user.clone(),
         stdin: spec.stdin,
+        terminal: spec.terminal.as_ref().map(|terminal| message::Terminal {
+            size: terminal_size(terminal.size),
+            term: terminal.term.clone(),
+        }),
     }
+}
+
+/// The size of a terminal.
+pub(super) fn terminal_size(size: TerminalSize) -> message::TerminalSize {
+    let TerminalSize { rows, cols } = size;
+    message::TerminalSize { rows, cols }
 }
 
 /// Why the guest did not start a command.
@@ -155,6 +167,7 @@ pub(super) fn refusal(failure: &message::ExecFailure) -> ExecRefusal {
         Wire::WorkingDirectory => ExecRefusalKind::WorkingDirectory,
         Wire::Request => ExecRefusalKind::Request,
         Wire::Unavailable => ExecRefusalKind::Unavailable,
+        Wire::File => ExecRefusalKind::File,
     };
     ExecRefusal { kind, message: clean(&failure.message) }
 }

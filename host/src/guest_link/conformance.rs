@@ -3,11 +3,14 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use matchlock_model::exec::{ExecRefusalKind, ExecSpec, ExitStatus, OutputStream};
+use matchlock_model::exec::{
+    ExecRefusalKind, ExecSpec, ExitStatus, OutputStream, Terminal, TerminalSize,
+};
+use matchlock_model::file::FileOp;
 use matchlock_model::guest::{GuestConfig, GuestNetwork, HostEntry};
 use tokio::time::timeout;
 
-use super::{ExecEvent, ExecSession, GuestLink, LinkConnector, LinkError, StdinInput};
+use super::{ExecEvent, ExecSession, FileEntries, GuestLink, LinkConnector, LinkError, StdinInput};
 use crate::hypervisor::Machine;
 
 /// A generous limit for anything that should happen at once.
@@ -21,7 +24,15 @@ pub(super) fn command(line: &str) -> ExecSpec {
         cwd: None,
         user: None,
         stdin: false,
+        terminal: None,
     }
+}
+
+/// A command line with a terminal of 24 lines.
+pub(super) fn command_on_terminal(line: &str) -> ExecSpec {
+    let size = TerminalSize { rows: 24, cols: 80 };
+    let terminal = Some(Terminal { size, term: Some("vt100".to_owned()) });
+    ExecSpec { stdin: true, terminal, ..command(line) }
 }
 
 /// A command line with stdin.
@@ -110,7 +121,9 @@ pub(super) async fn link_conformance(
     assert!(next(&mut session).await.is_none());
 
     stdin_and_signals(&*link).await;
+    terminals(&*link).await;
     dropped_sessions(&*link).await;
+    files(&*link).await;
 
     link.shutdown(Duration::from_secs(1)).await.expect("the shutdown begins");
 
@@ -145,10 +158,8 @@ async fn stdin_and_signals(link: &dyn GuestLink) {
 
     let mut session = link.exec(&command_with_stdin("cat")).await.expect("a session");
     started(&mut session).await;
-    let ExecSession { stdin, signals, events } = session;
-    drop(stdin);
     let (spare, _) = tokio::sync::mpsc::channel(1);
-    let mut session = ExecSession { stdin: spare, signals, events };
+    drop(std::mem::replace(&mut session.stdin, spare));
     assert_eq!(finish(&mut session).await.2, ExitStatus::Code(0), "a dropped sender is the end");
 
     let mut session = link.exec(&command("sleep")).await.expect("a session");
@@ -156,6 +167,96 @@ async fn stdin_and_signals(link: &dyn GuestLink) {
     started(&mut session).await;
     session.signals.send(15).await.expect("taken");
     assert_eq!(finish(&mut session).await.2, ExitStatus::Signal(15));
+}
+
+/// Everything that an operation on files prints, and its end.
+async fn file(link: &dyn GuestLink, op: FileOp) -> (Vec<u8>, ExitStatus) {
+    let mut session = link.file(&op).await.expect("a session");
+    started(&mut session).await;
+    let (out, err, status) = finish(&mut session).await;
+    assert_eq!(err, b"");
+    (out, status)
+}
+
+async fn write_file(link: &dyn GuestLink, path: &str, offset: Option<u64>, bytes: &[u8]) {
+    let op = FileOp::Write { path: path.to_owned(), offset, mode: 0o644 };
+    let mut session = link.file(&op).await.expect("a session");
+    started(&mut session).await;
+    let piece = Bytes::copy_from_slice(bytes);
+    session.stdin.send(StdinInput::Data(piece)).await.expect("taken");
+    session.stdin.send(StdinInput::Eof).await.expect("taken");
+    assert_eq!(finish(&mut session).await.2, ExitStatus::Code(0));
+}
+
+async fn files(link: &dyn GuestLink) {
+    let read = |offset, length| FileOp::Read { path: "/d/e/f".to_owned(), offset, length };
+    // More than what is in flight at once.
+    let bytes: Vec<u8> = (0..1_000_000_u32).map(|n| n.to_le_bytes()[n as usize % 2]).collect();
+    write_file(link, "/d/e/f", None, &bytes).await;
+    let ok = ExitStatus::Code(0);
+    assert_eq!(file(link, read(0, None)).await, (bytes.clone(), ok));
+    assert_eq!(file(link, read(999_990, Some(100))).await, (bytes[999_990..].to_vec(), ok));
+    assert_eq!(file(link, read(10, Some(5))).await, (bytes[10..15].to_vec(), ok));
+    assert_eq!(file(link, read(2_000_000, None)).await, (vec![], ok));
+    write_file(link, "/d/e/f", Some(3), b"abc").await;
+    assert_eq!(file(link, read(2, Some(5))).await.0, [&bytes[2..3], b"abc", &bytes[6..7]].concat());
+    write_file(link, "/d/e/f", None, b"short").await;
+    assert_eq!(file(link, read(0, None)).await.0, b"short");
+
+    let (printed, _) = file(link, FileOp::List { path: "/d".to_owned() }).await;
+    let entries = FileEntries::default().take(&printed).expect("entries");
+    let shown: Vec<_> =
+        entries.iter().map(|entry| (&*entry.name, entry.mode & 0o170_000)).collect();
+    assert_eq!(shown, [(&b"e"[..], 0o040_000)]);
+
+    let mut session = link
+        .file(&FileOp::Read { path: "/none".into(), offset: 0, length: None })
+        .await
+        .expect("a session");
+    match next(&mut session).await {
+        Some(Ok(ExecEvent::Refused(refusal))) => {
+            assert_eq!(refusal.kind, ExecRefusalKind::NotFound)
+        }
+        other => panic!("unexpected {other:?}"),
+    }
+    let op = FileOp::Write { path: "/left".into(), offset: None, mode: 0o644 };
+    let left = link.file(&op).await.expect("a session");
+    drop(left);
+    assert_eq!(run(link, "echo still here").await.0, b"still here\n");
+}
+
+/// Waits until a terminal has said that it has this size.
+async fn shows(session: &mut ExecSession, shown: &mut String, rows: u16, cols: u16) {
+    let line = format!("{rows} {cols}\n");
+    while !shown.ends_with(&line) {
+        match next(session).await {
+            Some(Ok(ExecEvent::Output(OutputStream::Stdout, data))) => {
+                shown.push_str(std::str::from_utf8(&data).expect("numbers"));
+            }
+            other => panic!("{other:?} after {shown:?}"),
+        }
+    }
+}
+
+async fn terminals(link: &dyn GuestLink) {
+    let mut session = link.exec(&command_on_terminal("sizes")).await.expect("a session");
+    started(&mut session).await;
+    let mut shown = String::new();
+    shows(&mut session, &mut shown, 24, 80).await;
+    assert_eq!(shown, "24 80\n");
+    for (rows, cols) in [(50, 132), (1, 65535), (0, 0), (24, 80)] {
+        session.size.send_replace(TerminalSize { rows, cols });
+        shows(&mut session, &mut shown, rows, cols).await;
+    }
+    assert_eq!(shown, "24 80\n50 132\n1 65535\n0 0\n24 80\n");
+    session.signals.send(1).await.expect("taken");
+    assert_eq!(finish(&mut session).await.2, ExitStatus::Signal(1));
+
+    let mut session = link.exec(&command("cat")).await.expect("a session");
+    session.size.send_replace(TerminalSize { rows: 9, cols: 9 });
+    assert_eq!(session.size.receiver_count(), 0, "a command without a terminal has no size");
+    started(&mut session).await;
+    drop(session);
 }
 
 async fn dropped_sessions(link: &dyn GuestLink) {
@@ -180,9 +281,12 @@ pub(super) async fn reconnection(
     let mut flood = link.exec(&command("flood 3000000")).await.expect("a session");
     let mut sleep = link.exec(&command("sleep")).await.expect("a session");
     let mut over = link.exec(&command("exit 7")).await.expect("a session");
-    for session in [&mut cat, &mut flood, &mut sleep, &mut over] {
+    let mut sizes = link.exec(&command_on_terminal("sizes")).await.expect("a session");
+    for session in [&mut cat, &mut flood, &mut sleep, &mut over, &mut sizes] {
         started(session).await;
     }
+    let mut shown = String::new();
+    shows(&mut sizes, &mut shown, 24, 80).await;
     cat.stdin.send(StdinInput::Data(Bytes::from_static(b"abc"))).await.expect("taken");
     let Some(Ok(ExecEvent::Output(_, first))) = next(&mut flood).await else { panic!("no output") };
 
@@ -197,6 +301,9 @@ pub(super) async fn reconnection(
         assert!(matches!(timeout(SOON, link.closed()).await, Ok(LinkError::Lost { .. })));
     }
     drop(dropped);
+    for rows in 1..=3 {
+        sizes.size.send_replace(TerminalSize { rows, cols: 7 });
+    }
     // Not earlier: a signal that is on its way when its session is lost may be lost with it.
     sleep.signals.send(15).await.expect("taken");
     link.reconnect(machine, SOON).await.expect("another session");
@@ -207,6 +314,8 @@ pub(super) async fn reconnection(
     assert_eq!((first.len() + rest.len(), status), (3_000_000, ExitStatus::Code(0)));
     assert_eq!(finish(&mut sleep).await.2, ExitStatus::Signal(15));
     assert_eq!(finish(&mut over).await.2, ExitStatus::Code(7));
+    shows(&mut sizes, &mut shown, 3, 7).await;
+    drop(sizes);
     assert!(timeout(Duration::from_millis(50), link.closed()).await.is_err(), "it is open");
     link.configure(&config()).await.expect("configured");
     timeout(SOON, link.ping()).await.expect("in time").expect("an answer");

@@ -2,7 +2,8 @@
 //! is above it. The conformance suite runs on it and on the real link.
 //!
 //! What a command does is decided by its name ([`FakeConnector::set_command`]). Known from the
-//! start: `echo`, `cat`, `exit N`, `flood N`, `sleep` (until a signal). Others are not found.
+//! start: `echo`, `cat`, `exit N`, `flood N`, `sleep` (until a signal), `sizes`. Others are not found.
+//! Files are kept in memory ([`super::fake_files`]).
 //!
 //! # Invariants
 //! 1. A session ends when its machine closes the transport, when told to ([`FakeConnector::lose`]),
@@ -10,7 +11,7 @@
 //!    when there will be none.
 //! 2. A command whose receiver is dropped is gone from [`FakeConnector::running`].
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,7 +19,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use matchlock_model::exec::{ExecRefusal, ExecRefusalKind, ExecSpec, ExitStatus, OutputStream};
+use matchlock_model::exec::{
+    ExecRefusal, ExecRefusalKind, ExecSpec, ExitStatus, OutputStream, TerminalSize,
+};
+use matchlock_model::file::FileOp;
 use matchlock_model::guest::{AgentInfo, GuestConfig};
 use matchlock_model::identity::ProcessIdentity;
 use matchlock_wire::frame::MAX_CHUNK_BYTES;
@@ -29,6 +33,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::codec;
 use super::driver::Ending;
+use super::fake_files;
 use super::{ExecEvent, ExecSession, GuestLink, LinkConnector, LinkError, StdinInput};
 use crate::hypervisor::Machine;
 
@@ -56,8 +61,12 @@ pub enum FakeCommand {
     Flood,
     /// Runs until it gets a signal and dies of it.
     UntilSignal,
+    /// Prints the lines and columns of its terminal, now and when they change, until a signal.
+    Sizes,
     /// Prints this and ends.
     Print(Bytes, ExitStatus),
+    /// Writes its stdin to this file, from this offset on.
+    Write(String, Option<u64>),
     /// Cannot be started.
     Refuse(ExecRefusal),
 }
@@ -82,6 +91,7 @@ struct Script {
     shutdowns: Vec<Duration>,
     links: Vec<Arc<Ending>>,
     hung: bool,
+    files: BTreeMap<String, Vec<u8>>,
 }
 
 /// Connects to fake guests. Clones share everything.
@@ -104,6 +114,7 @@ impl Default for FakeConnector {
             ("exit", FakeCommand::Exit),
             ("flood", FakeCommand::Flood),
             ("sleep", FakeCommand::UntilSignal),
+            ("sizes", FakeCommand::Sizes),
         ];
         let script = Script {
             readiness: FakeReadiness::Ready,
@@ -113,6 +124,7 @@ impl Default for FakeConnector {
             shutdowns: Vec::new(),
             links: Vec::new(),
             hung: false,
+            files: BTreeMap::new(),
         };
         Self {
             guest: Arc::new(Guest {
@@ -272,6 +284,30 @@ impl FakeLink {
     fn alive(&self) -> Result<(), LinkError> {
         self.session.borrow().now().map_or(Ok(()), Err)
     }
+
+    fn start(
+        &self,
+        does: FakeCommand,
+        args: Vec<Vec<u8>>,
+        has_stdin: bool,
+        terminal: Option<TerminalSize>,
+    ) -> ExecSession {
+        let (stdin, stdin_receiver) = mpsc::channel(4);
+        let (signals, signal_receiver) = mpsc::channel(16);
+        let (event_sender, events) = mpsc::channel(4);
+        let size = watch::Sender::new(terminal.unwrap_or_default());
+        let command = Command {
+            args,
+            stdin: has_stdin.then_some(stdin_receiver),
+            signals: signal_receiver,
+            sizes: terminal.map(|_| size.subscribe()),
+            terminate: self.terminate.clone(),
+            events: event_sender,
+        };
+        let ended = last_end(self.session.subscribe(), self.given_up.clone());
+        tokio::spawn(command.run(does, ended, self.guest.clone()));
+        ExecSession { stdin, signals, size, events }
+    }
 }
 
 #[async_trait]
@@ -286,6 +322,19 @@ impl GuestLink for FakeLink {
         Ok(())
     }
 
+    async fn file(&self, op: &FileOp) -> Result<ExecSession, LinkError> {
+        self.alive()?;
+        let does = match op {
+            FileOp::Write { path, offset, .. } => FakeCommand::Write(path.clone(), *offset),
+            op => match fake_files::print(&self.guest.script().files, op) {
+                Ok(printed) => FakeCommand::Print(printed.into(), ExitStatus::Code(0)),
+                Err(refusal) => FakeCommand::Refuse(refusal),
+            },
+        };
+        let stdin = matches!(op, FileOp::Write { .. });
+        Ok(self.start(does, Vec::new(), stdin, None))
+    }
+
     async fn exec(&self, spec: &ExecSpec) -> Result<ExecSession, LinkError> {
         self.alive()?;
         let name = spec.argv.first().cloned().unwrap_or_default();
@@ -298,19 +347,9 @@ impl GuestLink for FakeLink {
             let message = format!("{}: not found", String::from_utf8_lossy(&name));
             FakeCommand::Refuse(ExecRefusal { kind: ExecRefusalKind::NotFound, message })
         });
-        let (stdin, stdin_receiver) = mpsc::channel(4);
-        let (signals, signal_receiver) = mpsc::channel(16);
-        let (event_sender, events) = mpsc::channel(4);
-        let command = Command {
-            args: spec.argv.get(1..).unwrap_or_default().to_vec(),
-            stdin: spec.stdin.then_some(stdin_receiver),
-            signals: signal_receiver,
-            terminate: self.terminate.clone(),
-            events: event_sender,
-        };
-        let ended = last_end(self.session.subscribe(), self.given_up.clone());
-        tokio::spawn(command.run(does, ended, self.guest.clone()));
-        Ok(ExecSession { stdin, signals, events })
+        let args = spec.argv.get(1..).unwrap_or_default().to_vec();
+        let size = spec.terminal.as_ref().map(|terminal| terminal.size);
+        Ok(self.start(does, args, spec.stdin, size))
     }
 
     async fn shutdown(&self, grace: Duration) -> Result<(), LinkError> {
@@ -384,6 +423,7 @@ struct Command {
     args: Vec<Vec<u8>>,
     stdin: Option<mpsc::Receiver<StdinInput>>,
     signals: mpsc::Receiver<i32>,
+    sizes: Option<watch::Receiver<TerminalSize>>,
     terminate: CancellationToken,
     events: mpsc::Sender<Result<ExecEvent, LinkError>>,
 }
@@ -401,7 +441,7 @@ impl Command {
         guest.running.fetch_add(1, Ordering::SeqCst);
         let events = self.events.clone();
         let last = tokio::select! {
-            last = self.act(does) => last.map(Ok),
+            last = self.act(does, &guest) => last.map(Ok),
             cause = ended => Ok(Err(cause)),
             () = events.closed() => Err(Gone),
         };
@@ -415,7 +455,7 @@ impl Command {
     }
 
     /// Does what the command does; returns its last event.
-    async fn act(&mut self, does: FakeCommand) -> Result<ExecEvent, Gone> {
+    async fn act(&mut self, does: FakeCommand, guest: &Guest) -> Result<ExecEvent, Gone> {
         if let FakeCommand::Refuse(refusal) = does {
             return Ok(ExecEvent::Refused(refusal));
         }
@@ -437,13 +477,28 @@ impl Command {
                 Some(signal) = self.signals.recv() => died_of(signal),
                 () = self.terminate.cancelled() => died_of(15),
             },
+            FakeCommand::Sizes => self.sizes().await?,
             FakeCommand::Print(text, status) => {
                 self.print(text).await?;
                 status
             }
+            FakeCommand::Write(path, offset) => self.write(path, offset, guest).await,
             FakeCommand::Refuse(refusal) => return Ok(ExecEvent::Refused(refusal)),
         };
         Ok(ExecEvent::Exited(status))
+    }
+
+    async fn write(&mut self, path: String, offset: Option<u64>, guest: &Guest) -> ExitStatus {
+        let mut at = fake_files::open(&mut guest.script().files, &path, offset);
+        let Some(mut stdin) = self.stdin.take() else { return ExitStatus::Code(1) };
+        loop {
+            match stdin.recv().await {
+                Some(StdinInput::Data(data)) => {
+                    at = fake_files::write(&mut guest.script().files, &path, at, &data);
+                }
+                Some(StdinInput::Eof) | None => return ExitStatus::Code(0),
+            }
+        }
     }
 
     async fn cat(&mut self) -> Result<ExitStatus, Gone> {
@@ -459,6 +514,26 @@ impl Command {
                     Some(StdinInput::Data(data)) => self.print(data).await?,
                     Some(StdinInput::Eof) | None => return Ok(ExitStatus::Code(0)),
                 },
+            }
+        }
+    }
+
+    async fn sizes(&mut self) -> Result<ExitStatus, Gone> {
+        let Some(mut sizes) = self.sizes.take() else {
+            return Ok(ExitStatus::Code(1));
+        };
+        loop {
+            let TerminalSize { rows, cols } = *sizes.borrow_and_update();
+            self.print(format!("{rows} {cols}\n").into()).await?;
+            let changed = async {
+                if sizes.changed().await.is_err() {
+                    std::future::pending().await
+                }
+            };
+            tokio::select! {
+                Some(signal) = self.signals.recv() => return Ok(died_of(signal)),
+                () = self.terminate.cancelled() => return Ok(died_of(15)),
+                () = changed => {}
             }
         }
     }

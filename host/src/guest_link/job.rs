@@ -3,7 +3,7 @@
 //! ```text
 //!                    ┌────────────────────── job task ─────────────────────┐
 //!   guest ─ frames ─►│ reader ─► OutputQueue ─► deliverer ─► events ───────│─► caller
-//!   guest ◄─ frames ─│ writer ◄─ acks · signals · StdinWindow ◄─ stdin ────│── caller
+//!   guest ◄─ frames ─│ writer ◄─ acks · signals · size · StdinWindow ◄─────│── caller
 //!                    └─────────────────────────────────────────────────────┘
 //!
 //!              ┌──── unknown, not started ─────────────┐
@@ -27,6 +27,7 @@
 //!    completely for this one, so that the guest cannot have it. Before its start a command gets none,
 //!    since whether the request itself arrived is open till then. One that was on its way when the
 //!    session was lost may be lost with it.
+//! 7. The last size of a terminal arrives: a session that continues a job begins with it.
 //!
 //! # Failure
 //! When a session is lost, the job waits for the next one and attaches: the command goes on in the
@@ -41,10 +42,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::SinkExt;
-use matchlock_model::exec::ExecRefusalKind;
+use matchlock_model::exec::{ExecRefusalKind, TerminalSize};
 use matchlock_wire::frame::FrameError;
 use matchlock_wire::message::{ExecFailure, ExecFailureKind, ExecInput, ExecOutput, JobId};
-use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::attach::Attachment;
@@ -94,6 +95,8 @@ pub(super) struct Caller {
     pub(super) signals: Option<mpsc::Receiver<i32>>,
     /// The signal that is being sent.
     pub(super) signal: Option<i32>,
+    /// The terminal's size; `None` without a terminal, or when it changes no more.
+    pub(super) sizes: Option<watch::Receiver<TerminalSize>>,
 }
 
 impl Caller {
@@ -210,6 +213,10 @@ impl Talk {
             line.writer.write_buffer_mut().extend_from_slice(&caller.request);
         } else {
             caller.accept();
+            if let Some(sizes) = &mut caller.sizes {
+                // Whether the session before had told it is not known.
+                sizes.mark_changed();
+            }
         }
         let last = tokio::select! {
             last = self.read(&mut line.reader, mux, unknown) => last,
@@ -345,7 +352,7 @@ impl Talk {
         }
     }
 
-    /// The next message for the guest: acknowledgements, then signals, then stdin.
+    /// The next message for the guest: acknowledgements, signals, the size, stdin.
     async fn next_message(&self, caller: &mut Caller) -> ExecInput {
         loop {
             let (started, wants_input, can_send) = {
@@ -370,6 +377,9 @@ impl Talk {
                     }
                     // The agent would take it for a broken protocol.
                     tracing::warn!(signal, "a signal that does not exist was not sent");
+                }
+                size = next_size(&mut caller.sizes), if started => {
+                    return ExecInput::Resize(codec::terminal_size(size));
                 }
                 () = std::future::ready(()), if can_send => {
                     let next = self.state().stdin.next();
@@ -400,6 +410,17 @@ async fn receive<T>(channel: &mut Option<mpsc::Receiver<T>>) -> T {
             return item;
         }
         *channel = None;
+    }
+    pending().await
+}
+
+/// The next size that was not told; never without a terminal.
+async fn next_size(sizes: &mut Option<watch::Receiver<TerminalSize>>) -> TerminalSize {
+    if let Some(receiver) = sizes {
+        if receiver.changed().await.is_ok() {
+            return *receiver.borrow_and_update();
+        }
+        *sizes = None;
     }
     pending().await
 }

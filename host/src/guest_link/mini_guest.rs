@@ -209,6 +209,10 @@ impl MiniGuest {
                 let inputs = requests.map_decoder(|_| Codec::default());
                 return self.attach(attach, inputs, replies.into_inner()).await;
             }
+            Request::File(start) => {
+                let inputs = requests.map_decoder(|_| Codec::default());
+                return self.file(start, inputs, replies.into_inner()).await;
+            }
             Request::Exec(start) => {
                 let inputs = requests.map_decoder(|_| Codec::default());
                 return self.exec(start, inputs, replies.into_inner()).await;

@@ -2,11 +2,12 @@
 //!
 //! `echo ARGS`, `cat`, `exit N`, `flood N` (counted 8-byte numbers), `drip N` (one byte per message,
 //! stdout and stderr in turn), `sleep` (until a signal), `deaf` (never reads its stdin, until a
-//! signal), `trap` (prints each signal as a byte, until signal 9).
+//! signal), `trap` (prints each signal as a byte, until signal 9), `sizes` (prints the lines and
+//! columns of its terminal, now and whenever it is told, until a signal).
 //!
 //! What the host does wrong about a job is kept in [`MiniJobs::violations`].
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -14,16 +15,19 @@ use std::sync::{Arc, Mutex};
 use futures::{SinkExt, StreamExt};
 use matchlock_wire::frame::{Codec, FrameError, MAX_CHUNK_BYTES};
 use matchlock_wire::message::{
-    ExecAttach, ExecFailure, ExecFailureKind, ExecInput, ExecOutput, ExecStart, ExitStatus,
-    JOB_WINDOW_BYTES, JobId, OutputStream,
+    Bytes, ExecAttach, ExecFailure, ExecFailureKind, ExecInput, ExecOutput, ExecStart, ExitStatus,
+    FileOp, FileStart, JOB_WINDOW_BYTES, JobId, OutputStream, TerminalSize,
 };
 use tokio::io::{AsyncWriteExt, WriteHalf};
 use tokio::sync::watch;
 use tokio_util::codec::FramedWrite;
 
+use super::fake_files;
 use super::mini_guest::{Inputs, MiniGuest, Stream, counted};
 
-const COMMANDS: [&str; 8] = ["echo", "cat", "exit", "flood", "drip", "sleep", "deaf", "trap"];
+/// The last two are how files are read, listed and written.
+const COMMANDS: [&str; 11] =
+    ["echo", "cat", "exit", "flood", "drip", "sleep", "deaf", "trap", "sizes", "%print", "%write"];
 
 type Outputs = FramedWrite<WriteHalf<Stream>, Codec<(), ExecOutput>>;
 
@@ -51,6 +55,7 @@ pub(super) struct MiniJobs {
     pub(super) attach_answer: Mutex<AttachAnswer>,
     /// Loses so many requests for a command, unseen.
     pub(super) lose_execs: AtomicUsize,
+    files: Arc<Mutex<BTreeMap<String, Vec<u8>>>>,
     /// Executes commands and does not say so.
     pub(super) mute: Mutex<bool>,
     /// Reads no more of what comes for jobs, after the message that it waits for.
@@ -77,6 +82,8 @@ struct State {
     taken: u64,
     stdin_ended: bool,
     signals: VecDeque<i32>,
+    has_terminal: bool,
+    sizes: VecDeque<TerminalSize>,
 }
 
 #[derive(Debug, Default)]
@@ -106,6 +113,10 @@ impl State {
             ExecInput::Stdin { data, .. } => self.stdin.extend(data),
             ExecInput::StdinEof { .. } => self.stdin_ended = true,
             ExecInput::Signal(signal) => self.signals.push_back(signal),
+            ExecInput::Resize(_) if !self.has_terminal => {
+                return Err("a size without a terminal".to_owned());
+            }
+            ExecInput::Resize(size) => self.sizes.push_back(size),
             ExecInput::Ack { offset } if offset > self.sent => {
                 return Err(format!("output {offset} acknowledged, {} sent", self.sent));
             }
@@ -173,10 +184,47 @@ impl MiniGuest {
         }
         self.jobs.executed.fetch_add(1, Ordering::SeqCst);
         let job = Arc::new(MiniJob::default());
+        if let Some(terminal) = &start.terminal {
+            job.state.send_modify(|state| {
+                state.has_terminal = true;
+                state.sizes.push_back(terminal.size);
+            });
+        }
         self.jobs.jobs.lock().unwrap().insert(start.job, job.clone());
         self.running.send_modify(|running| *running += 1);
-        tokio::spawn(Command { job: job.clone() }.run_until_released(start.clone()));
+        let files = Arc::clone(&self.jobs.files);
+        tokio::spawn(Command { job: job.clone(), files }.run_until_released(start.clone()));
         self.converse(start.job, &job, ExecOutput::Started, inputs, writer).await
+    }
+
+    /// A file is read, listed or written by a command.
+    pub(super) async fn file(
+        self: Arc<Self>,
+        start: FileStart,
+        inputs: Inputs,
+        writer: WriteHalf<Stream>,
+    ) -> Result<(), FrameError> {
+        let argv: Vec<Bytes> = match start.op {
+            FileOp::Write { path, offset, .. } => {
+                let offset = offset.map(|offset| offset.to_string()).unwrap_or_default();
+                vec!["%write".into(), (*path).into(), (*offset).into()]
+            }
+            FileOp::Read { path, offset, length } => {
+                self.print(matchlock_model::file::FileOp::Read { path, offset, length })
+            }
+            FileOp::List { path } => self.print(matchlock_model::file::FileOp::List { path }),
+        };
+        let stdin = true;
+        let (job, env) = (start.job, vec![]);
+        let start = ExecStart { job, argv, env, cwd: None, user: None, stdin, terminal: None };
+        self.exec(start, inputs, writer).await
+    }
+
+    fn print(&self, op: matchlock_model::file::FileOp) -> Vec<Bytes> {
+        match fake_files::print(&self.jobs.files.lock().unwrap(), &op) {
+            Ok(printed) => vec!["%print".into(), Bytes(printed)],
+            Err(refusal) => vec![(*refusal.message).into()],
+        }
     }
 
     pub(super) async fn attach(
@@ -341,6 +389,7 @@ async fn send(
 
 struct Command {
     job: Arc<MiniJob>,
+    files: Arc<Mutex<BTreeMap<String, Vec<u8>>>>,
 }
 
 impl Command {
@@ -365,6 +414,8 @@ impl Command {
                 self.print(OutputStream::Stdout, line.as_bytes()).await;
             }
             "cat" => self.cat().await,
+            "%print" => self.print(OutputStream::Stdout, &start.argv[1].0).await,
+            "%write" => self.write(&args[1], args[2].parse().ok()).await,
             "exit" => return ExitStatus::Code(u8::try_from(number()).expect("a code")),
             "flood" => {
                 for start in (0..number()).step_by(MAX_CHUNK_BYTES) {
@@ -385,6 +436,7 @@ impl Command {
                 }
                 self.print(OutputStream::Stdout, &[signal]).await;
             },
+            "sizes" => return self.sizes().await,
             _ => return ExitStatus::Signal(self.signal().await),
         }
         ExitStatus::Code(0)
@@ -402,23 +454,44 @@ impl Command {
         u8::try_from(signal.expect("nobody else takes signals")).expect("a signal")
     }
 
-    async fn cat(&self) {
+    async fn sizes(&self) -> ExitStatus {
         loop {
-            self.wait(|state| !state.stdin.is_empty() || state.stdin_ended).await;
-            let mut data = Vec::new();
-            let mut over = false;
-            self.job.state.send_modify(|state| {
-                let count = state.stdin.len().min(10_000);
-                data.extend(state.stdin.drain(..count));
-                state.taken += count as u64;
-                // Without data it may be that the host has begun to send again meanwhile.
-                over = count == 0 && state.stdin_ended;
-            });
-            if over {
-                return;
-            }
+            self.wait(|state| !state.sizes.is_empty() || !state.signals.is_empty()).await;
+            let mut size = None;
+            self.job.state.send_modify(|state| size = state.sizes.pop_front());
+            let Some(TerminalSize { rows, cols }) = size else {
+                return ExitStatus::Signal(self.signal().await);
+            };
+            self.print(OutputStream::Stdout, format!("{rows} {cols}\n").as_bytes()).await;
+        }
+    }
+
+    async fn cat(&self) {
+        while let Some(data) = self.read_stdin().await {
             self.print(OutputStream::Stdout, &data).await;
         }
+    }
+
+    async fn write(&self, path: &str, offset: Option<u64>) {
+        let mut at = fake_files::open(&mut self.files.lock().unwrap(), path, offset);
+        while let Some(data) = self.read_stdin().await {
+            at = fake_files::write(&mut self.files.lock().unwrap(), path, at, &data);
+        }
+    }
+
+    /// Some of stdin; `None` at its end.
+    async fn read_stdin(&self) -> Option<Vec<u8>> {
+        self.wait(|state| !state.stdin.is_empty() || state.stdin_ended).await;
+        let mut data = Vec::new();
+        let mut over = false;
+        self.job.state.send_modify(|state| {
+            let count = state.stdin.len().min(10_000);
+            data.extend(state.stdin.drain(..count));
+            state.taken += count as u64;
+            // Without data it may be that the host has begun to send again meanwhile.
+            over = count == 0 && state.stdin_ended;
+        });
+        (!over).then_some(data)
     }
 
     async fn print(&self, stream: OutputStream, text: &[u8]) {

@@ -34,15 +34,18 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use matchlock_model::exec::{ExecRefusal, ExecSpec, ExitStatus, OutputStream};
+use matchlock_model::exec::{ExecRefusal, ExecSpec, ExitStatus, OutputStream, TerminalSize};
+use matchlock_model::file::FileOp;
 use matchlock_model::guest::{AgentInfo, GuestConfig};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 mod attach;
 mod codec;
 mod connect;
 mod driver;
 mod fake;
+mod fake_files;
+mod files;
 mod guard;
 mod job;
 mod ledger;
@@ -56,6 +59,7 @@ mod stream;
 
 pub use connect::YamuxConnector;
 pub use fake::{FakeCommand, FakeConnector, FakeReadiness};
+pub use files::FileEntries;
 pub use session::MAX_JOBS;
 
 #[cfg(test)]
@@ -141,6 +145,14 @@ pub trait GuestLink: Send + Sync {
     /// When the link fails.
     async fn exec(&self, spec: &ExecSpec) -> Result<ExecSession, LinkError>;
 
+    /// Reads, writes or lists files. It is carried as a command is: `Started` says that the file is
+    /// open, its contents are stdout or stdin; a failure after the start is a line on stderr and the
+    /// exit code 1. Dropping the session's events leaves a file that is written as far as it is.
+    ///
+    /// # Errors
+    /// When the link fails.
+    async fn file(&self, op: &FileOp) -> Result<ExecSession, LinkError>;
+
     /// Asks the guest to end its commands, sync, unmount and power off; returns when it has begun.
     ///
     /// # Errors
@@ -208,6 +220,9 @@ pub struct ExecSession {
     pub stdin: mpsc::Sender<StdinInput>,
     /// Signals for the command's process group; they overtake stdin that still waits.
     pub signals: mpsc::Sender<i32>,
+    /// The size of the command's terminal; changing it resizes the terminal. Nobody listens when the
+    /// command has none.
+    pub size: watch::Sender<TerminalSize>,
     /// From the command.
     pub events: mpsc::Receiver<Result<ExecEvent, LinkError>>,
 }

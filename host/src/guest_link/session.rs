@@ -17,13 +17,14 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::BytesMut;
 use futures::StreamExt;
-use matchlock_model::exec::ExecSpec;
+use matchlock_model::exec::{ExecSpec, TerminalSize};
+use matchlock_model::file::FileOp;
 use matchlock_model::guest::{AgentInfo, GuestConfig};
 use matchlock_wire::MAX_STREAMS;
 use matchlock_wire::frame::{FrameError, MAX_FRAME_BYTES};
 use matchlock_wire::message::{JobId, Reply, Request, Shutdown};
 use tokio::io::AsyncWriteExt;
-use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::time::timeout;
 use tokio_util::codec::FramedRead;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -34,7 +35,7 @@ use super::job::{Caller, EVENT_SLOTS, Job};
 use super::line::stream_cut;
 use super::sessions::Sessions;
 use super::stream::{self, LinkStream};
-use super::{ExecSession, GuestLink, LinkError, connect};
+use super::{ExecSession, GuestLink, LinkError, connect, files};
 use crate::hypervisor::Machine;
 
 /// The most commands at once.
@@ -199,11 +200,57 @@ impl YamuxLink {
         }
     }
 
-    async fn job_slot(&self) -> Result<OwnedSemaphorePermit, LinkError> {
+    /// Starts a job with this request.
+    async fn start(
+        &self,
+        what: &'static str,
+        id: JobId,
+        request: Request,
+        has_stdin: bool,
+        terminal: Option<TerminalSize>,
+    ) -> Result<ExecSession, LinkError> {
+        let request = codec::encode(request).map_err(|error| unsendable(what, &error))?;
+        let (stdin, stdin_receiver) = mpsc::channel(STDIN_SLOTS);
+        let (signals, signal_receiver) = mpsc::channel(SIGNAL_SLOTS);
+        let (event_sender, events) = mpsc::channel(EVENT_SLOTS);
+        let size = watch::Sender::new(terminal.unwrap_or_default());
+        let sizes = terminal.map(|_| size.subscribe());
+        let session = ExecSession { stdin, signals, size, events };
+        let taken = async {
+            let slot = self.job_slot(what).await?;
+            let (accepted, taken) = oneshot::channel();
+            let caller = Caller {
+                request: request.freeze(),
+                accepted: Some(accepted),
+                stdin: has_stdin.then_some(stdin_receiver),
+                signals: Some(signal_receiver),
+                signal: None,
+                sizes,
+            };
+            let job = Job {
+                sessions: self.sessions.clone(),
+                id,
+                caller,
+                events: event_sender,
+                orphaned: self.orphaned.clone(),
+                slot,
+            };
+            tokio::spawn(job.run());
+            match taken.await {
+                Ok(()) => Ok(()),
+                Err(_) => Err(self.sessions.over().await),
+            }
+        };
+        // An error drops the session, and with it the receiver: the job releases itself.
+        in_time(what, taken).await?;
+        Ok(session)
+    }
+
+    async fn job_slot(&self, what: &'static str) -> Result<OwnedSemaphorePermit, LinkError> {
         match timeout(SLOT_WAIT, slot_of(&self.job_slots)).await {
             Ok(slot) => slot,
             Err(_) => Err(LinkError::Refused {
-                what: COMMAND,
+                what,
                 message: format!("too many commands at once ({MAX_JOBS})"),
             }),
         }
@@ -211,6 +258,7 @@ impl YamuxLink {
 }
 
 const COMMAND: &str = "the command";
+const FILE: &str = "the file";
 
 /// A request's deadline counts from the call: waiting for a session is a part of it.
 async fn in_time<T>(
@@ -240,38 +288,14 @@ impl GuestLink for YamuxLink {
     async fn exec(&self, spec: &ExecSpec) -> Result<ExecSession, LinkError> {
         let id = job_id()?;
         let request = Request::Exec(codec::exec_start(id, spec));
-        let request = codec::encode(request).map_err(|error| unsendable(COMMAND, &error))?;
-        let (stdin, stdin_receiver) = mpsc::channel(STDIN_SLOTS);
-        let (signals, signal_receiver) = mpsc::channel(SIGNAL_SLOTS);
-        let (event_sender, events) = mpsc::channel(EVENT_SLOTS);
-        let session = ExecSession { stdin, signals, events };
-        let taken = async {
-            let slot = self.job_slot().await?;
-            let (accepted, taken) = oneshot::channel();
-            let caller = Caller {
-                request: request.freeze(),
-                accepted: Some(accepted),
-                stdin: spec.stdin.then_some(stdin_receiver),
-                signals: Some(signal_receiver),
-                signal: None,
-            };
-            let job = Job {
-                sessions: self.sessions.clone(),
-                id,
-                caller,
-                events: event_sender,
-                orphaned: self.orphaned.clone(),
-                slot,
-            };
-            tokio::spawn(job.run());
-            match taken.await {
-                Ok(()) => Ok(()),
-                Err(_) => Err(self.sessions.over().await),
-            }
-        };
-        // An error drops the session, and with it the receiver: the job releases itself.
-        in_time(COMMAND, taken).await?;
-        Ok(session)
+        let size = spec.terminal.as_ref().map(|terminal| terminal.size);
+        self.start(COMMAND, id, request, spec.stdin, size).await
+    }
+
+    async fn file(&self, op: &FileOp) -> Result<ExecSession, LinkError> {
+        let id = job_id()?;
+        let request = Request::File(files::file_start(id, op));
+        self.start(FILE, id, request, matches!(op, FileOp::Write { .. }), None).await
     }
 
     async fn shutdown(&self, grace: Duration) -> Result<(), LinkError> {

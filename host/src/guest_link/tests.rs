@@ -435,8 +435,8 @@ async fn sessions_can_be_taken_apart() {
     let (machine, _guest) = TestMachine::with_guest();
     let link = connect(&machine).await;
     let session = link.exec(&command("sleep")).await.expect("a session");
-    let ExecSession { stdin, signals, mut events } = session;
-    drop((stdin, signals));
+    let ExecSession { stdin, signals, size, mut events } = session;
+    drop((stdin, signals, size));
     // Without senders the command goes on; it ends with its receiver.
     assert!(matches!(events.recv().await, Some(Ok(ExecEvent::Started))));
     assert!(timeout(Duration::from_millis(200), events.recv()).await.is_err());

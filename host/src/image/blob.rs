@@ -18,13 +18,14 @@ use std::ffi::OsStr;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
+use matchlock_failpoints::mutated;
 use rustix::fs::{
     AtFlags, FileType, FlockOperation, Mode, OFlags, flock, fstat, open, openat, unlinkat,
 };
 use rustix::io::Errno;
 
 use super::workspace::{DIRECTORY, failed, is_named};
-use super::{ImageDirs, ImageError};
+use super::{ImageDirs, ImageError, POINTS};
 
 /// Nothing is followed, nothing waits for the other end of a fifo.
 const FILE: OFlags =
@@ -156,13 +157,58 @@ fn remove(
         locked => locked.map_err(fail)?,
     }
     let file = Locked(file);
+    let at = |error| failed("remove", path, error);
+    POINTS.before("remove_blob").map_err(at)?;
     if keep(stat.st_size) {
         return Ok(false);
     }
     if is_named(parent.as_fd(), name, &file.0, path)? {
         unlink_verified(parent.as_fd(), name, &file.0, path)?;
     }
+    POINTS.after("remove_blob").map_err(at)?;
     Ok(true)
+}
+
+/// Removes the blobs that nobody wants and nobody uses: a crash between a blob and its row leaves
+/// one. How many were removed.
+///
+/// `is_wanted` is asked by the blob's file name, while nobody can take a lease on it.
+///
+/// # Errors
+/// When one could not be looked at or removed; the others are swept nevertheless.
+pub fn sweep_blobs(
+    dirs: &ImageDirs,
+    is_wanted: &mut dyn FnMut(&OsStr) -> bool,
+) -> Result<usize, ImageError> {
+    let blobs = dirs.blobs();
+    let fail = |error| failed("sweep", &blobs, error);
+    let entries = match std::fs::read_dir(&blobs) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
+        entries => entries.map_err(fail)?,
+    };
+    let (mut removed, mut first_error) = (0, None);
+    for entry in entries {
+        let name = entry.map_err(fail)?.file_name();
+        // Looked at twice: most are wanted, and those are not locked against a VM that begins.
+        if !is_name_of_blob(&name) || is_wanted(&name) || mutated("leave_unnamed_blobs") {
+            continue;
+        }
+        match remove(dirs, &blobs.join(&name), &mut |_| is_wanted(&name)) {
+            Ok(gone) => removed += usize::from(gone),
+            Err(ImageError::InUse { .. }) => {}
+            Err(error) => first_error = first_error.or(Some(error)),
+        }
+    }
+    first_error.map_or(Ok(removed), Err)
+}
+
+/// As `build` names them; what else may lie there is not ours to remove.
+fn is_name_of_blob(name: &OsStr) -> bool {
+    let digest = name
+        .to_str()
+        .and_then(|name| name.strip_prefix("sha256_"))
+        .and_then(|name| name.strip_suffix(".erofs"));
+    digest.is_some_and(|hex| hex.len() == 64 && hex.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }
 
 fn unlink_verified(
@@ -200,6 +246,34 @@ mod tests {
         assert!(asked_under_the_lock && path.try_exists().unwrap());
         assert!(remove_blob(&dirs, &path, &mut || false).unwrap());
         assert!(!path.try_exists().unwrap());
+    }
+
+    #[test]
+    fn blobs_that_nobody_wants_are_swept_and_nothing_else() {
+        let cache = tempfile::tempdir().unwrap();
+        let dirs = ImageDirs::new(cache.path());
+        assert_eq!(sweep_blobs(&dirs, &mut |_| false).unwrap(), 0);
+        std::fs::create_dir_all(dirs.blobs()).unwrap();
+        let blob = |digit: &str| dirs.blobs().join(format!("sha256_{}.erofs", digit.repeat(64)));
+        let strange = [dirs.blobs().join("sha256_1.erofs"), dirs.blobs().join("notes")];
+        let (wanted, used, left) = (blob("a"), blob("b"), blob("c"));
+        for path in strange.iter().chain([&wanted, &used, &left]) {
+            std::fs::write(path, "content").unwrap();
+        }
+        let lease = BlobLease::take(&used).unwrap();
+        let mut is_wanted = |name: &OsStr| Some(name) == wanted.file_name();
+        assert_eq!(sweep_blobs(&dirs, &mut is_wanted).unwrap(), 1);
+        let there = |path: &PathBuf| path.try_exists().unwrap();
+        assert!(strange.iter().chain([&wanted, &used]).all(there) && !there(&left));
+        // One that is wanted by the time that it is locked stays.
+        drop(lease);
+        let mut asked = 0;
+        let mut later = |name: &OsStr| {
+            asked += usize::from(Some(name) == used.file_name());
+            Some(name) == wanted.file_name() || asked == 2
+        };
+        assert_eq!(sweep_blobs(&dirs, &mut later).unwrap(), 0);
+        assert!(asked == 2 && there(&used));
     }
 
     #[test]

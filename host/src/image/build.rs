@@ -22,7 +22,7 @@ use super::select::{self, Selected};
 use super::stream::{Budget, Context, Stream};
 use super::tree::Tree;
 use super::workspace::{Workspace, failed, make_private, sweep_temporary};
-use super::{ImageDirs, ImageError, ImportLimits, ImportProgress, ImportedImage, erofs};
+use super::{ImageDirs, ImageError, ImportLimits, ImportProgress, ImportedImage, POINTS, erofs};
 
 /// How often a blob that another process is just removing is looked at again.
 const PATIENCE: u32 = 10_000;
@@ -58,10 +58,13 @@ pub fn import(
         // It is in nobody's way; `gc` tries again and reports.
         tracing::warn!(error = &error as &dyn std::error::Error, "could not sweep old imports");
     }
+    let at = |error| failed("work below", &dirs.images, error);
+    POINTS.before("make_workspace").map_err(at)?;
     let workspace = Workspace::create(&dirs)?;
+    POINTS.after("make_workspace").map_err(at)?;
     let context = Context { limits: *limits, progress, cancelled };
     let imported = in_workspace(input, &dirs, &workspace, &context);
-    if let Err(error) = workspace.remove() {
+    if let Err(error) = remove(workspace) {
         // The answer stands; the directory is unlocked now and the next sweep takes it.
         tracing::warn!(
             error = &error as &dyn std::error::Error,
@@ -69,6 +72,14 @@ pub fn import(
         );
     }
     imported
+}
+
+fn remove(workspace: Workspace) -> Result<(), ImageError> {
+    let path = workspace.path().to_owned();
+    let at = |error| failed("remove", &path, error);
+    POINTS.before("remove_workspace").map_err(at)?;
+    workspace.remove()?;
+    POINTS.after("remove_workspace").map_err(at)
 }
 
 fn in_workspace(
@@ -176,11 +187,13 @@ fn publish(
     let spool = workspace.path().join("spool");
     std::fs::remove_dir_all(&spool).map_err(|error| failed("remove", &spool, error))?;
     let made = workspace.path().join("out.erofs");
+    POINTS.before("build").map_err(|error| failed("make", &made, error))?;
     erofs::build(tree, &made, content, context)?;
     let fail = |error| failed("sync", &made, error);
     let file = File::open(&made).map_err(fail)?;
     file.set_permissions(Permissions::from_mode(0o400)).map_err(fail)?;
     file.sync_all().map_err(fail)?;
+    POINTS.after("build").map_err(|error| failed("make", &made, error))?;
     context.check()?;
     let lease = BlobLease::take(&made)?;
     name_blob(&made, lease, blob, dirs)
@@ -194,12 +207,15 @@ fn name_blob(
     dirs: &ImageDirs,
 ) -> Result<BlobLease, ImageError> {
     let cwd = rustix::fs::CWD;
+    let at = |error| failed("create", blob, error);
+    POINTS.before("name_blob").map_err(at)?;
     for _ in 0..PATIENCE {
         match renameat_with(cwd, made, cwd, blob, RenameFlags::NOREPLACE) {
             Ok(()) => {
                 let blobs = dirs.blobs();
                 let synced = File::open(&blobs).and_then(|directory| directory.sync_all());
                 synced.map_err(|error| failed("sync", blobs, error))?;
+                POINTS.after("name_blob").map_err(at)?;
                 return Ok(lease.moved(blob));
             }
             Err(Errno::EXIST) => {}

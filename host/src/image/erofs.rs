@@ -50,6 +50,8 @@ fn build_with(
         let mut command = Command::new(program);
         command.args(["--quiet", "--preserve-mtime", "-U", &uuid(content)]).args([image, tree]);
         command.current_dir("/").env("SOURCE_DATE_EPOCH", MAX_TIME.to_string()).env("LC_ALL", "C");
+        // A terminal's Ctrl-C is for us: what becomes of the image is decided here.
+        command.process_group(0);
         match spawn(command) {
             Ok((child, output)) => return wait(child, output, context),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}

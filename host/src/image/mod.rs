@@ -23,7 +23,8 @@
 //!    where the archive names it by digest, OCI blobs against their descriptors.
 //! 3. Counts and sizes are capped, and the cap that was met is named.
 //! 4. A blob is visible only when complete. What a crash leaves lies in `images/tmp/`, is locked
-//!    (flock) only while its maker lives, and is swept by the next import and by `gc`.
+//!    (flock) only while its maker lives, and is swept by the next import and by `gc`; or it is a
+//!    blob that no row names, which `gc` removes.
 //! 5. A VM that runs from a blob holds a shared lock on it (`BlobLease`); a blob with a lease is
 //!    not removed. [`import`] hands its blob over with the lease already taken, so that no `prune`
 //!    can come between the import and the row that names the blob.
@@ -35,6 +36,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use matchlock_failpoints::Area;
 use matchlock_model::image::ImageConfig;
 
 mod archive;
@@ -51,9 +53,15 @@ mod tarball;
 mod tree;
 mod workspace;
 
-pub use blob::{BlobLease, remove_blob};
+pub use blob::{BlobLease, remove_blob, sweep_blobs};
 pub use build::import;
 pub use workspace::{Swept, sweep_temporary};
+
+/// What a crash may come between.
+pub const POINTS: Area = Area::new(
+    "image",
+    &["make_workspace", "build", "name_blob", "remove_workspace", "remove_blob", "sweep"],
+);
 
 /// What an import made.
 #[derive(Debug, Clone, PartialEq, Eq)]

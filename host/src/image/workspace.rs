@@ -22,13 +22,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
+use matchlock_failpoints::mutated;
 use rustix::fs::{
     AtFlags, Dir, FileType, FlockOperation, Mode, OFlags, RenameFlags, Stat, flock, fstat, mkdirat,
     open, openat, renameat_with, statat, unlinkat,
 };
 use rustix::io::Errno;
 
-use super::{ImageDirs, ImageError};
+use super::{ImageDirs, ImageError, POINTS};
 
 pub(super) const DIRECTORY: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
@@ -252,8 +253,11 @@ fn sweep_one(tmp: &Path, parent: BorrowedFd<'_>, name: &CString) -> Result<bool,
         Err(Errno::WOULDBLOCK) => return Ok(false),
         locked => locked.map_err(fail)?,
     }
-    if is_named(parent, name, &lock, &path)? {
+    if is_named(parent, name, &lock, &path)? && !mutated("leave_half_imports") {
+        let at = |error| failed("sweep", &path, error);
+        POINTS.before("sweep").map_err(at)?;
         remove_locked(&path, lock.as_fd())?;
+        POINTS.after("sweep").map_err(at)?;
     }
     Ok(true)
 }

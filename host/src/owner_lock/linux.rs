@@ -116,11 +116,16 @@ impl LinuxOwnerLocks {
     /// # Errors
     /// When the file could not be used.
     pub fn is_held(&self, vm: VmId) -> Result<bool, OwnerLockError> {
+        self.holds(vm, Role::Owner)
+    }
+
+    /// Whether anybody has this role.
+    pub(super) fn holds(&self, vm: VmId, role: Role) -> Result<bool, OwnerLockError> {
         let Some(file) = self.existing()? else { return Ok(false) };
-        let mut lock = whole_byte(vm, Role::Owner);
+        let mut lock = whole_byte(vm, role);
         fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock))
             .map_err(|errno| self.failed(errno.into()))?;
-        Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+        Ok(i32::from(lock.l_type) != libc::F_UNLCK && !mutated("ignore_owner_lock"))
     }
 
     /// The lock file opened for asking; `None` when it is missing.

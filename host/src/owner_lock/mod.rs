@@ -59,11 +59,18 @@ pub trait OwnerLocks: Send + Sync {
     /// As [`Self::try_acquire`].
     fn try_acquire_cleaner(&self, vm: VmId) -> Result<HeldLock, OwnerLockError>;
 
-    /// Whether anybody, this process included, holds a VM's lock. Takes nothing.
+    /// Whether anybody, this process included, holds a VM's lock. Takes nothing. Whoever cleans the
+    /// VM up holds it too: see [`Self::is_being_cleaned`].
     ///
     /// # Errors
     /// When it could not be asked.
     fn is_held(&self, vm: VmId) -> Result<bool, OwnerLockError>;
+
+    /// Whether anybody, this process included, cleans the VM up at this moment. Takes nothing.
+    ///
+    /// # Errors
+    /// When it could not be asked.
+    fn is_being_cleaned(&self, vm: VmId) -> Result<bool, OwnerLockError>;
 }
 
 impl OwnerLocks for LinuxOwnerLocks {
@@ -77,6 +84,10 @@ impl OwnerLocks for LinuxOwnerLocks {
 
     fn is_held(&self, vm: VmId) -> Result<bool, OwnerLockError> {
         Self::is_held(self, vm)
+    }
+
+    fn is_being_cleaned(&self, vm: VmId) -> Result<bool, OwnerLockError> {
+        self.holds(vm, Role::Cleaner)
     }
 }
 
@@ -94,7 +105,10 @@ mod conformance {
         assert!(matches!(locks.try_acquire(one), Err(OwnerLockError::Held { vm }) if vm == one));
         assert!(!locks.is_held(other).unwrap());
         drop(locks.try_acquire(other).unwrap());
+        assert!(!locks.is_being_cleaned(one).unwrap());
         let cleaner = locks.try_acquire_cleaner(one).unwrap();
+        assert!(locks.is_being_cleaned(one).unwrap());
+        assert!(!locks.is_being_cleaned(other).unwrap());
         let refused = locks.try_acquire_cleaner(one);
         assert!(matches!(refused, Err(OwnerLockError::Held { vm }) if vm == one));
         drop(locks.try_acquire_cleaner(other).unwrap());
@@ -102,6 +116,7 @@ mod conformance {
         assert!(!locks.is_held(one).unwrap());
         drop(locks.try_acquire(one).unwrap());
         drop(cleaner);
+        assert!(!locks.is_being_cleaned(one).unwrap());
         drop(locks.try_acquire_cleaner(one).unwrap());
         drop(locks.try_acquire(one).unwrap());
     }

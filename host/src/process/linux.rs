@@ -59,6 +59,28 @@ impl LinuxProcesses {
         }))
     }
 
+    /// A descriptor of exactly this process; `None` when it is gone.
+    pub(crate) fn open_exactly(
+        &self,
+        identity: &ProcessIdentity,
+    ) -> Result<Option<OwnedFd>, ProcessError> {
+        let pid = identity.pid;
+        if !self.is_alive(identity)? {
+            return Ok(None);
+        }
+        let look = |source| ProcessError::Look { pid, source };
+        let raw = Pid::from_raw(pid).ok_or_else(|| look(io::ErrorKind::InvalidInput.into()))?;
+        let pidfd = match pidfd_open(raw, PidfdFlags::empty()) {
+            Ok(pidfd) => pidfd,
+            Err(Errno::SRCH) => return Ok(None),
+            // The kernel says EINVAL for a thread's id: then our process is gone.
+            Err(errno) if self.is_alive(identity)? => return Err(look(errno.into())),
+            Err(_) => return Ok(None),
+        };
+        // From here on the descriptor names one process. Is it the one that was meant?
+        Ok(self.is_alive(identity)?.then_some(pidfd))
+    }
+
     /// What a process shows if it carries a mark; `None` when it does not, or ends meanwhile.
     fn marked(&self, pid: i32) -> Result<Option<MarkedProcess>, ProcessError> {
         let Some((identity, _)) = self.identity_of(pid)? else { return Ok(None) };
@@ -273,22 +295,8 @@ impl Processes for LinuxProcesses {
         deadline: Duration,
     ) -> Result<(), ProcessError> {
         let pid = identity.pid;
-        if !self.is_alive(identity)? {
-            return Ok(());
-        }
         let look = |source| ProcessError::Look { pid, source };
-        let raw = Pid::from_raw(pid).ok_or_else(|| look(io::ErrorKind::InvalidInput.into()))?;
-        let pidfd = match pidfd_open(raw, PidfdFlags::empty()) {
-            Ok(pidfd) => pidfd,
-            Err(Errno::SRCH) => return Ok(()),
-            // The kernel says EINVAL for a thread's id: then our process is gone.
-            Err(errno) if self.is_alive(identity)? => return Err(look(errno.into())),
-            Err(_) => return Ok(()),
-        };
-        // From here on the descriptor names one process. Is it the one that was meant?
-        if !self.is_alive(identity)? {
-            return Ok(());
-        }
+        let Some(pidfd) = self.open_exactly(identity)? else { return Ok(()) };
         POINTS.before("kill")?;
         match pidfd_send_signal(&pidfd, Signal::KILL) {
             Ok(()) => {}

@@ -215,6 +215,16 @@ impl Rootfs for FakeRootfs {
         })
     }
 
+    fn list_strangers(&self, vms_dir: &Path) -> Result<Vec<PathBuf>, RootfsError> {
+        self.run_now(RootfsOp::ListDirs, vms_dir, |state| {
+            let below = state.dirs.keys().filter(|dir| dir.parent() == Some(vms_dir));
+            let is_vm = |dir: &Path| {
+                dir.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.parse::<VmId>().is_ok())
+            };
+            below.filter(|dir| !is_vm(dir)).cloned().collect()
+        })
+    }
+
     fn observe(&self, paths: &VmPaths) -> Result<ObservedFiles, RootfsError> {
         self.run_now(RootfsOp::Observe, &paths.dir, |state| {
             state.dirs.get(&paths.dir).map_or_else(ObservedFiles::default, |files| ObservedFiles {

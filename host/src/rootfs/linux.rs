@@ -3,25 +3,37 @@
 //! What makes files is not deferred to another thread: once its future is dropped, nothing is made.
 //! Everything inside the VM's directory is reached through a descriptor of that directory, opened
 //! without following a link in its place.
+//!
+//! mke2fs may outlive whoever started it: its owner is killed, or its own end takes time as the
+//! kernel still writes for it. So the file that it works on is locked through a descriptor that it
+//! inherits, and whoever removes the file waits for the lock first: a disk is gone only when its
+//! maker is.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use matchlock_failpoints::{Area, Injected};
 use matchlock_model::id::VmId;
-use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, flock};
 use rustix::io::Errno;
 use tokio::process::Command;
 use tokio::task::spawn_blocking;
+use tokio::time::Instant;
 
 use super::{ObservedFiles, Rootfs, RootfsError, VmPaths};
 
 /// The name of a disk that is being made.
 const TEMPORARY_DISK: &str = "rootfs.ext4.tmp";
+
+/// How long a removal waits for the end of the mke2fs that was making the disk. It has been killed,
+/// or works on without an owner, which takes it well under a second.
+const MAKER_LIMIT: Duration = Duration::from_secs(10);
+const MAKER_POLL: Duration = Duration::from_millis(5);
 
 /// How much of what mke2fs printed goes into an error.
 const MAX_STDERR: usize = 1024;
@@ -151,6 +163,33 @@ fn remove_names(dir: &Path, paths: &[PathBuf]) -> Result<(), RootfsError> {
     paths.iter().try_for_each(|path| remove_name(&fd, path))
 }
 
+/// Waits until nothing makes a disk in this directory any more. Nobody is told when a lock is
+/// released: it is looked at again and again.
+async fn wait_for_maker(dir: &Path) -> Result<(), RootfsError> {
+    let Some(fd) = existing_dir(dir)? else { return Ok(()) };
+    let path = dir.join(TEMPORARY_DISK);
+    // Not followed, and not opened for writing: whatever has this name is about to be removed.
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let disk = match rustix::fs::openat(&fd, TEMPORARY_DISK, flags, Mode::empty()) {
+        Ok(disk) => disk,
+        // Nothing there; or a link or a socket, which no mke2fs works on.
+        Err(Errno::NOENT | Errno::LOOP | Errno::NXIO) => return Ok(()),
+        Err(errno) => return Err(refused("open", path)(errno)),
+    };
+    let limit = Instant::now() + MAKER_LIMIT;
+    loop {
+        match flock(&disk, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(Errno::WOULDBLOCK) if Instant::now() >= limit => {
+                return Err(RootfsError::StillMade { path });
+            }
+            Err(Errno::WOULDBLOCK) => tokio::time::sleep(MAKER_POLL).await,
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(refused("lock", path)(errno)),
+        }
+    }
+}
+
 /// Removes a whole tree, without following links in it, and looks again.
 fn remove_tree(dir: &Path) -> Result<(), RootfsError> {
     // A link or a file in its place is not ours: refused, not removed.
@@ -169,13 +208,17 @@ fn remove_tree(dir: &Path) -> Result<(), RootfsError> {
     }
 }
 
-/// Makes the sparse file that becomes the disk.
-fn make_sparse(dir: &OwnedFd, path: &Path, bytes: u64) -> Result<(), RootfsError> {
+/// Makes the sparse file that becomes the disk, locked for as long as the returned descriptor or a
+/// copy of it is open.
+fn make_sparse(dir: &OwnedFd, path: &Path, bytes: u64) -> Result<File, RootfsError> {
     remove_name(dir, path)?;
     let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let fd = rustix::fs::openat(dir, name_of(path), flags, Mode::RUSR | Mode::WUSR)
         .map_err(refused("create", path))?;
-    File::from(fd).set_len(bytes).map_err(failed("set the size of", path))
+    flock(&fd, FlockOperation::NonBlockingLockExclusive).map_err(refused("lock", path))?;
+    let file = File::from(fd);
+    file.set_len(bytes).map_err(failed("set the size of", path))?;
+    Ok(file)
 }
 
 /// Finds mke2fs: `/usr/sbin` is not in every user's PATH.
@@ -188,12 +231,18 @@ fn find_mke2fs() -> Result<PathBuf, RootfsError> {
         .ok_or(RootfsError::NoMke2fs)
 }
 
-/// Runs mke2fs on a file in `dir`. Dropping the future kills it.
-async fn run_mke2fs(program: &Path, dir: &OwnedFd, path: &Path) -> Result<(), RootfsError> {
+/// Runs mke2fs on a file in `dir`. Dropping the future kills it; the file stays locked until it has
+/// ended.
+async fn run_mke2fs(
+    program: &Path,
+    dir: &OwnedFd,
+    path: &Path,
+    locked: File,
+) -> Result<(), RootfsError> {
     // No journal: the disk does not outlive a crash of its guest. No blocks kept for growing: they
     // would cost 2.5 MB in each disk. The inode tables are holes, and
     // mke2fs marks them as zeroed after its discard, so the guest need not write them either.
-    let output = Command::new(program)
+    let child = Command::new(program)
         .args([
             "-q",
             "-F",
@@ -210,11 +259,17 @@ async fn run_mke2fs(program: &Path, dir: &OwnedFd, path: &Path) -> Result<(), Ro
         .arg(name_of(path))
         .current_dir(format!("/proc/self/fd/{}", dir.as_raw_fd()))
         .env("LC_ALL", "C")
-        .stdin(Stdio::null())
+        // It asks nothing; this is how it comes to hold the lock.
+        .stdin(Stdio::from(locked))
+        // A terminal's Ctrl-C is for us: what becomes of the disk is decided here.
+        .process_group(0)
         .kill_on_drop(true)
-        .output()
-        .await
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
         .map_err(failed("run mke2fs on", path))?;
+    // From here on it alone holds the lock.
+    let output = child.wait_with_output().await.map_err(failed("wait for mke2fs on", path))?;
     if output.status.success() {
         return Ok(());
     }
@@ -239,6 +294,26 @@ async fn blocking<T: Send + 'static>(
         .unwrap_or_else(|error| Err(failed("work on", path)(io::Error::other(error))))
 }
 
+/// What lies below `vms_dir`: VMs' directories, and what is none.
+fn entries(vms_dir: &Path) -> Result<Vec<Result<VmId, PathBuf>>, RootfsError> {
+    let entries = match std::fs::read_dir(vms_dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(failed("list", vms_dir)(source)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(failed("list", vms_dir))?;
+        let vm = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        match entry.file_type() {
+            Ok(kind) => found.push(vm.filter(|_| kind.is_dir()).ok_or_else(|| entry.path())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(source) => return Err(failed("look at", entry.path())(source)),
+        }
+    }
+    Ok(found)
+}
+
 #[async_trait]
 impl Rootfs for LinuxRootfs {
     async fn create_dir(&self, paths: &VmPaths) -> Result<(), RootfsError> {
@@ -250,10 +325,10 @@ impl Rootfs for LinuxRootfs {
         let temporary = paths.dir.join(TEMPORARY_DISK);
         let dir = open_dir(CWD, &paths.dir).map_err(refused("open the directory", &paths.dir))?;
         POINTS.before("make_sparse")?;
-        make_sparse(&dir, &temporary, size_mb.saturating_mul(1024 * 1024))?;
+        let locked = make_sparse(&dir, &temporary, size_mb.saturating_mul(1024 * 1024))?;
         POINTS.after("make_sparse")?;
         POINTS.before("run_mke2fs")?;
-        run_mke2fs(&program, &dir, &temporary).await?;
+        run_mke2fs(&program, &dir, &temporary, locked).await?;
         POINTS.after("run_mke2fs")?;
         POINTS.before("rename_disk")?;
         // Complete or absent: the disk gets its name when it is done.
@@ -263,6 +338,7 @@ impl Rootfs for LinuxRootfs {
     }
 
     async fn remove_disk(&self, paths: &VmPaths) -> Result<(), RootfsError> {
+        wait_for_maker(&paths.dir).await?;
         let own = paths.clone();
         blocking(&paths.dir, move || {
             POINTS.before("remove_disk")?;
@@ -283,6 +359,7 @@ impl Rootfs for LinuxRootfs {
     }
 
     async fn remove_dir(&self, paths: &VmPaths) -> Result<(), RootfsError> {
+        wait_for_maker(&paths.dir).await?;
         let own = paths.clone();
         blocking(&paths.dir, move || {
             POINTS.before("remove_dir")?;
@@ -293,24 +370,13 @@ impl Rootfs for LinuxRootfs {
     }
 
     fn list_dirs(&self, vms_dir: &Path) -> Result<Vec<VmId>, RootfsError> {
-        let entries = match std::fs::read_dir(vms_dir) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(source) => return Err(failed("list", vms_dir)(source)),
-        };
-        let mut found = Vec::new();
-        for entry in entries {
-            let entry = entry.map_err(failed("list", vms_dir))?;
-            let Some(vm) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
-                continue;
-            };
-            match entry.file_type() {
-                Ok(kind) if kind.is_dir() => found.push(vm),
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(source) => return Err(failed("look at", entry.path())(source)),
-            }
-        }
+        let mut found: Vec<VmId> = entries(vms_dir)?.into_iter().filter_map(Result::ok).collect();
+        found.sort_unstable();
+        Ok(found)
+    }
+
+    fn list_strangers(&self, vms_dir: &Path) -> Result<Vec<PathBuf>, RootfsError> {
+        let mut found: Vec<_> = entries(vms_dir)?.into_iter().filter_map(Result::err).collect();
         found.sort_unstable();
         Ok(found)
     }

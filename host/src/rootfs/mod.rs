@@ -75,6 +75,12 @@ impl VmPaths {
         self.logs().join("console.log")
     }
 
+    /// What an owner that nobody listens to (`run -d`) says.
+    #[must_use]
+    pub fn owner_log(&self) -> PathBuf {
+        self.logs().join("owner.log")
+    }
+
     /// What the hypervisor prints.
     #[must_use]
     pub fn hypervisor_log(&self) -> PathBuf {
@@ -114,6 +120,12 @@ pub enum RootfsError {
         /// The end of what it printed.
         stderr: String,
     },
+    /// The mke2fs that was making this disk has not ended.
+    #[error("{path} is still worked on by an mke2fs that does not end")]
+    StillMade {
+        /// The unfinished disk.
+        path: PathBuf,
+    },
     /// The removed path is still there.
     #[error("{path} is still there after its removal")]
     StillThere {
@@ -132,16 +144,17 @@ pub trait Rootfs: Send + Sync {
     async fn create_dir(&self, paths: &VmPaths) -> Result<(), RootfsError>;
 
     /// Makes the writable disk: a sparse ext4 of `size_mb` MiB without a journal. A leftover of an
-    /// earlier try is replaced. Cancelling (dropping the future) ends mke2fs.
+    /// earlier try is replaced. Cancelling (dropping the future) kills mke2fs, which may take a
+    /// moment to end.
     ///
     /// # Errors
     /// When mke2fs is missing or fails, or there is no space.
     async fn create_disk(&self, paths: &VmPaths, size_mb: u64) -> Result<(), RootfsError>;
 
-    /// Removes the writable disk.
+    /// Removes the writable disk, once nothing makes it any more.
     ///
     /// # Errors
-    /// When it is still there afterwards or could not be looked at.
+    /// When it is still being made after 10 s, is still there afterwards or could not be looked at.
     async fn remove_disk(&self, paths: &VmPaths) -> Result<(), RootfsError>;
 
     /// Removes the sockets.
@@ -162,6 +175,13 @@ pub trait Rootfs: Send + Sync {
     /// # Errors
     /// When the directory could not be read.
     fn list_dirs(&self, vms_dir: &Path) -> Result<Vec<VmId>, RootfsError>;
+
+    /// Lists what else is below `vms_dir`: names that are no VM's, and VMs' names of things that are
+    /// no directories.
+    ///
+    /// # Errors
+    /// When the directory could not be read.
+    fn list_strangers(&self, vms_dir: &Path) -> Result<Vec<PathBuf>, RootfsError>;
 
     /// Which of the VM's files exist.
     ///

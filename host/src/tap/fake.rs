@@ -14,7 +14,7 @@ use matchlock_model::id::{InstallId, Mark};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 
-use super::{HostSubnet, ObservedTap, SubnetUse, TapError, TapHandle, TapSpec, Taps};
+use super::{HostSubnet, ObservedTap, SubnetUse, TapError, TapHandle, TapSpec, Taps, is_alike};
 use crate::fault::{Fault, Faults, disturbed};
 
 /// An operation of [`Taps`], to be disturbed.
@@ -26,6 +26,8 @@ pub enum TapOp {
     Observe,
     /// [`Taps::list_marked`].
     ListMarked,
+    /// [`Taps::list_alike`].
+    ListAlike,
     /// [`Taps::remove`].
     Remove,
     /// [`Taps::host_subnets`].
@@ -216,6 +218,14 @@ impl Taps for FakeTaps {
             let ours =
                 |tap: &&ObservedTap| tap.mark.as_ref().is_some_and(|mark| mark.install == *install);
             Ok(state.links.values().map(|link| &link.shown).filter(ours).cloned().collect())
+        })
+        .await
+    }
+
+    async fn list_alike(&self) -> Result<Vec<ObservedTap>, TapError> {
+        self.run(TapOp::ListAlike, "the links", |state| {
+            let links = state.links.values().map(|link| &link.shown);
+            Ok(links.filter(|tap| is_alike(tap)).cloned().collect())
         })
         .await
     }

@@ -21,7 +21,9 @@ use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rustix::fs::{Mode, OFlags};
 
 use super::route::Route;
-use super::{HostSubnet, ObservedTap, SubnetUse, TapError, TapHandle, TapSpec, Taps};
+use super::{
+    HostSubnet, ObservedTap, SubnetUse, TAP_PREFIX, TapError, TapHandle, TapSpec, Taps, is_alike,
+};
 
 nix::ioctl_write_ptr_bad!(
     /// Makes a TAP of this descriptor, or attaches it to one.
@@ -54,19 +56,22 @@ impl From<Injected> for TapError {
     }
 }
 
+/// The device that makes TAPs.
+fn open_tun() -> Result<OwnedFd, TapError> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    rustix::fs::open("/dev/net/tun", flags, Mode::empty()).map_err(|errno| match errno {
+        rustix::io::Errno::PERM | rustix::io::Errno::ACCESS => {
+            TapError::NotPermitted { doing: "open /dev/net/tun".to_owned(), source: errno.into() }
+        }
+        _ => TapError::NoTun(errno.into()),
+    })
+}
+
 /// Makes a TAP that is there as long as the returned descriptor is open. EBUSY: a TAP of that name
 /// exists; EINVAL: another kind of link does.
 fn make_tap(name: &str) -> Result<OwnedFd, TapError> {
     let doing = || format!("create the TAP {name}");
-    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let fd =
-        rustix::fs::open("/dev/net/tun", flags, Mode::empty()).map_err(|errno| match errno {
-            rustix::io::Errno::PERM | rustix::io::Errno::ACCESS => TapError::NotPermitted {
-                doing: "open /dev/net/tun".to_owned(),
-                source: errno.into(),
-            },
-            _ => TapError::NoTun(errno.into()),
-        })?;
+    let fd = open_tun()?;
     // SAFETY: ifreq holds integers, a pointer that may be null and arrays of them: zero is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     if name.len() >= request.ifr_name.len() {
@@ -110,6 +115,16 @@ fn disable_ipv6(name: &str) -> Result<(), TapError> {
         }
         result => result.map_err(failed),
     }
+}
+
+/// Makes a TAP and lets it go. Only for a network namespace made for that.
+pub(crate) fn probe() -> Result<(), TapError> {
+    make_tap(&format!("{TAP_PREFIX}00000000")).map(drop)
+}
+
+/// Whether the device opens; makes nothing.
+pub(crate) fn probe_device() -> Result<(), TapError> {
+    open_tun().map(drop)
 }
 
 fn link_of(message: RouteNetlinkMessage) -> Option<LinkMessage> {
@@ -373,6 +388,12 @@ impl Taps for LinuxTaps {
         }
         let addresses = addresses(&route).await?;
         Ok(taps.into_iter().map(|tap| with_addresses(tap, &addresses)).collect())
+    }
+
+    async fn list_alike(&self) -> Result<Vec<ObservedTap>, TapError> {
+        let links = connect()?.dump(&RouteNetlinkMessage::GetLink(link_question())).await;
+        let links = links.map_err(|source| TapError::of("list the host's links", source))?;
+        Ok(links.into_iter().filter_map(link_of).map(observed).filter(is_alike).collect())
     }
 
     async fn remove(&self, name: &str, mark: &Mark) -> Result<(), TapError> {

@@ -45,6 +45,7 @@ mod route;
 
 pub use fake::{FakeTaps, TapOp};
 pub use linux::{LinuxTaps, POINTS};
+pub(crate) use linux::{probe, probe_device};
 
 /// What the name of each of our TAPs begins with.
 pub const TAP_PREFIX: &str = "fc-";
@@ -53,6 +54,12 @@ pub const TAP_PREFIX: &str = "fc-";
 #[must_use]
 pub fn tap_name(vm: VmId) -> String {
     format!("{TAP_PREFIX}{}", vm.suffix())
+}
+
+/// Whether a link looks like one of Matchlock's.
+fn is_alike(tap: &ObservedTap) -> bool {
+    let is_suffix = |suffix: &str| format!("vm-{suffix}").parse::<VmId>().is_ok();
+    tap.mark.is_some() || tap.name.strip_prefix(TAP_PREFIX).is_some_and(is_suffix)
 }
 
 /// A TAP to be made. Its name comes from the mark's VM.
@@ -289,6 +296,13 @@ pub trait Taps: Send + Sync {
     /// # Errors
     /// When the links could not be listed.
     async fn list_marked(&self, install: &InstallId) -> Result<Vec<ObservedTap>, TapError>;
+
+    /// Every link that looks like one of Matchlock's, whosever it is: its alias is a mark of any
+    /// installation, or its name is one that we would give. Without their addresses.
+    ///
+    /// # Errors
+    /// When the links could not be listed.
+    async fn list_alike(&self) -> Result<Vec<ObservedTap>, TapError>;
 
     /// Removes the link of this name if its alias is exactly this mark, and looks again. A link
     /// that is gone already is success.

@@ -48,7 +48,8 @@ fn a_blob_that_is_being_removed_cannot_be_leased() {
     let remover = File::open(&path).unwrap();
     flock(&remover, FlockOperation::LockExclusive).unwrap();
     assert!(matches!(BlobLease::take(&path), Err(ImageError::NoBlob { .. })));
-    drop(remover);
+    // Not by closing it: see below.
+    flock(&remover, FlockOperation::Unlock).unwrap();
     BlobLease::take(&path).unwrap();
     fs::write(&path, "").unwrap();
     assert!(matches!(BlobLease::take(&path), Err(ImageError::NoBlob { .. })));
@@ -142,7 +143,8 @@ fn a_sweep_takes_what_the_dead_left() {
     assert_eq!(sweep_temporary(&dirs).unwrap(), Swept { removed: 3, kept: 1 });
     assert!(live.join("rootfs").try_exists().unwrap());
     assert_eq!(fs::read_dir(dirs.tmp()).unwrap().count(), 1);
-    drop(maker);
+    // Not by closing it: a child that another test is spawning holds a copy until its exec.
+    flock(&maker, FlockOperation::Unlock).unwrap();
     assert_eq!(sweep_temporary(&dirs).unwrap(), Swept { removed: 1, kept: 0 });
     assert_eq!(view::directory(&outside), before);
 }

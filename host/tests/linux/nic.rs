@@ -98,6 +98,7 @@ async fn in_guest(link: &Arc<dyn GuestLink>, script: &str) -> (String, ExitStatu
         cwd: None,
         user: None,
         stdin: false,
+        terminal: None,
     };
     let mut session = soon("exec", link.exec(&spec)).await.expect("it is taken");
     let mut printed = Vec::new();

@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::task::{Context, Waker};
 use std::time::Duration;
@@ -12,6 +12,7 @@ use matchlock_host::rootfs::{
     FakeRootfs, LinuxRootfs, ObservedFiles, Rootfs, RootfsError, RootfsFault, RootfsOp, VmPaths,
 };
 use matchlock_model::id::VmId;
+use rustix::process::{Pid, Signal, kill_process};
 
 const VM: VmId = VmId::new(0x0bad_cafe);
 
@@ -43,6 +44,12 @@ async fn rootfs_conforms(rootfs: &dyn Rootfs, vms: &Path, add_file: &dyn Fn(&Pat
         }
     }
     assert_eq!(rootfs.list_dirs(vms).unwrap(), [VM]);
+    assert_eq!(rootfs.list_strangers(vms).unwrap(), Vec::<PathBuf>::new());
+    let stranger = VmPaths { dir: vms.join("other") };
+    rootfs.create_dir(&stranger).await.unwrap();
+    assert_eq!(rootfs.list_strangers(vms).unwrap(), std::slice::from_ref(&stranger.dir));
+    assert_eq!(rootfs.list_dirs(vms).unwrap(), [VM]);
+    rootfs.remove_dir(&stranger).await.unwrap();
     for _ in 0..2 {
         rootfs.remove_disk(&paths).await.unwrap();
         assert_eq!(rootfs.observe(&paths).unwrap(), ObservedFiles { dir: true, ..nothing });
@@ -183,6 +190,46 @@ async fn a_cancelled_disk_is_complete_or_absent() {
 }
 
 #[tokio::test]
+async fn a_disk_is_removed_only_when_its_maker_has_ended() {
+    let home = tempfile::tempdir().unwrap();
+    let paths = VmPaths::new(home.path(), VM);
+    let rootfs = LinuxRootfs::new();
+    rootfs.create_dir(&paths).await.unwrap();
+
+    // A first poll starts mke2fs on a file that stays locked for as long as it runs.
+    let mut disk = rootfs.create_disk(&paths, 1024 * 1024);
+    let polled = disk.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+    assert!(polled.is_pending(), "it was made at once");
+    let unfinished = paths.dir.join("rootfs.ext4.tmp");
+    let maker = maker_of(&unfinished);
+    kill_process(maker, Signal::STOP).unwrap();
+    // As if its owner had been killed: nobody ends it.
+    std::mem::forget(disk);
+
+    let own = paths.clone();
+    let mut removal = tokio::spawn(async move { LinuxRootfs::new().remove_disk(&own).await });
+    let waited = tokio::time::timeout(Duration::from_millis(300), &mut removal).await;
+    assert!(waited.is_err(), "removed under its maker: {waited:?}");
+    assert!(unfinished.try_exists().unwrap());
+    kill_process(maker, Signal::KILL).unwrap();
+    removal.await.unwrap().unwrap();
+    assert!(!unfinished.try_exists().unwrap());
+    rootfs.remove_dir(&paths).await.unwrap();
+}
+
+/// The process that has this file open, other than this one.
+fn maker_of(file: &Path) -> Pid {
+    let has_it =
+        |pid: &i32| fs::read_link(format!("/proc/{pid}/fd/0")).is_ok_and(|opened| opened == file);
+    let pids = fs::read_dir("/proc").unwrap().filter_map(|entry| {
+        entry.unwrap().file_name().to_str().and_then(|name| name.parse::<i32>().ok())
+    });
+    let found: Vec<i32> = pids.filter(has_it).collect();
+    assert_eq!(found.len(), 1, "{found:?}");
+    Pid::from_raw(found[0]).unwrap()
+}
+
+#[tokio::test]
 async fn nothing_is_followed_through_a_link() {
     let home = tempfile::tempdir().unwrap();
     let vms = home.path().join("vms");
@@ -226,6 +273,8 @@ async fn only_directories_with_an_id_are_listed() {
     fs::write(vms.path().join("vm-00000003"), "a file").unwrap();
     assert_eq!(rootfs.list_dirs(vms.path()).unwrap(), [VmId::new(1), VmId::new(2)]);
     assert!(rootfs.list_dirs(&vms.path().join("vm-00000003")).is_err());
+    let strangers = ["other", "vm-00000003", "vm-0000000x"].map(|name| vms.path().join(name));
+    assert_eq!(rootfs.list_strangers(vms.path()).unwrap(), strangers);
 
     // A file in the place of a VM's directory is no directory of ours.
     let paths = VmPaths::new(vms.path(), VmId::new(3));

@@ -14,7 +14,7 @@ use crate::namespace::{Namespace, mark};
 
 /// Says that this process is the owner and not a test run by hand, and of what.
 const ROLE: &str = "MATCHLOCK_TEST_OWNER";
-const ALONE: &str = "alone";
+pub(crate) const ALONE: &str = "alone";
 const WITH_HYPERVISOR: &str = "with a hypervisor";
 const READY: &str = "the owner has everything";
 
@@ -54,7 +54,7 @@ fn hypervisor(tap: &TapHandle, tables: &FirewallHandle) -> u32 {
 }
 
 /// Starts an owner and waits until it has everything; what it said before.
-fn start(namespace: &Namespace, role: &'static str) -> (Child, String) {
+pub(crate) fn start(namespace: &Namespace, role: &'static str) -> (Child, String) {
     let mut owner = namespace.run(move || {
         Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "killed::owner", "--ignored", "--nocapture", "--test-threads=1"])
@@ -69,7 +69,7 @@ fn start(namespace: &Namespace, role: &'static str) -> (Child, String) {
 }
 
 /// The link and the rules as programs show them.
-fn shown(namespace: &Namespace) -> (bool, bool) {
+pub(crate) fn shown(namespace: &Namespace) -> (bool, bool) {
     let rules = namespace.program("nft", "list ruleset");
     (namespace.ip("link").contains("fc-00000001"), !rules.is_empty())
 }

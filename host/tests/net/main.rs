@@ -20,4 +20,6 @@ mod netlock;
 #[cfg(test)]
 mod read_only;
 #[cfg(test)]
+mod stopped;
+#[cfg(test)]
 mod tap;

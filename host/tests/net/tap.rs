@@ -69,6 +69,10 @@ async fn taps_conform(taps: &dyn Taps) {
     assert_eq!(taps.list_marked(&ours.install).await.unwrap(), std::slice::from_ref(&expected));
     assert_eq!(taps.list_marked(&theirs.install).await.unwrap().len(), 1);
     assert_eq!(taps.list_marked(&InstallId::from_bytes([9; 8])).await.unwrap(), []);
+    let alike = taps.list_alike().await.unwrap();
+    let mut marks: Vec<_> = alike.into_iter().filter_map(|tap| tap.mark).collect();
+    marks.sort_by_key(|mark| mark.vm);
+    assert_eq!(marks, [ours.clone(), theirs.clone()], "of all installations, and no other link");
     let impostor = Mark { install: theirs.install.clone(), vm: ours.vm };
     let refused = taps.remove(&name, &impostor).await.unwrap_err();
     assert!(matches!(refused, TapError::NotOurs { .. }), "{refused}");

@@ -11,14 +11,17 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::exec::ExecSpec;
+use crate::exec::{ExecSpec, Terminal};
 use crate::guest::{GuestConfig, GuestNetwork, HostEntry};
 use crate::id::VmId;
 use crate::image::ImageConfig;
 use crate::subnet::Subnet;
 
+mod check;
 mod network;
 
+use check::{check_cpus, check_hostname, check_image, check_length, check_range, parse_add_host};
+pub use check::{check_user, check_workdir};
 pub use network::{NetworkInput, NetworkSpec};
 
 /// The smallest guest memory: below it the kernel does not reach its agent.
@@ -77,12 +80,16 @@ pub struct VmSpecInput {
     pub memory_mb: u64,
     /// `--disk-size` in MiB.
     pub disk_size_mb: u64,
-    /// `--timeout`, in seconds.
-    pub timeout_s: Option<u64>,
+    /// `--timeout`.
+    pub timeout: Option<Duration>,
     /// `--graceful-shutdown`.
     pub graceful_shutdown: Option<Duration>,
     /// `--interactive`.
     pub stdin: bool,
+    /// `--tty`: the terminal to give the command.
+    pub terminal: Option<Terminal>,
+    /// `--privileged`.
+    pub privileged: bool,
     /// `--rm`.
     pub remove: bool,
     /// How many CPUs this host has.
@@ -166,6 +173,10 @@ pub struct VmSpec {
     pub grace: Duration,
     /// Whether the command gets a stdin.
     pub stdin: bool,
+    /// The terminal that the command gets.
+    terminal: Option<Terminal>,
+    /// Whether the guest's commands are to be left all of root's rights. Nothing takes them yet.
+    privileged: bool,
     /// Whether the VM is removed when its command has ended.
     pub ephemeral: bool,
 }
@@ -180,11 +191,11 @@ impl VmSpec {
         let cpus = check_cpus(input.cpus, input.host_cpus)?;
         check_range("--memory", input.memory_mb, MIN_MEMORY_MB, MAX_MEMORY_MB, "MB")?;
         check_range("--disk-size", input.disk_size_mb, MIN_DISK_SIZE_MB, MAX_DISK_SIZE_MB, "MB")?;
-        if input.timeout_s == Some(0) {
+        if input.timeout.is_some_and(|limit| limit.is_zero()) {
             return Err(SpecError::Range {
                 flag: "--timeout",
                 given: "0".into(),
-                expected: "at least 1 second; leave it out for no limit".into(),
+                expected: "more than that; leave it out for no limit".into(),
             });
         }
         if let Some(hostname) = &input.hostname {
@@ -218,9 +229,11 @@ impl VmSpec {
             cpus,
             memory_mb: input.memory_mb,
             disk_size_mb: input.disk_size_mb,
-            timeout: input.timeout_s.map(Duration::from_secs),
+            timeout: input.timeout,
             grace: input.graceful_shutdown.unwrap_or(DEFAULT_GRACE),
             stdin: input.stdin,
+            terminal: input.terminal,
+            privileged: input.privileged,
             ephemeral: input.remove,
         })
     }
@@ -262,6 +275,7 @@ impl VmSpec {
             cwd: self.workdir.clone().or_else(|| non_empty(&image.working_dir)),
             user: self.user.clone().or_else(|| non_empty(&image.user)),
             stdin: self.stdin,
+            terminal: self.terminal.clone(),
         })
     }
 
@@ -294,6 +308,7 @@ impl VmSpec {
             cwd: request.cwd.or_else(own_cwd),
             user: request.user.or_else(own_user),
             stdin: request.stdin,
+            terminal: request.terminal,
         })
     }
 
@@ -351,11 +366,13 @@ impl VmSpec {
             "env_from_host": env_from_host,
             "workdir": self.workdir,
             "user": self.user,
+            "tty": self.terminal.is_some(),
+            "privileged": self.privileged,
             "resources": {
                 "cpus": f64::from(self.cpus.0) / 1000.0,
                 "memory_mb": self.memory_mb,
                 "disk_size_mb": self.disk_size_mb,
-                "timeout_seconds": self.timeout.map(|limit| limit.as_secs()),
+                "timeout_seconds": self.timeout.map(seconds),
             },
             "network": {
                 "no_network": self.network.is_none(),
@@ -374,129 +391,13 @@ impl VmSpec {
     }
 }
 
-fn check_length(argv: &[Vec<u8>], env: &[(Vec<u8>, Vec<u8>)]) -> Result<(), SpecError> {
-    let bytes = argv.iter().map(|word| word.len() + 1).sum::<usize>()
-        + env.iter().map(|(name, value)| name.len() + value.len() + 2).sum::<usize>();
-    if bytes > MAX_COMMAND_BYTES {
-        return Err(SpecError::CommandTooLong { bytes });
-    }
-    Ok(())
+/// As the reference's key wants them: whole, never less than the limit.
+const fn seconds(limit: Duration) -> u64 {
+    limit.as_secs() + (limit.subsec_nanos() > 0) as u64
 }
 
 fn non_empty(text: &str) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
-}
-
-fn check_image(image: &str) -> Result<(), SpecError> {
-    crate::image::check_tag(image).map_err(|_| SpecError::Form {
-        what: "--image",
-        given: image.to_owned(),
-        expected: "not an image name; see `matchlock image ls` for those that are here",
-    })
-}
-
-fn check_cpus(cpus: f64, host_cpus: u32) -> Result<CpuMillis, SpecError> {
-    let refused =
-        |expected: String| SpecError::Range { flag: "--cpus", given: cpus.to_string(), expected };
-    let range = || format!("a number from 0.01 to {host_cpus}, the CPUs of this host");
-    if !cpus.is_finite() || cpus < 0.01 || cpus > f64::from(host_cpus) {
-        return Err(refused(range()));
-    }
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "the range was just checked: at most the host's CPUs times 1000"
-    )]
-    let millis = (cpus * 1000.0).round() as u32;
-    Ok(CpuMillis(millis))
-}
-
-fn check_range(
-    flag: &'static str,
-    given: u64,
-    min: u64,
-    max: u64,
-    unit: &str,
-) -> Result<(), SpecError> {
-    if (min..=max).contains(&given) {
-        return Ok(());
-    }
-    Err(SpecError::Range {
-        flag,
-        given: given.to_string(),
-        expected: format!("{min} to {max} {unit}"),
-    })
-}
-
-fn check_hostname(text: &str) -> Result<(), SpecError> {
-    let label = |label: &str| {
-        let inner = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
-        !label.is_empty()
-            && label.bytes().all(inner)
-            && !label.starts_with('-')
-            && !label.ends_with('-')
-    };
-    if text.len() <= MAX_HOSTNAME_BYTES && text.split('.').all(label) {
-        return Ok(());
-    }
-    Err(SpecError::Form {
-        what: "--hostname",
-        given: text.to_owned(),
-        expected: "use up to 63 of a-z A-Z 0-9 - and single dots, not starting or ending with -",
-    })
-}
-
-/// Checks a working directory given by a user.
-///
-/// # Errors
-/// When it is not an absolute path.
-pub fn check_workdir(text: &str) -> Result<(), SpecError> {
-    if text.starts_with('/') && !text.contains('\0') {
-        return Ok(());
-    }
-    Err(SpecError::Form {
-        what: "--workdir",
-        given: text.to_owned(),
-        expected: "use an absolute path in the guest, for example /work",
-    })
-}
-
-/// Checks a user given by a user; whether it exists is known in the guest only.
-///
-/// # Errors
-/// When it cannot be a user in any guest.
-pub fn check_user(text: &str) -> Result<(), SpecError> {
-    let mut parts = text.split(':');
-    let good = |part: Option<&str>| {
-        part.is_some_and(|p| !p.is_empty() && !p.contains(char::is_whitespace) && !p.contains('\0'))
-    };
-    let group = parts.clone().nth(1);
-    if good(parts.next()) && (group.is_none() || good(group)) && text.split(':').count() <= 2 {
-        return Ok(());
-    }
-    Err(SpecError::Form {
-        what: "--user",
-        given: text.to_owned(),
-        expected: "use uid, uid:gid, a name, or name:group",
-    })
-}
-
-fn parse_add_host(text: &str) -> Result<HostEntry, SpecError> {
-    let refused = |expected| SpecError::Form {
-        what: "invalid add-host mapping",
-        given: text.to_owned(),
-        expected,
-    };
-    let (host, ip) = text.split_once(':').ok_or_else(|| refused("expected host:ip"))?;
-    let good = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    if host.is_empty() || host.len() > 253 || !host.chars().all(good) {
-        return Err(refused("the host name before the first colon is empty or not a host name"));
-    }
-    let ip = ip.strip_prefix('[').and_then(|inner| inner.strip_suffix(']')).unwrap_or(ip);
-    let ip: IpAddr = ip
-        .parse()
-        .map_err(|_| refused("what follows the first colon is not an IPv4 or IPv6 address"))?;
-    Ok(HostEntry { host: host.to_owned(), ip })
 }
 
 /// Reads one `-e` value: `NAME=VALUE`, or `NAME` for the caller's own value.
@@ -528,10 +429,11 @@ pub fn parse_env(
     Ok(EnvVar { name: name.to_owned(), value, secret })
 }
 
-/// The lines of an environment file that hold variables: trimmed, without blank lines and
-/// comments.
-pub fn env_file_lines(text: &str) -> impl Iterator<Item = &str> {
-    text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'))
+/// The lines of an environment file that hold variables, each with its number from 1: trimmed,
+/// without blank lines and comments.
+pub fn env_file_lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    let numbered = (1..).zip(text.lines().map(str::trim));
+    numbered.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
 }
 
 impl fmt::Display for CpuMillis {

@@ -14,9 +14,11 @@ fn input() -> VmSpecInput {
         cpus: 1.0,
         memory_mb: 512,
         disk_size_mb: 5120,
-        timeout_s: None,
+        timeout: None,
         graceful_shutdown: None,
         stdin: false,
+        terminal: None,
+        privileged: false,
         remove: true,
         host_cpus: 2,
     }
@@ -48,7 +50,7 @@ fn out_of_range_numbers_are_refused_by_flag() {
         ("--memory", |i| i.memory_mb = 1),
         ("--memory", |i| i.memory_mb = u64::MAX),
         ("--disk-size", |i| i.disk_size_mb = 0),
-        ("--timeout", |i| i.timeout_s = Some(0)),
+        ("--timeout", |i| i.timeout = Some(Duration::ZERO)),
     ];
     for (flag, spoil) in bad {
         let mut input = input();
@@ -155,8 +157,8 @@ fn a_command_beyond_a_frame_is_refused() {
 
 #[test]
 fn env_files_skip_comments_and_blanks() {
-    let lines: Vec<&str> = env_file_lines("# c\n\n  A=1  \n#B=2\nC\n").collect();
-    assert_eq!(lines, ["A=1", "C"]);
+    let lines: Vec<(usize, &str)> = env_file_lines("# c\n\n  A=1  \n#B=2\nC\n").collect();
+    assert_eq!(lines, [(3, "A=1"), (5, "C")]);
 }
 
 #[test]

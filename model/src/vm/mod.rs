@@ -14,7 +14,7 @@
 //!        Forget (--rm)  Conclude    Conclude            Conclude: write *_failed, then settle
 //!             └───────────┴── settle ──┘
 //!
-//!  Hung in running ─► Note ─► (running)
+//!  Heard (silence, or an answer after it) in running ─► Note ─► (running)
 //!  A life after a failed one begins with Reattach in running, else with Clean or Stop.
 //!  A stop during Create, Boot, Reattach or Note cancels the operation; its OpDone leads to Clean or
 //!  Stop.
@@ -36,5 +36,5 @@ mod state;
 mod step;
 
 pub use effect::Effect;
-pub use state::{Denied, Op, OpResult, StopMode, VmEvent, VmState};
+pub use state::{Denied, Heard, Op, OpResult, StopMode, VmEvent, VmState};
 pub use step::step;

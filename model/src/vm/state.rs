@@ -17,6 +17,8 @@ pub struct VmState {
     pub stop: Option<StopMode>,
     /// Why the VM ends, if it was not simply asked to.
     pub cause: Option<Failure>,
+    /// What was heard of a running VM's guest during an operation, to be noted after it.
+    pub unnoted: Option<Heard>,
     /// Whether the VM is removed once it is clean.
     pub ephemeral: bool,
     /// Whether its directory and row are gone too.
@@ -40,11 +42,21 @@ impl VmState {
             op: None,
             stop: None,
             cause: None,
+            unnoted: None,
             ephemeral,
             forgotten: false,
             settled: false,
         }
     }
+}
+
+/// What was heard of a guest last.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Heard {
+    /// Nothing for too long.
+    Silence(Failure),
+    /// It answers again.
+    Answer,
 }
 
 /// An operation: effects that are carried out in order, as one.
@@ -113,8 +125,8 @@ pub enum VmEvent {
     MachineExited(Failure),
     /// The link to its guest is lost; the hypervisor is there.
     LinkLost(Failure),
-    /// Its guest does not answer, or (`None`) does so again.
-    Hung(Option<Failure>),
+    /// Its guest does not answer, or does so again.
+    Heard(Heard),
 }
 
 /// An event that cannot happen in this state: a fault of our own.

@@ -252,9 +252,12 @@ fn read(row: &Row<'_>) -> rusqlite::Result<LifecycleRecord> {
     })
 }
 
-/// Drops the history of VMs without a row that was last added to before this moment; one whose time
-/// cannot be read stays, and is counted.
-pub(crate) fn prune(conn: &Connection, before: Timestamp) -> Result<WriteOutcome, WriteError> {
+/// The VMs without a row whose history was last added to before this moment, and of how many the time
+/// cannot be read.
+pub(crate) fn forgettable(
+    conn: &Connection,
+    before: Timestamp,
+) -> rusqlite::Result<(Vec<String>, usize)> {
     let mut query = conn.prepare_cached(
         "SELECT l.vm_id, l.updated_at FROM vm_lifecycle AS l
          WHERE NOT EXISTS (SELECT 1 FROM vms WHERE vms.id = l.vm_id)
@@ -265,12 +268,18 @@ pub(crate) fn prune(conn: &Connection, before: Timestamp) -> Result<WriteOutcome
         Ok((row.text("vm_id")?, row.parsed::<Timestamp>("updated_at")?))
     })?)?;
     let unreadable = removed.iter().filter(|row| row.is_err()).count();
-    let mut vms = 0;
-    for (id, _) in removed.iter().flatten().filter(|(_, last)| *last < before) {
+    let old = removed.into_iter().flatten().filter(|(_, last)| *last < before);
+    Ok((old.map(|(id, _)| id).collect(), unreadable))
+}
+
+/// Drops the history of VMs without a row that was last added to before this moment; one whose time
+/// cannot be read stays, and is counted.
+pub(crate) fn prune(conn: &Connection, before: Timestamp) -> Result<WriteOutcome, WriteError> {
+    let (old, unreadable) = forgettable(conn, before)?;
+    for id in &old {
         for table in ["vm_lifecycle", "vm_lifecycle_head"] {
             conn.prepare_cached(&format!("DELETE FROM {table} WHERE vm_id = ?1"))?.execute([id])?;
         }
-        vms += 1;
     }
-    Ok(WriteOutcome::Pruned { vms, unreadable })
+    Ok(WriteOutcome::Pruned { vms: old.len(), unreadable })
 }

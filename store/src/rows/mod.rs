@@ -100,6 +100,17 @@ impl<'a> Reading<'a> {
             .ok_or_else(|| self.bad(column, format_args!("unknown scope {text:?}")))
     }
 
+    /// A number of this type; `None` for NULL.
+    pub(crate) fn number_or_null<T: TryFrom<i64, Error: Display>>(
+        &self,
+        column: &'static str,
+    ) -> rusqlite::Result<Option<T>> {
+        match self.row.get_ref(column)? {
+            ValueRef::Null => Ok(None),
+            _ => self.number(column).map(Some),
+        }
+    }
+
     /// A number of this type.
     pub(crate) fn number<T: TryFrom<i64, Error: Display>>(
         &self,

@@ -16,11 +16,14 @@ const FIRST_EPOCH: OwnerEpoch = OwnerEpoch(1);
 const SELECT: &str = "
     SELECT v.id, v.pid, v.status, v.image, v.config_json, v.created_at, v.updated_at,
            coalesce(n.owner_epoch, 0) AS owner_epoch, n.owner_json, n.hypervisor_json,
-           n.namespaces_json, coalesce(n.ephemeral, 0) AS ephemeral,
-           coalesce((SELECT l.phase FROM vm_lifecycle AS l WHERE l.vm_id = v.id
-                     ORDER BY l.version DESC LIMIT 1), 'creating') AS phase,
+           n.namespaces_json, n.exit_code, coalesce(n.ephemeral, 0) AS ephemeral,
+           n.removal_wanted_at IS NOT NULL AS removal_wanted,
+           coalesce(l.phase, 'creating') AS phase, l.last_error,
            EXISTS (SELECT 1 FROM subnet_allocations AS s WHERE s.vm_id = v.id) AS holds_subnet
-    FROM vms AS v LEFT JOIN vm_nodes AS n ON n.vm_id = v.id";
+    FROM vms AS v
+    LEFT JOIN vm_nodes AS n ON n.vm_id = v.id
+    LEFT JOIN vm_lifecycle AS l ON l.vm_id = v.id
+         AND l.version = (SELECT max(version) FROM vm_lifecycle WHERE vm_id = v.id)";
 
 /// The VM's row.
 pub(crate) fn find(conn: &Connection, vm: VmId) -> rusqlite::Result<Option<VmRecord>> {
@@ -30,14 +33,18 @@ pub(crate) fn find(conn: &Connection, vm: VmId) -> rusqlite::Result<Option<VmRec
 }
 
 const SUMMARY: &str = "
-    SELECT v.id, v.pid, v.image, v.created_at,
-           coalesce((SELECT l.phase FROM vm_lifecycle AS l WHERE l.vm_id = v.id
-                     ORDER BY l.version DESC LIMIT 1), 'creating') AS phase
-    FROM vms AS v";
+    SELECT v.id, v.pid, v.image, v.created_at, n.hypervisor_json, n.namespaces_json, n.exit_code,
+           n.removal_wanted_at IS NOT NULL AS removal_wanted,
+           coalesce(l.phase, 'creating') AS phase, l.last_error
+    FROM vms AS v
+    LEFT JOIN vm_nodes AS n ON n.vm_id = v.id
+    LEFT JOIN vm_lifecycle AS l ON l.vm_id = v.id
+         AND l.version = (SELECT max(version) FROM vm_lifecycle WHERE vm_id = v.id)";
 
 const REMAINS: &str = "
     SELECT v.id, n.owner_json, n.hypervisor_json, n.namespaces_json,
            coalesce(n.ephemeral, 0) AS ephemeral,
+           n.removal_wanted_at IS NOT NULL AS removal_wanted,
            coalesce(l.phase, 'creating') AS phase, l.resources_json,
            EXISTS (SELECT 1 FROM subnet_allocations AS s WHERE s.vm_id = v.id) AS holds_subnet
     FROM vms AS v
@@ -50,6 +57,14 @@ const REMAINS: &str = "
 pub(crate) fn ids(conn: &Connection) -> rusqlite::Result<Vec<Result<VmId, BadRow>>> {
     let mut query = conn.prepare_cached("SELECT id FROM vms ORDER BY id")?;
     each(query.query_map([], |row| Reading::new(row, "vms", "id")?.parsed("id"))?)
+}
+
+/// The VMs that somebody wants removed.
+pub(crate) fn to_remove(conn: &Connection) -> rusqlite::Result<Vec<Result<VmId, BadRow>>> {
+    let mut query = conn.prepare_cached(
+        "SELECT vm_id FROM vm_nodes WHERE removal_wanted_at IS NOT NULL ORDER BY vm_id",
+    )?;
+    each(query.query_map([], |row| Reading::new(row, "vm_nodes", "vm_id")?.parsed("vm_id"))?)
 }
 
 /// All VMs, newest first, those that cannot be read last.
@@ -65,12 +80,18 @@ pub(crate) fn all(conn: &Connection) -> rusqlite::Result<Vec<Result<VmSummary, B
 
 fn summarize(row: &Row<'_>) -> rusqlite::Result<VmSummary> {
     let row = Reading::new(row, "vms", "id")?;
+    let (node, latest) = (row.of("vm_nodes"), row.of("vm_lifecycle"));
     Ok(VmSummary {
         id: row.parsed("id")?,
         pid: row.number("pid")?,
-        phase: row.of("vm_lifecycle").parsed("phase")?,
+        phase: latest.parsed("phase")?,
         image: row.text("image")?,
         created_at: row.parsed("created_at")?,
+        last_error: readable(latest.text("last_error"))?.unwrap_or_default(),
+        hypervisor: readable(node.json("hypervisor_json"))?.flatten(),
+        namespaces: readable(node.json("namespaces_json"))?.flatten(),
+        removal_wanted: node.number::<i64>("removal_wanted")? != 0,
+        exit_code: readable(node.number_or_null("exit_code"))?.flatten(),
     })
 }
 
@@ -82,12 +103,16 @@ pub(crate) fn remains(conn: &Connection, vm: VmId) -> rusqlite::Result<Option<Vm
             let (node, latest) = (row.of("vm_nodes"), row.of("vm_lifecycle"));
             let held = readable(latest.json::<Resources>("resources_json"))?;
             let holds_subnet = row.number::<i64>("holds_subnet")? != 0;
+            let owner = readable(node.json("owner_json"))?.flatten();
+            let maker = held.as_ref().and_then(|held| held.as_ref()?.owner.clone());
             Ok(VmRemains {
                 phase: readable(latest.parsed("phase"))?.unwrap_or(Phase::Creating),
-                owner: readable(node.json("owner_json"))?.flatten(),
+                // A VM of the reference names none.
+                maker: maker.or(owner),
                 hypervisor: node.json("hypervisor_json")?,
                 namespaces: node.json("namespaces_json")?,
                 ephemeral: node.number::<i64>("ephemeral")? != 0,
+                removal_wanted: node.number::<i64>("removal_wanted")? != 0,
                 holds_subnet,
                 had_network: holds_subnet
                     || held.is_none_or(|held| held.is_some_and(|held| held.tap_name.is_some())),
@@ -98,12 +123,13 @@ pub(crate) fn remains(conn: &Connection, vm: VmId) -> rusqlite::Result<Option<Vm
 
 fn read(row: &Row<'_>) -> rusqlite::Result<VmRecord> {
     let row = Reading::new(row, "vms", "id")?;
-    let node = row.of("vm_nodes");
+    let (node, latest) = (row.of("vm_nodes"), row.of("vm_lifecycle"));
     Ok(VmRecord {
         id: row.parsed("id")?,
         pid: row.number("pid")?,
         status: row.text("status")?,
-        phase: row.of("vm_lifecycle").parsed("phase")?,
+        phase: latest.parsed("phase")?,
+        last_error: readable(latest.text("last_error"))?.unwrap_or_default(),
         image: row.text("image")?,
         config_json: row.text("config_json")?,
         created_at: row.parsed("created_at")?,
@@ -113,7 +139,9 @@ fn read(row: &Row<'_>) -> rusqlite::Result<VmRecord> {
         hypervisor: node.json("hypervisor_json")?,
         namespaces: node.json("namespaces_json")?,
         ephemeral: node.number::<i64>("ephemeral")? != 0,
+        removal_wanted: node.number::<i64>("removal_wanted")? != 0,
         holds_subnet: row.number::<i64>("holds_subnet")? != 0,
+        exit_code: node.number_or_null("exit_code")?,
     })
 }
 
@@ -193,24 +221,23 @@ pub(crate) fn owner_epoch(conn: &Connection, vm: VmId) -> rusqlite::Result<Optio
 pub(crate) fn raise_epoch(
     conn: &Connection,
     vm: VmId,
-    owner: &ProcessIdentity,
+    pid: i32,
     at: Timestamp,
 ) -> Result<WriteOutcome, WriteError> {
     let id = vm.to_string();
     let rows = conn
         .prepare_cached("UPDATE vms SET pid = ?2, updated_at = ?3 WHERE id = ?1")?
-        .execute(params![id, owner.pid, stored(at)])?;
+        .execute(params![id, pid, stored(at)])?;
     if rows == 0 {
         return Err(WriteError::NotFound { vm });
     }
     let epoch = conn
         .prepare_cached(
-            "INSERT INTO vm_nodes (vm_id, owner_epoch, owner_json) VALUES (?1, ?2, ?3)
-             ON CONFLICT (vm_id) DO UPDATE
-                 SET owner_epoch = owner_epoch + 1, owner_json = excluded.owner_json
+            "INSERT INTO vm_nodes (vm_id, owner_epoch) VALUES (?1, ?2)
+             ON CONFLICT (vm_id) DO UPDATE SET owner_epoch = owner_epoch + 1
              RETURNING owner_epoch",
         )?
-        .query_row(params![id, FIRST_EPOCH.0, super::to_json("owner", owner)?], |row| row.get(0))?;
+        .query_row(params![id, FIRST_EPOCH.0], |row| row.get(0))?;
     Ok(WriteOutcome::Epoch(OwnerEpoch(epoch)))
 }
 
@@ -226,6 +253,16 @@ pub(crate) fn set_hypervisor(
     )?
     .execute(params![vm.to_string(), super::to_json("hypervisor", hypervisor)?])?;
     Ok(())
+}
+
+/// Notes how the VM's own command ended.
+pub(crate) fn set_exit(conn: &Connection, vm: VmId, code: u8) -> Result<WriteOutcome, WriteError> {
+    conn.prepare_cached(
+        "INSERT INTO vm_nodes (vm_id, owner_epoch, exit_code) VALUES (?1, 0, ?2)
+         ON CONFLICT (vm_id) DO UPDATE SET exit_code = excluded.exit_code",
+    )?
+    .execute(params![vm.to_string(), code])?;
+    Ok(WriteOutcome::ExitNoted)
 }
 
 /// Writes the status that a phase means, and lets go of the pid with the last phases.
@@ -246,6 +283,22 @@ pub(crate) fn set_status(
         return Err(WriteError::NotFound { vm });
     }
     Ok(())
+}
+
+/// Notes that the VM is to be removed; the first wish counts.
+pub(crate) fn want_removal(
+    conn: &Connection,
+    vm: VmId,
+    at: Timestamp,
+) -> Result<WriteOutcome, WriteError> {
+    epoch_of(conn, vm)?;
+    conn.prepare_cached(
+        "INSERT INTO vm_nodes (vm_id, owner_epoch, removal_wanted_at) VALUES (?1, 0, ?2)
+         ON CONFLICT (vm_id) DO UPDATE
+             SET removal_wanted_at = coalesce(removal_wanted_at, excluded.removal_wanted_at)",
+    )?
+    .execute(params![vm.to_string(), stored(at)])?;
+    Ok(WriteOutcome::RemovalWanted)
 }
 
 /// Removes a cleaned VM.

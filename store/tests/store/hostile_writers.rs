@@ -63,7 +63,7 @@ impl Writer {
         if self.writes.is_multiple_of(3) {
             let raise = WriteOp::RaiseEpoch {
                 vm: vm(CONTESTED),
-                owner: process(i32::try_from(self.number).unwrap()),
+                pid: i32::try_from(self.number).unwrap(),
                 at: at(0),
             };
             match self.write(raise) {
@@ -91,7 +91,7 @@ impl Writer {
             self.disturb(epoch);
         }
         self.append(number, WriteOp::SetHypervisor { vm: id, epoch: EPOCH, hypervisor, at: at(1) });
-        let raise = WriteOp::RaiseEpoch { vm: id, owner: process(1), at: at(2) };
+        let raise = WriteOp::RaiseEpoch { vm: id, pid: 1, at: at(2) };
         assert_eq!(self.write(raise), Ok(WriteOutcome::Epoch(second)));
         for phase in
             [Phase::Running, Phase::Stopping, Phase::Stopped, Phase::Cleaning, Phase::Cleaned]

@@ -134,7 +134,7 @@ fn many_may_open_a_new_home_at_once() {
         .plain()
         .query_row("SELECT count(*) FROM schema_migrations", [], |row| row.get(0))
         .unwrap();
-    assert_eq!(count, 5);
+    assert_eq!(count, 7);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use matchlock_store::{WriteError, WriteOp, WriteOutcome};
 use proptest::prelude::*;
 use proptest::sample::select;
 
-use crate::support::{Home, insert, process, set_phase_as, vm};
+use crate::support::{Home, insert, set_phase_as, vm};
 
 #[derive(Debug, Clone)]
 enum Step {
@@ -83,7 +83,7 @@ fn play(lives: &mut BTreeMap<VmId, Life>, id: VmId, step: &Step) -> (WriteOp, An
             (op, Ok(WriteOutcome::Version(life.version())))
         }
         Step::TakeOver => {
-            let op = WriteOp::RaiseEpoch { vm: id, owner: process(7), at: crate::support::at(5) };
+            let op = WriteOp::RaiseEpoch { vm: id, pid: 7, at: crate::support::at(5) };
             let Some(life) = life.filter(|_| here) else {
                 return (op, not_found);
             };

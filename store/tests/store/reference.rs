@@ -8,7 +8,7 @@ use matchlock_model::record::CleanupStatus;
 use matchlock_store::{OpenError, ReadPool, STATE_DB, WriteOp, WriteOutcome};
 use rusqlite::Connection;
 
-use crate::support::{Home, apply_one, at, process, reference_home_in, set_phase_as, vm};
+use crate::support::{Home, apply_one, at, reference_home_in, set_phase_as, vm};
 
 const ADOPTED: OwnerEpoch = OwnerEpoch(0);
 
@@ -99,7 +99,7 @@ async fn its_vms_are_cleaned_and_removed_by_a_new_owner() {
     let mut writer = home.writer();
     let first = OwnerEpoch(1);
     for (number, versions) in [(0xa, 3..5), (0xc, 1..3)] {
-        let raise = WriteOp::RaiseEpoch { vm: vm(number), owner: process(77), at: at(0) };
+        let raise = WriteOp::RaiseEpoch { vm: vm(number), pid: 77, at: at(0) };
         assert_eq!(apply_one(&mut writer, raise), Ok(WriteOutcome::Epoch(first)));
         for (version, phase) in versions.zip([Phase::Cleaning, Phase::Cleaned]) {
             assert_eq!(

@@ -48,6 +48,8 @@ fn the_schema_of_the_state_is_as_recorded() {
             ("lifecycle", 1, "create_append_only_vm_lifecycle_table"),
             ("lifecycle", 2, "create_vm_lifecycle_head"),
             ("node", 1, "owners_and_foreign_keys"),
+            ("node", 2, "removal_intent"),
+            ("node", 3, "exit_code"),
             ("state", 1, "create_vms"),
             ("state", 2, "create_subnet_allocations"),
         ])
@@ -212,6 +214,6 @@ fn each_migration_has_its_checksum_in_the_database() {
         conn.prepare("SELECT sha256 FROM schema_migrations NATURAL JOIN schema_checksums").unwrap();
     let recorded: Vec<String> =
         query.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect();
-    assert_eq!(recorded.len(), 5);
+    assert_eq!(recorded.len(), 7);
     assert!(recorded.iter().all(|sum| sums.contains(sum.as_str())));
 }

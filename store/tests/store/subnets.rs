@@ -113,8 +113,7 @@ fn only_the_owner_of_a_vm_that_is_there_gets_or_gives_back() {
     assert_eq!(unknown, Err(WriteError::NotFound { vm: vm(1) }));
     apply_one(&mut conn, insert(vm(1))).unwrap();
     given(&mut conn, allocate_from(&default, 1, &[]));
-    let owner = crate::support::process(9);
-    apply_one(&mut conn, WriteOp::RaiseEpoch { vm: vm(1), owner, at: at(10) }).unwrap();
+    apply_one(&mut conn, WriteOp::RaiseEpoch { vm: vm(1), pid: 9, at: at(10) }).unwrap();
     for op in [allocate_from(&default, 1, &[]), release(1)] {
         assert!(matches!(apply_one(&mut conn, op), Err(WriteError::Fenced { .. })));
     }

@@ -177,9 +177,35 @@ async fn the_hypervisor_is_known_beside_the_vm_and_in_its_history() {
 }
 
 #[tokio::test]
+async fn an_exit_code_stays_through_all_phases_until_the_vm_is_removed() {
+    let (home, mut writer) = home_with_vm();
+    let reader = home.reader();
+    let code = async || reader.vm(vm(1)).await.unwrap().unwrap().exit_code;
+    assert_eq!(code().await, None, "it has not ended");
+    for number in [0, 143] {
+        let set = WriteOp::SetExit { vm: vm(1), epoch: EPOCH, code: number };
+        assert_eq!(apply_one(&mut writer, set), Ok(WriteOutcome::ExitNoted));
+        assert_eq!(code().await, Some(number));
+    }
+    let raise = WriteOp::RaiseEpoch { vm: vm(1), pid: 6_000, at: at(40) };
+    apply_one(&mut writer, raise).unwrap();
+    for phase in [Phase::Cleaning, Phase::Cleaned] {
+        apply_one(&mut writer, set_phase_as(vm(1), OwnerEpoch(2), phase)).unwrap();
+        assert_eq!(code().await, Some(143), "{phase}");
+    }
+    let all = reader.vms().await.unwrap();
+    assert_eq!(all[0].as_ref().unwrap().exit_code, Some(143));
+    // One that nobody can read hides nothing in the list.
+    home.plain().execute("UPDATE vm_nodes SET exit_code = 'seven'", []).unwrap();
+    assert_eq!(reader.vms().await.unwrap()[0].as_ref().unwrap().exit_code, None);
+    let unreadable = reader.vm(vm(1)).await.unwrap_err().to_string();
+    assert!(unreadable.contains("vm_nodes.exit_code of vm-00000001"), "{unreadable}");
+}
+
+#[tokio::test]
 async fn a_take_over_fences_the_owner_before() {
     let (home, mut writer) = home_with_vm();
-    let raise = WriteOp::RaiseEpoch { vm: vm(1), owner: process(6_000), at: at(40) };
+    let raise = WriteOp::RaiseEpoch { vm: vm(1), pid: 6_000, at: at(40) };
     let second = OwnerEpoch(2);
     assert_eq!(apply_one(&mut writer, raise.clone()), Ok(WriteOutcome::Epoch(second)));
     let fenced = WriteError::Fenced { vm: vm(1), epoch: EPOCH, current: second };
@@ -187,15 +213,40 @@ async fn a_take_over_fences_the_owner_before() {
         set_phase(vm(1), Phase::Created),
         WriteOp::RemoveVm { vm: vm(1), epoch: EPOCH },
         WriteOp::SetHypervisor { vm: vm(1), epoch: EPOCH, hypervisor: process(1), at: at(41) },
+        WriteOp::SetExit { vm: vm(1), epoch: EPOCH, code: 7 },
     ];
-    assert_eq!(writer.apply(late), vec![Err(fenced); 3]);
+    assert_eq!(writer.apply(late), vec![Err(fenced); 4]);
     assert_eq!(
         apply_one(&mut writer, set_phase_as(vm(1), second, Phase::Cleaning)),
         Ok(WriteOutcome::Version(2))
     );
     let row = home.reader().vm(vm(1)).await.unwrap().unwrap();
-    assert_eq!((row.owner_epoch, row.owner, row.pid), (second, Some(process(6_000)), 6_000));
+    // What it holds was made by the first, which may still be there.
+    assert_eq!((row.owner_epoch, row.owner, row.pid), (second, Some(process(4_000)), 6_000));
+    let remains = home.reader().remains(vm(1)).await.unwrap().unwrap();
+    assert_eq!(remains.maker, Some(process(4_000)));
     assert_eq!(apply_one(&mut writer, raise), Ok(WriteOutcome::Epoch(OwnerEpoch(3))));
+}
+
+#[tokio::test]
+async fn who_made_a_vm_stays_whoever_takes_it_over() {
+    let (home, mut writer) = home_with_vm();
+    let made = Resources { owner: Some(process(5)), ..resources() };
+    let named = WriteOp::SetPhase {
+        vm: vm(1),
+        epoch: EPOCH,
+        phase: Phase::Creating,
+        last_error: None,
+        backend: None,
+        resources: Some(Box::new(made)),
+        cleanup: Vec::new(),
+        at: at(30),
+    };
+    apply_one(&mut writer, named).unwrap();
+    let raise = WriteOp::RaiseEpoch { vm: vm(1), pid: 6_000, at: at(40) };
+    apply_one(&mut writer, raise).unwrap();
+    let remains = home.reader().remains(vm(1)).await.unwrap().unwrap();
+    assert_eq!(remains.maker, Some(process(5)));
 }
 
 #[test]
@@ -205,11 +256,12 @@ fn a_vm_that_is_not_there_is_told() {
     let missing = vec![
         set_phase(vm(9), Phase::Created),
         WriteOp::SetHypervisor { vm: vm(9), epoch: EPOCH, hypervisor: process(1), at: at(0) },
-        WriteOp::RaiseEpoch { vm: vm(9), owner: process(1), at: at(0) },
+        WriteOp::SetExit { vm: vm(9), epoch: EPOCH, code: 7 },
+        WriteOp::RaiseEpoch { vm: vm(9), pid: 1, at: at(0) },
         WriteOp::RemoveVm { vm: vm(9), epoch: EPOCH },
     ];
     let not_found = WriteError::NotFound { vm: vm(9) };
-    assert_eq!(writer.apply(missing), vec![Err(not_found); 4]);
+    assert_eq!(writer.apply(missing), vec![Err(not_found); 5]);
     let rows: i64 = home
         .plain()
         .query_row(

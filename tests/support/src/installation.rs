@@ -204,7 +204,10 @@ impl Installation {
         let db = self.home().join("state.db");
         // After a space: a comment at the start would be taken for an option.
         let query = format!(" {query}");
-        let output = Command::new("sqlite3").arg(db).arg(query).output().context("sqlite3")?;
+        // Whoever closes the database last holds a lock for a moment.
+        let mut command = Command::new("sqlite3");
+        command.args(["-cmd", ".timeout 10000"]).arg(db).arg(query);
+        let output = command.output().context("sqlite3")?;
         if !output.status.success() {
             bail!("sqlite3: {}", stderr(&output));
         }

@@ -9,7 +9,11 @@ mod host;
 mod installation;
 pub mod netns;
 mod running;
+mod session;
+mod terminal;
 
 pub use host::Remains;
 pub use installation::{Installation, busybox_archive, program};
 pub use running::{Running, wait_until};
+pub use session::{Session, small_vm};
+pub use terminal::{Terminal, modes_of, open_terminal};

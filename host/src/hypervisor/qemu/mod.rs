@@ -107,7 +107,6 @@ impl Qemu {
     /// QEMU with these options; its processes die with this spawner.
     #[must_use]
     pub fn new(spawner: Spawner, options: QemuOptions) -> Self {
-        let named = || std::env::var_os(PROGRAM_VARIABLE).filter(|name| !name.is_empty());
         let acceleration = options.acceleration.unwrap_or_else(|| match facts::kvm() {
             facts::Kvm::Usable => Acceleration::Kvm,
             facts::Kvm::Unusable(why) => {
@@ -117,7 +116,7 @@ impl Qemu {
         });
         Self {
             spawner,
-            program: options.program.or_else(|| named().map(PathBuf::from)),
+            program: options.program.or_else(program_variable),
             acceleration,
             cache: options.cache,
             tsc_khz: OnceCell::new(),
@@ -144,29 +143,47 @@ impl Qemu {
         })
     }
 
+    /// The program that would be used here without options, as an absolute path.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn installed() -> Result<PathBuf, HypervisorError> {
+        find_program(program_variable().as_deref())
+    }
+
     /// The program as an absolute path.
     fn find_program(&self) -> Result<PathBuf, HypervisorError> {
-        let wanted = self.program.as_deref().unwrap_or(Path::new(PROGRAM));
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        let candidates: Vec<PathBuf> = if wanted.components().count() > 1 {
-            vec![wanted.to_owned()]
-        } else {
-            std::env::split_paths(&path)
-                .filter(|dir| dir.is_absolute())
-                .map(|dir| dir.join(wanted))
-                .collect()
-        };
-        candidates
-            .into_iter()
-            .filter(|file| file.is_file())
-            .find(|file| rustix::fs::access(file, rustix::fs::Access::EXEC_OK).is_ok())
-            .and_then(|file| std::path::absolute(file).ok())
-            .ok_or_else(|| HypervisorError::NotInstalled {
-                program: wanted.display().to_string(),
-                package: PACKAGE,
-                variable: PROGRAM_VARIABLE,
-            })
+        find_program(self.program.as_deref())
     }
+}
+
+/// The program that the environment names.
+fn program_variable() -> Option<PathBuf> {
+    std::env::var_os(PROGRAM_VARIABLE).filter(|name| !name.is_empty()).map(PathBuf::from)
+}
+
+/// This program, or QEMU, as an absolute path.
+fn find_program(named: Option<&Path>) -> Result<PathBuf, HypervisorError> {
+    let wanted = named.unwrap_or(Path::new(PROGRAM));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let candidates: Vec<PathBuf> = if wanted.components().count() > 1 {
+        vec![wanted.to_owned()]
+    } else {
+        std::env::split_paths(&path)
+            .filter(|dir| dir.is_absolute())
+            .map(|dir| dir.join(wanted))
+            .collect()
+    };
+    candidates
+        .into_iter()
+        .filter(|file| file.is_file())
+        .find(|file| rustix::fs::access(file, rustix::fs::Access::EXEC_OK).is_ok())
+        .and_then(|file| std::path::absolute(file).ok())
+        .ok_or_else(|| HypervisorError::NotInstalled {
+            program: wanted.display().to_string(),
+            package: PACKAGE,
+            variable: PROGRAM_VARIABLE,
+        })
 }
 
 #[async_trait]

@@ -1,6 +1,6 @@
 //! The decision.
 
-use super::{Denied, Effect, Op, OpResult, StopMode, VmEvent, VmState};
+use super::{Denied, Effect, Heard, Op, OpResult, StopMode, VmEvent, VmState};
 use crate::failure::{Failure, FailureKind};
 use crate::phase::Phase;
 
@@ -20,7 +20,7 @@ pub fn step(state: VmState, event: VmEvent) -> Result<(VmState, Vec<Effect>), De
         VmEvent::Stop(mode) => Ok(stop(state, mode)),
         VmEvent::MachineExited(cause) => Ok(ended(state, cause)),
         VmEvent::LinkLost(cause) => Ok(link_lost(state, cause)),
-        VmEvent::Hung(cause) => Ok(hung(state, cause)),
+        VmEvent::Heard(heard) => Ok(note(state, heard)),
     }
 }
 
@@ -103,12 +103,22 @@ fn link_lost(state: VmState, cause: Failure) -> (VmState, Vec<Effect>) {
     (state, Vec::new())
 }
 
-/// Only written down: a guest that is busy, or that its user stopped, may come back.
-fn hung(state: VmState, cause: Option<Failure>) -> (VmState, Vec<Effect>) {
-    if state.op.is_some() || state.phase != Phase::Running {
-        return (state, Vec::new());
+/// Only written down: a guest that is busy, or that its user stopped, may come back. The last word
+/// counts, also when it comes while an earlier one is being written.
+fn note(state: VmState, heard: Heard) -> (VmState, Vec<Effect>) {
+    match (state.op, state.phase) {
+        (None, Phase::Running) => {
+            let cause = match heard {
+                Heard::Silence(cause) => Some(cause),
+                Heard::Answer => None,
+            };
+            (VmState { op: Some(Op::Note), ..state }, vec![Effect::Note { cause }])
+        }
+        (Some(Op::Reattach | Op::Note), _) => {
+            (VmState { unnoted: Some(heard), ..state }, Vec::new())
+        }
+        _ => (state, Vec::new()),
     }
-    (VmState { op: Some(Op::Note), ..state }, vec![Effect::Note { cause }])
 }
 
 fn op_done(
@@ -123,7 +133,8 @@ fn op_done(
     Ok(match (op, result) {
         (Op::Create, result) => created(state, result),
         (Op::Boot, result) => booted(state, result),
-        (Op::Reattach | Op::Note, result) => went_on(state, result),
+        (Op::Reattach, result) => went_on(state, result),
+        (Op::Note, result) => noted(state, result),
         (Op::Stop(_), Ok(())) => clean(state, Vec::new()),
         (Op::Stop(StopMode::Graceful(_)), Err(_)) => take_down(state, StopMode::Force),
         (Op::Stop(StopMode::Force), Err(cause)) => conclude(state, Phase::StopFailed, cause),
@@ -159,9 +170,21 @@ fn booted(state: VmState, result: OpResult) -> (VmState, Vec<Effect>) {
 /// After what a running VM may go on from.
 fn went_on(state: VmState, result: OpResult) -> (VmState, Vec<Effect>) {
     match (result, state.stop) {
-        (Ok(()), None) => (state, Vec::new()),
+        (Ok(()), None) => match state.unnoted {
+            Some(heard) => note(VmState { unnoted: None, ..state }, heard),
+            None => (state, Vec::new()),
+        },
         (_, Some(mode)) => take_down(state, mode),
         (Err(cause), None) => take_down(VmState { cause: Some(cause), ..state }, StopMode::Force),
+    }
+}
+
+/// That something could not be noted is no reason to end a VM that runs; that it has another owner
+/// is.
+fn noted(state: VmState, result: OpResult) -> (VmState, Vec<Effect>) {
+    match result {
+        Err(failure) if failure.kind == FailureKind::Fenced => went_on(state, Err(failure)),
+        Ok(()) | Err(_) => went_on(state, Ok(())),
     }
 }
 

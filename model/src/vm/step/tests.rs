@@ -183,10 +183,33 @@ fn a_stop_beats_a_reattachment() {
 #[test]
 fn a_hang_ends_no_vm() {
     let mut life = running();
-    life.event(VmEvent::Hung(Some(failure())));
+    life.event(VmEvent::Heard(Heard::Silence(failure())));
     assert_eq!(life.pending, [Effect::Note { cause: Some(failure()) }]);
     life.event(VmEvent::OpDone { recorded: Phase::Running, result: Ok(()) });
     assert_eq!((life.state.op, life.state.phase), (None, Phase::Running));
+}
+
+#[test]
+fn what_is_heard_while_something_is_noted_is_noted_after_it() {
+    let mut life = running();
+    life.event(VmEvent::Heard(Heard::Silence(failure())));
+    life.event(VmEvent::Heard(Heard::Answer));
+    life.event(VmEvent::OpDone { recorded: Phase::Running, result: Ok(()) });
+    assert_eq!(life.pending, [Effect::Note { cause: None }]);
+    life.event(VmEvent::OpDone { recorded: Phase::Running, result: Ok(()) });
+    assert_eq!((life.state.op, life.state.unnoted), (None, None));
+}
+
+#[test]
+fn a_note_that_fails_ends_no_vm_unless_another_owner_has_it() {
+    let mut life = running();
+    life.event(VmEvent::Heard(Heard::Silence(failure())));
+    life.event(VmEvent::OpDone { recorded: Phase::Running, result: Err(failure()) });
+    assert_eq!((life.state.op, life.state.phase), (None, Phase::Running));
+    life.event(VmEvent::Heard(Heard::Answer));
+    let fenced = Failure::new(FailureKind::Fenced, "taken over");
+    life.event(VmEvent::OpDone { recorded: Phase::Running, result: Err(fenced) });
+    assert_eq!(life.state.op, Some(Op::Stop(StopMode::Force)));
 }
 
 #[test]
@@ -252,7 +275,10 @@ fn apply(life: &mut Life, happening: Happening) {
         Happening::Stop(mode) => life.event(VmEvent::Stop(mode)),
         Happening::Exit => life.event(VmEvent::MachineExited(failure())),
         Happening::Lost => life.event(VmEvent::LinkLost(failure())),
-        Happening::Hung(hung) => life.event(VmEvent::Hung(hung.then(failure))),
+        Happening::Hung(hung) => {
+            let heard = if hung { Heard::Silence(failure()) } else { Heard::Answer };
+            life.event(VmEvent::Heard(heard));
+        }
         Happening::Restart(done) if !life.state.settled => restart(life, done),
         Happening::Done | Happening::Fail(_) | Happening::Stuck | Happening::Restart(_) => {}
     }

@@ -3,7 +3,10 @@
 //! # Invariants
 //! 1. Only this user (and root) is served: mode 0600, and the peer's credentials are checked.
 //! 2. A client that goes away takes its command with it; it harms nothing else.
-//! 3. At most [`MAX_CLIENTS`] clients per VM at once.
+//! 3. Whoever asks is heard: what waits or runs for others holds no place of the clients that have not
+//!    said yet what they want, so a kill gets through however many commands run.
+//! 4. All of it is bounded: [`MAX_CLIENTS`] at the door, as many commands, as many that wait for a
+//!    command's place, as many kills of each kind. What is beyond that is refused, at the door it waits.
 
 use std::io;
 use std::sync::Arc;
@@ -20,7 +23,7 @@ use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::id::VmId;
 use matchlock_model::vm::StopMode;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, mpsc};
 use tokio::time::timeout;
 use tokio_util::codec::Framed;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -29,7 +32,7 @@ use super::client::NodeClient;
 use super::protocol::{Ended, Frame, FrameCodec, Request, STDIN_FRAMES};
 use crate::points::{OWNER, injected};
 
-/// How many clients a VM serves at once.
+/// How many clients a VM serves at once, of each kind.
 pub const MAX_CLIENTS: usize = 64;
 
 /// How long a client may take to say what it wants; its place is another's then.
@@ -72,11 +75,56 @@ impl OwnerServer for OwnerSockets {
     }
 }
 
+/// The places that a VM has for clients.
+#[derive(Debug)]
+struct Places {
+    /// Of those that have not said yet what they want.
+    door: Arc<Semaphore>,
+    commands: Semaphore,
+    /// Of commands that wait for a place.
+    queue: Semaphore,
+    kills: Semaphore,
+    /// Apart from those that ask the guest: they may take as long as it has grace.
+    forced_kills: Semaphore,
+}
+
+impl Places {
+    fn new() -> Self {
+        let places = || Semaphore::new(MAX_CLIENTS);
+        Self {
+            door: Arc::new(places()),
+            commands: places(),
+            queue: places(),
+            kills: places(),
+            forced_kills: places(),
+        }
+    }
+
+    /// A command's place, once there is one.
+    async fn command(&self) -> Result<SemaphorePermit<'_>, Failure> {
+        if let Ok(place) = self.commands.try_acquire() {
+            return Ok(place);
+        }
+        let _waiting = self.queue.try_acquire().map_err(|_| full("wait for a command's place"))?;
+        let place = self.commands.acquire().await;
+        place.map_err(|e| Failure::from_error(FailureKind::Internal, &e))
+    }
+
+    fn kill(&self, force: bool) -> Result<SemaphorePermit<'_>, Failure> {
+        let kills = if force { &self.forced_kills } else { &self.kills };
+        kills.try_acquire().map_err(|_| full("wait for the VM's end"))
+    }
+}
+
+fn full(what: &str) -> Failure {
+    Failure::new(FailureKind::Busy, format!("{MAX_CLIENTS} others {what}; try again later"))
+}
+
 async fn accept(vm: VmId, listener: UnixListener, client: NodeClient, cancel: CancellationToken) {
-    let slots = Arc::new(Semaphore::new(MAX_CLIENTS));
+    let places = Arc::new(Places::new());
     loop {
         // A client beyond the limit waits in the listener's queue.
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+        let Ok(door) = Arc::clone(&places.door).acquire_owned().await else { return };
         let accepted = tokio::select! {
             () = cancel.cancelled() => return,
             accepted = listener.accept() => accepted,
@@ -94,28 +142,48 @@ async fn accept(vm: VmId, listener: UnixListener, client: NodeClient, cancel: Ca
             tracing::warn!(vm_id = %vm, "a client of another user was refused");
             continue;
         }
-        let client = client.clone();
+        let (client, places) = (client.clone(), Arc::clone(&places));
         tokio::spawn(async move {
-            if let Err(error) = answer(vm, stream, &client).await {
+            if let Err(error) = answer(vm, stream, &client, &places, door).await {
                 tracing::debug!(vm_id = %vm, %error, "a client went away");
             }
-            drop(slot);
         });
     }
 }
 
-fn is_allowed(stream: &UnixStream) -> bool {
+/// Whether the peer is this user, or root.
+pub(super) fn is_allowed(stream: &UnixStream) -> bool {
     let own = rustix::process::geteuid().as_raw();
     stream.peer_cred().is_ok_and(|peer| peer.uid() == own || peer.uid() == 0)
 }
 
-async fn answer(vm: VmId, stream: UnixStream, client: &NodeClient) -> io::Result<()> {
+async fn answer(
+    vm: VmId,
+    stream: UnixStream,
+    client: &NodeClient,
+    places: &Places,
+    door: OwnedSemaphorePermit,
+) -> io::Result<()> {
     let mut connection = Framed::new(stream, FrameCodec::default());
     let first = timeout(REQUEST_LIMIT, connection.next()).await?;
+    drop(door);
     match first.transpose()? {
-        Some(Frame::Request(Request::Exec(spec))) => exec(vm, connection, client, spec).await,
+        Some(Frame::Request(Request::Exec(spec))) => {
+            let place = places.command().await;
+            connection.send(Frame::Heard).await?;
+            match place {
+                Ok(_place) => exec(vm, connection, client, spec).await,
+                Err(full) => connection.send(Frame::Ended(Ended::Failed(full))).await,
+            }
+        }
+        // Whether anybody waits for it or not: it was asked for.
         Some(Frame::Request(Request::Kill { force })) => {
-            let result = kill(vm, client, force).await;
+            let heard = connection.send(Frame::Heard).await;
+            let result = match places.kill(force) {
+                Ok(_place) => kill(vm, client, force).await,
+                Err(full) => Err(full),
+            };
+            heard?;
             connection.send(Frame::Killed(result)).await
         }
         Some(other) => Err(unexpected(other)),
@@ -152,7 +220,7 @@ fn unexpected(what: impl std::fmt::Debug) -> io::Error {
 /// Carries the streams until the command ends or the client goes away.
 async fn carry(connection: Connection, session: ExecSession) -> io::Result<()> {
     let (mut to_client, mut from_client) = connection.split();
-    let ExecSession { stdin, signals, mut events } = session;
+    let ExecSession { stdin, signals, size, mut events } = session;
     let (waiting, mut to_take) = mpsc::channel(STDIN_FRAMES + 1);
     let (taken, mut newly_taken) = mpsc::channel(STDIN_FRAMES + 1);
     // Reads on, whether the command does or not: a signal and the client's end must be seen.
@@ -165,6 +233,10 @@ async fn carry(connection: Connection, session: ExecSession) -> io::Result<()> {
                     if let Err(error) = signals.try_send(number) {
                         tracing::debug!(%error, "a signal for a command that takes none");
                     }
+                    continue;
+                }
+                Frame::Resize(to) => {
+                    size.send_replace(to);
                     continue;
                 }
                 other => return Err(unexpected(other)),
@@ -217,3 +289,6 @@ fn to_frame(event: Result<ExecEvent, LinkError>) -> Frame {
         Err(lost) => Frame::Ended(Ended::Failed(Failure::from_error(FailureKind::Guest, &lost))),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,139 @@
+//! The effects on the hypervisor and on the guest in it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use matchlock_host::guest_link::LinkError;
+use matchlock_host::hypervisor::{HypervisorError, Machine, MachineExit};
+use matchlock_model::failure::{Failure, FailureKind};
+use matchlock_model::record::CleanupStep;
+use matchlock_model::vm::OpResult;
+use matchlock_store::WriteOp;
+use tokio::time::{Instant, timeout};
+
+use super::context::VmContext;
+use super::effects::host;
+
+/// How long a lost link may wait for the machine's own, better reason.
+pub(super) const EXIT_AFTER_LINK_LOSS: Duration = Duration::from_secs(2);
+
+/// How many lines of the console an error shows.
+const CONSOLE_LINES: usize = 5;
+
+pub(super) async fn launch(context: &VmContext) -> OpResult {
+    let started = Instant::now();
+    let spec = context.machine_spec();
+    let machine = context.deps.hypervisor.launch(&spec).await.map_err(|e| host(&e))?;
+    // The hypervisor has its own descriptors now.
+    drop(spec);
+    let hypervisor = machine.identity();
+    // Kept before it is recorded: if the write fails, closing the machine must find it.
+    context.set_machine(Some(machine), started);
+    let op = WriteOp::SetHypervisor {
+        vm: context.id,
+        epoch: context.epoch,
+        hypervisor,
+        at: (context.deps.now)(),
+    };
+    context.deps.db.write(op).await.map(drop).map_err(Failure::from)
+}
+
+pub(super) fn no_machine() -> Failure {
+    Failure::new(FailureKind::Internal, "the hypervisor was not launched")
+}
+
+pub(super) async fn connect_guest(context: &VmContext) -> OpResult {
+    let machine = context.machine().ok_or_else(no_machine)?;
+    let limit = context.deps.limits.boot;
+    let link = tokio::select! {
+        biased;
+        exit = machine.wait_exit() => return Err(ended_early(&*machine, &exit)),
+        link = context.deps.connector.connect(&*machine, limit) => link,
+    };
+    let link = match link {
+        Ok(link) => link,
+        Err(error) => return Err(never_ready(&*machine, &error).await),
+    };
+    let agent = link.agent().clone();
+    let ready = context.launched_at().map(|launched| launched.elapsed());
+    context.time(|timings| {
+        timings.kernel = Some(Duration::from_micros(agent.init_started_us));
+        timings.agent_ready = ready;
+    });
+    context.set_link(Some(link));
+    Ok(())
+}
+
+fn ended_early(machine: &dyn Machine, exit: &MachineExit) -> Failure {
+    let text = format!("the guest ended before its agent was ready: {exit}{}", console(machine));
+    Failure::new(FailureKind::Guest, text)
+}
+
+/// A link that failed because the machine has ended is better explained by the machine.
+async fn never_ready(machine: &dyn Machine, error: &LinkError) -> Failure {
+    if let Ok(exit) = timeout(EXIT_AFTER_LINK_LOSS, machine.wait_exit()).await {
+        return ended_early(machine, &exit);
+    }
+    let chain = matchlock_model::failure::chain(error);
+    let text = format!("the guest's agent never got ready: {chain}{}", console(machine));
+    Failure::new(FailureKind::Guest, text)
+}
+
+/// The end of the console, for the end of an error text.
+fn console(machine: &dyn Machine) -> String {
+    match machine.console_tail(CONSOLE_LINES) {
+        Ok(lines) if lines.is_empty() => "; its console is empty".to_owned(),
+        Ok(lines) => format!("; its console ends with: {}", lines.join(" | ")),
+        Err(error) => format!("; its console cannot be read: {error}"),
+    }
+}
+
+pub(super) async fn configure_guest(context: &VmContext) -> OpResult {
+    let link = context
+        .link()
+        .ok_or_else(|| Failure::new(FailureKind::Internal, "the guest is not connected"))?;
+    let config = context.create.spec.guest_config(context.id, context.subnet());
+    link.configure(&config).await.map_err(|e| Failure::from_error(FailureKind::Guest, &e))
+}
+
+/// Asks the guest to power off and waits until it has. A guest that does not answer is no failure
+/// of the stop: the machine is closed next, and the step's entry says what happened.
+pub(super) async fn shutdown_guest(context: &VmContext, grace: Duration) -> OpResult {
+    let (Some(machine), Some(link)) = (context.machine(), context.link()) else {
+        return Ok(());
+    };
+    let asked = async {
+        link.shutdown(grace).await.map_err(|e| Failure::from_error(FailureKind::Guest, &e))?;
+        machine.wait_exit().await;
+        Ok(())
+    };
+    let limit = grace + context.deps.limits.power_off;
+    let result: OpResult = timeout(limit, asked).await.unwrap_or_else(|_| {
+        let text = format!("the guest did not power off within {limit:?}");
+        Err(Failure::new(FailureKind::Timeout, text))
+    });
+    if let Err(failure) = &result {
+        tracing::warn!(vm_id = %context.id, %failure, "the guest was not shut down cleanly");
+    }
+    context.note_cleanup(CleanupStep::GuestSync, &result);
+    Ok(())
+}
+
+/// Ends the hypervisor and sees that it is gone: by its handle, or, where a launch was cancelled or
+/// an earlier life did not keep its handle, by the VM's mark.
+pub(super) async fn close_machine(context: &VmContext) -> OpResult {
+    context.set_link(None);
+    let limit = context.deps.limits.kill;
+    if let Some(machine) = context.machine() {
+        machine.kill(limit).await.map_err(|e: HypervisorError| host(&e))?;
+        return Ok(());
+    }
+    let processes = Arc::clone(&context.deps.processes);
+    let mark = context.deps.mark(context.id);
+    for process in processes.find_marked().map_err(|e| host(&e))? {
+        if process.mark == mark {
+            processes.kill(&process.identity, limit).await.map_err(|e| host(&e))?;
+        }
+    }
+    Ok(())
+}

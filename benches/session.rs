@@ -1,0 +1,171 @@
+//! Sessions (`matchlock rpc`): the round trip of a command in a warm VM, from `create` to a VM's first
+//! command, and what a VM costs the session's process. Ends by writing target/bench/session.md for
+//! `scenarios`. `make bench`.
+
+mod artifacts;
+
+use std::fmt::Write as _;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use matchlock_test_support::{Installation, Session, small_vm};
+use serde_json::{Value, json};
+
+/// Commands that are measured, at each number at once.
+const COMMANDS: usize = 640;
+const ROUNDS: usize = 3;
+
+fn main() -> Result<()> {
+    let installation = Installation::new()?;
+    let load = std::fs::read_to_string("/proc/loadavg")?;
+    let section = [
+        "\n## Sessions\n\n`cargo bench --bench session`: the real program, busybox VMs of 128 MB without a network.\n\n",
+        &round_trips(&installation)?,
+        &first_commands(&installation)?,
+        &memory(&installation)?,
+        &format!("\nLoad average before all this: {}.\n", load.trim()),
+    ]
+    .concat();
+    let file = artifacts::section("session");
+    std::fs::create_dir_all(file.parent().context("a directory")?)?;
+    std::fs::write(&file, &section)?;
+    println!("{section}\nwritten to {}", file.display());
+    Ok(())
+}
+
+fn start(installation: &Installation) -> Result<Session> {
+    Session::start(installation.command(&["rpc"])?.stderr(Stdio::inherit()))
+}
+
+fn close(mut session: Session) -> Result<()> {
+    session.call("close", &json!({ "timeout_seconds": 60 }))?;
+    let status = session.wait(Duration::from_secs(60))?;
+    ensure!(status.is_some_and(|status| status.success()), "the session ended with {status:?}");
+    Ok(())
+}
+
+/// The time at this part of all, from 0 to 1.
+fn percentile(times: &mut [Duration], part: f64) -> Duration {
+    times.sort_unstable();
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "an index of a short list"
+    )]
+    let at = ((times.len() - 1) as f64 * part).round() as usize;
+    times.get(at).copied().unwrap_or_default()
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+/// Runs commands, so many at once; the time of each.
+fn run(session: &mut Session, at_once: usize, command: &Value) -> Result<Vec<Duration>> {
+    let mut asked = std::collections::HashMap::new();
+    let (mut times, mut left) = (Vec::new(), COMMANDS);
+    while times.len() < COMMANDS {
+        while asked.len() < at_once && left > 0 {
+            let params = json!({ "command": command });
+            let began = Instant::now();
+            asked.insert(session.send("exec", &params)?, began);
+            left -= 1;
+        }
+        let is_one = |m: &Value| m["id"].as_u64().is_some_and(|id| asked.contains_key(&id));
+        let answer = session.message("an answer", is_one)?;
+        ensure!(answer["result"]["exit_code"] == 0, "{answer}");
+        let id = answer["id"].as_u64().context("an id")?;
+        times.push(asked.remove(&id).context("it was asked")?.elapsed());
+    }
+    Ok(times)
+}
+
+fn round_trips(installation: &Installation) -> Result<String> {
+    let mut session = start(installation)?;
+    session.create_vm()?;
+    let mut text = String::from(
+        "| `exec` in a warm VM | at once | p50 | p99 | commands/s |\n|---|---|---|---|---|\n",
+    );
+    let ways = [("`true`, without a shell", json!(["true"])), ("`sh -c true`", json!("true"))];
+    for (name, command) in ways {
+        for at_once in [1, 32] {
+            let began = Instant::now();
+            let mut times = run(&mut session, at_once, &command)?;
+            let rate = f64::from(u32::try_from(COMMANDS)?) / began.elapsed().as_secs_f64();
+            writeln!(
+                text,
+                "| {name} | {at_once} | {:.1} ms | {:.1} ms | {rate:.0} |",
+                ms(percentile(&mut times, 0.5)),
+                ms(percentile(&mut times, 0.99)),
+            )?;
+        }
+    }
+    close(session)?;
+    Ok(text)
+}
+
+fn first_commands(installation: &Installation) -> Result<String> {
+    let mut text = String::from(
+        "\n| from `create` to the end of the first `exec` | median | slowest |\n|---|---|---|\n",
+    );
+    for vms in [1, 8] {
+        let mut times = Vec::new();
+        for _ in 0..ROUNDS {
+            let mut session = start(installation)?;
+            let began = Instant::now();
+            let mut waiting = Vec::new();
+            for _ in 0..vms {
+                waiting.push(session.send("create", &small_vm())?);
+            }
+            let mut commands = Vec::new();
+            while let Some(id) = waiting.first().copied() {
+                let created = session.answer(id)?.map_err(|e| anyhow::anyhow!("{e:?}"))?;
+                waiting.remove(0);
+                let params = json!({ "vm_id": created["id"], "command": ["true"] });
+                commands.push(session.send("exec", &params)?);
+            }
+            for id in commands {
+                session.answer(id)?.map_err(|e| anyhow::anyhow!("{e:?}"))?;
+                times.push(began.elapsed());
+            }
+            close(session)?;
+        }
+        let slowest = times.iter().max().copied().unwrap_or_default();
+        writeln!(
+            text,
+            "| {vms} at once | {:.0} ms | {:.0} ms |",
+            ms(percentile(&mut times, 0.5)),
+            ms(slowest)
+        )?;
+    }
+    Ok(text)
+}
+
+fn resident_kb(session: &Session) -> Result<i64> {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", session.pid()?))?;
+    let line = status.lines().find(|line| line.starts_with("VmRSS")).context("VmRSS")?;
+    Ok(line.split_whitespace().nth(1).context("a number")?.parse()?)
+}
+
+fn memory(installation: &Installation) -> Result<String> {
+    const VMS: i64 = 8;
+    let mut session = start(installation)?;
+    let grown = |session: &mut Session| -> Result<i64> {
+        session.create_vm()?;
+        session.call("exec", &json!({ "command": "true" }))?;
+        resident_kb(session)
+    };
+    let first = grown(&mut session)?;
+    let mut last = first;
+    for _ in 0..VMS {
+        last = grown(&mut session)?;
+    }
+    close(session)?;
+    Ok(format!(
+        "\nThe session's process: {first} kB resident with one VM, {} kB more for each further VM \
+         (the hypervisor's own memory is its own process's).\n",
+        (last - first) / VMS
+    ))
+}

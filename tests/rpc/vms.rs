@@ -1,0 +1,154 @@
+//! Many VMs in a session, and what other processes do with them.
+
+use matchlock_test_support::{Installation, Session};
+use serde_json::{Value, json};
+
+use super::{close, rpc, text};
+
+fn printed(session: &mut Session, vm: Option<&str>, command: &str) -> String {
+    let result = session.call("exec", &json!({ "vm_id": vm, "command": command })).unwrap();
+    assert_eq!(result["exit_code"], 0, "{result}");
+    text(&result["stdout"])
+}
+
+/// Sees that what was asked of a VM that has ended fails with the reason.
+fn refused(session: &mut Session, vm: Option<&str>, words: &str) {
+    for (method, params) in [
+        ("exec", json!({ "vm_id": vm, "command": "true" })),
+        ("read_file", json!({ "vm_id": vm, "path": "/etc/hostname" })),
+        ("kill", json!({ "vm_id": vm })),
+    ] {
+        let (code, message) = session.ask(method, &params).unwrap().unwrap_err();
+        assert!(code == -32000 && message.contains(words), "{method}: {code} {message}");
+    }
+}
+
+#[test]
+fn each_request_reaches_the_vm_that_it_names_and_no_other() {
+    let installation = Installation::new().unwrap();
+    let mut session = rpc(&installation, &[]);
+    let (first, second) = (session.create_vm().unwrap(), session.create_vm().unwrap());
+    assert_eq!(printed(&mut session, None, "hostname"), format!("{first}\n"));
+    assert_eq!(printed(&mut session, Some(&second), "hostname"), format!("{second}\n"));
+
+    let list = session.call("list", &json!({})).unwrap();
+    let shown: Vec<(&str, bool, &str)> = list["vms"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|vm| {
+            let text = |key: &str| vm[key].as_str().unwrap();
+            (text("id"), vm["default"].as_bool().unwrap(), text("phase"))
+        })
+        .collect();
+    assert_eq!(shown, [(&*first, true, "running"), (&*second, false, "running")]);
+
+    // A word is a word: no shell.
+    let words = json!({ "command": ["echo", "$HOME; x"], "env": { "A": "1" } });
+    assert_eq!(text(&session.call("exec", &words).unwrap()["stdout"]), "$HOME; x\n");
+    let environment = json!({ "command": "echo $A", "env": { "A": "1 2" } });
+    assert_eq!(text(&session.call("exec", &environment).unwrap()["stdout"]), "1 2\n");
+
+    from_other_processes(&installation, &mut session, &first, &second);
+
+    // The session's first VM has ended: nothing without a name goes to another.
+    refused(&mut session, Some(&first), &format!("VM {first} has ended"));
+    refused(&mut session, None, &format!("VM {first} has ended"));
+    assert_eq!(printed(&mut session, Some(&second), "hostname"), format!("{second}\n"));
+    let other_life = json!({ "vm_id": second, "generation": 9, "command": "true" });
+    let (code, message) = session.ask("exec", &other_life).unwrap().unwrap_err();
+    assert!(code == -32000 && message.contains("is in generation 0"), "{message}");
+
+    let killed = session.call("kill", &json!({ "vm_id": second, "force": true })).unwrap();
+    assert_eq!((&killed["ended"], &killed["phase"]), (&json!(true), &json!("cleaned")));
+    refused(&mut session, Some(&second), "it was stopped");
+    phases_of(&mut session, &second);
+    close(session, &installation);
+}
+
+/// `list`, `exec` and `kill` of the command line.
+fn from_other_processes(
+    installation: &Installation,
+    session: &mut Session,
+    first: &str,
+    second: &str,
+) {
+    let mut listed = installation.list().unwrap();
+    listed.sort();
+    let mut expected =
+        [(first.to_owned(), "running".to_owned()), (second.to_owned(), "running".to_owned())];
+    expected.sort();
+    assert_eq!(listed, expected);
+    let output = installation.output(&["exec", second, "--", "hostname"]).unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), format!("{second}\n"));
+
+    // A command in each; the kill of one VM ends its own alone.
+    let sleep = |vm| json!({ "vm_id": vm, "command": "echo up; sleep 1000" });
+    let doomed = session.send("exec_stream", &sleep(first)).unwrap();
+    let unharmed =
+        session.send("exec_pipe", &json!({ "vm_id": second, "command": "cat; exit 5" })).unwrap();
+    let up = |message: &Value| message["method"] == "exec_stream.stdout";
+    session.message("its output", up).unwrap();
+    session.message("its start", |message| message["method"] == "exec_pipe.ready").unwrap();
+    let waiting = session.send("wait", &json!({ "vm_id": first })).unwrap();
+    let output = installation.output(&["kill", "--force", first]).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let (code, message) = session.answer(doomed).unwrap().unwrap_err();
+    assert!(code == -32000 && message.contains(&format!("VM {first} has ended")), "{message}");
+    let ended = session.answer(waiting).unwrap().unwrap();
+    assert_eq!((&ended["ended"], &ended["cleaned_up"]), (&json!(true), &json!(true)));
+
+    let data = json!({ "id": unharmed, "data": super::encoded(b"abc") });
+    session.send("exec_pipe.stdin", &data).unwrap();
+    session.send("exec_pipe.stdin_eof", &json!({ "id": unharmed })).unwrap();
+    let told = session.message("its output", |m| m["method"] == "exec_pipe.stdout").unwrap();
+    assert_eq!(text(&told["params"]["data"]), "abc");
+    assert_eq!(session.answer(unharmed).unwrap().unwrap()["exit_code"], 5);
+}
+
+/// Sees that each phase of a VM's life was told, in order.
+fn phases_of(session: &mut Session, vm: &str) {
+    let mut phases = Vec::new();
+    loop {
+        let is_it = |m: &Value| m["method"] == "event" && m["params"]["vm_id"] == json!(vm);
+        let told = session.message("an event", is_it).unwrap()["params"].take();
+        assert_eq!((&told["type"], &told["generation"]), (&json!("vm"), &json!(0)));
+        assert!(told["timestamp"].as_i64().unwrap() > 1_700_000_000_000, "milliseconds");
+        if told["ended"] == json!(true) {
+            break;
+        }
+        phases.push(told["phase"].as_str().unwrap().to_owned());
+    }
+    let expected =
+        ["creating", "created", "starting", "running", "stopping", "cleaning", "cleaned"];
+    assert_eq!(phases, expected);
+}
+
+#[test]
+fn a_detached_vm_outlives_its_session() {
+    let installation = Installation::new().unwrap();
+    let mut session = rpc(&installation, &[]);
+    let mut params = matchlock_test_support::small_vm();
+    params["remove"] = json!(false);
+    params["detached"] = json!(true);
+    params["env"] = json!({ "TOKEN": "planted-secret" });
+    let created = session.call("create", &params).unwrap();
+    let vm = created["id"].as_str().unwrap().to_owned();
+    assert_eq!(printed(&mut session, Some(&vm), "hostname"), format!("{vm}\n"));
+    assert_eq!(printed(&mut session, Some(&vm), "echo $TOKEN"), "planted-secret\n");
+    // Anybody on this host may read its command line.
+    let pid = installation.sql(&format!("select pid from vms where id='{vm}'")).unwrap();
+    let line = std::fs::read(format!("/proc/{}/cmdline", pid.trim())).unwrap();
+    let line = String::from_utf8(line).unwrap();
+    assert!(line.contains("busybox") && !line.contains("planted-secret"), "{line}");
+    let list = session.call("list", &json!({})).unwrap();
+    assert_eq!(list["vms"][0]["detached"], json!(true));
+    session.call("close", &json!({})).unwrap();
+    assert!(session.wait(super::PATIENCE).unwrap().unwrap().success());
+
+    assert_eq!(installation.list().unwrap(), [(vm.clone(), "running".to_owned())]);
+    let output = installation.output(&["kill", "--force", &vm]).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(installation.output(&["rm", &vm]).unwrap().status.success());
+    installation.assert_nothing_left().unwrap();
+}
