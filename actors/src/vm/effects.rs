@@ -107,10 +107,21 @@ pub(super) async fn run(
             (Err(failure), effect) if may_be_recorded_later(effect) => {
                 tracing::warn!(vm_id = %context.id, %failure, "a phase is recorded later");
             }
-            (Err(failure), _) => return Err(failure),
+            (Err(failure), _) => {
+                // What was taken from under it failed for that reason, whatever it saw itself.
+                let Some(taken) = overtaken(context).await else { return Err(failure) };
+                tracing::info!(vm_id = %context.id, %effect, %failure, "failed beside a take-over");
+                abandon(context).await;
+                return Err(taken);
+            }
         }
     }
     failed.map_or(Ok(()), Err)
+}
+
+/// That the VM is known to be somebody else's by now. Who cannot look does not know.
+async fn overtaken(context: &VmContext) -> Option<Failure> {
+    see_epoch(context).await.err().filter(|failure| failure.kind == FailureKind::Fenced)
 }
 
 fn cancelled(effect: &Effect) -> Failure {
