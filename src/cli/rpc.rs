@@ -10,7 +10,7 @@ use super::error::CliError;
 use super::render;
 use crate::node::boot::Node;
 use crate::node::config::NodeConfig;
-use crate::node::rpc::{BUDGET_BYTES, Budget, RpcHost, SessionEnd, Why, serve};
+use crate::node::rpc::{BUDGET_BYTES, Budget, RpcHost, SPOOL_BYTES, SessionEnd, Why, serve};
 use crate::node::signals::Interrupts;
 
 /// How long a client may take nothing of what is written to it.
@@ -57,6 +57,7 @@ pub(super) fn host(node: &Node, config: NodeConfig, stall_timeout: u64) -> RpcHo
         vm_log: config.vm_log,
         config,
         budget: Budget::new(BUDGET_BYTES),
+        spool: Budget::new(SPOOL_BYTES),
         stalled: Duration::from_secs(stall_timeout),
     }
 }

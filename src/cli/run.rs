@@ -191,7 +191,15 @@ pub(super) async fn run(args: RunArgs, config: NodeConfig) -> Result<u8, CliErro
         kernel: bundle.kernel,
         initramfs: bundle.initramfs,
     };
+    let untold = asker.as_ref().map(Asker::told);
     let result = in_vm(&node, create, &spec, command, asker, &mut interrupts, &mut watch).await;
+    if let Ok((_, view)) = &result
+        && untold.is_some_and(|untold| !untold.is_cancelled())
+        && let Err(failure) = node.client().want_removal(view.id).await
+    {
+        // Interrupted before anybody was told its id.
+        render::error(&CliError::message(format_args!("VM {} stays listed: {failure}", view.id)));
+    }
     // Among them this VM, if it was to be removed while it ran.
     node.finish_removals().await;
     let shutdown = node.shutdown(StopMode::Force).await;

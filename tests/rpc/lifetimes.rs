@@ -140,7 +140,11 @@ fn a_client_that_is_gone_ends_it_with_its_output_unread() {
         send(&mut child, id, "exec_stream", &json!({ "command": FLOOD }));
     }
     read_until(&mut child, "exec_stream.stdout");
-    // Nobody reads, and the queue is full: the end of the input is seen all the same.
+    // Nobody reads, and the queue is full: the end of the input is seen all the same, also after what
+    // the reader answers itself.
+    for id in 6..100 {
+        send(&mut child, id, "cancel", &json!({ "id": 1_000 }));
+    }
     drop(child.stdin.take());
     let (code, _) = {
         let mut status = None;
@@ -152,5 +156,95 @@ fn a_client_that_is_gone_ends_it_with_its_output_unread() {
         (status.unwrap().code(), ())
     };
     assert_eq!(code, Some(0));
+    installation.assert_nothing_left().unwrap();
+}
+
+#[test]
+fn a_client_that_asks_without_end_and_reads_nothing_is_gone() {
+    let installation = Installation::new().unwrap();
+    let mut child = unread(&installation, &[]);
+    let mut input = child.stdin.take().unwrap();
+    let mut sent = 0;
+    // Each answer repeats what was sent: the pipe is full soon.
+    let line = format!(r#"{{"jsonrpc":"2.0","id":"{}","method":"nothing"}}"#, "x".repeat(200));
+    while writeln!(input, "{line}").is_ok() {
+        sent += 1;
+        assert!(sent < 1_000_000, "it is read for ever");
+    }
+    let (code, said) = ended(child);
+    assert_eq!(code, Some(1));
+    assert!(said.contains("the client reads no more"), "{said}");
+    installation.assert_nothing_left().unwrap();
+}
+
+#[test]
+fn input_that_waits_for_a_command_holds_up_nothing_and_is_not_lost() {
+    const PIECE: usize = 1 << 20;
+    const PIECES: usize = 40;
+
+    let installation = Installation::new().unwrap();
+    let mut session = rpc(&installation, &[]);
+    session.create_vm().unwrap();
+    let piped = |session: &mut Session, command: &str| {
+        let id = session.send("exec_pipe", &json!({ "command": command })).unwrap();
+        let ready = |m: &Value| m["method"] == "exec_pipe.ready" && m["params"]["id"] == json!(id);
+        session.message("its start", ready).unwrap();
+        for _ in 0..PIECES {
+            let data = json!({ "id": id, "data": super::encoded(&[b'x'; PIECE]) });
+            session.send("exec_pipe.stdin", &data).unwrap();
+        }
+        session.send("exec_pipe.stdin_eof", &json!({ "id": id })).unwrap();
+        id
+    };
+    // One that reads when it is told to, and one that never does.
+    let late = piped(&mut session, "while ! [ -e /go ]; do sleep 0.1; done; wc -c");
+    let never = piped(&mut session, "sleep 1000");
+    let spooled = spooled(&session);
+    assert_eq!(spooled.len(), 2, "a file for each: {spooled:?}");
+    session.call("list", &json!({})).unwrap();
+    session.call("exec", &json!({ "command": "touch /go" })).unwrap();
+    let told = session.message("its output", |m| m["method"] == "exec_pipe.stdout").unwrap();
+    assert_eq!(super::text(&told["params"]["data"]).trim(), (PIECE * PIECES).to_string());
+    assert_eq!(session.answer(late).unwrap().unwrap()["exit_code"], 0);
+    let cancelled = session.call("cancel", &json!({ "id": never })).unwrap();
+    assert_eq!(cancelled, json!({ "cancelled": true }));
+    assert_eq!(session.answer(never).unwrap().unwrap_err().0, -32003);
+    assert_eq!(self::spooled(&session), Vec::<String>::new());
+    super::close(session, &installation);
+}
+
+/// The files without a name that the session's process has open below its home.
+fn spooled(session: &Session) -> Vec<String> {
+    let directory = format!("/proc/{}/fd", session.pid().unwrap());
+    let files = std::fs::read_dir(directory).unwrap();
+    // One that was closed meanwhile is none.
+    files
+        .filter_map(|file| std::fs::read_link(file.unwrap().path()).ok())
+        .map(|path| path.display().to_string())
+        .filter(|path| path.contains("/home/") && path.ends_with("(deleted)"))
+        .collect()
+}
+
+#[test]
+fn a_commands_time_runs_while_nobody_takes_its_output() {
+    let installation = Installation::new().unwrap();
+    let mut child = unread(&installation, &[]);
+    let mut params = small_vm();
+    params["resources"]["timeout_seconds"] = json!(2);
+    send(&mut child, 1, "create", &params);
+    read_until(&mut child, r#""id":1,"#);
+    send(&mut child, 2, "exec_stream", &json!({ "command": FLOOD }));
+    read_until(&mut child, "exec_stream.stdout");
+    let (vm, _) = installation.list().unwrap().remove(0);
+    wait_until(PATIENCE, "the command's end", || {
+        let output = installation.output(&["exec", &vm, "--", "ps", "-o", "args"])?;
+        let listed = String::from_utf8_lossy(&output.stdout).into_owned();
+        anyhow::ensure!(output.status.success() && listed.contains("ps -o args"), "{output:?}");
+        Ok(!listed.contains("0123456789"))
+    })
+    .unwrap();
+    read_until(&mut child, "took longer than 2 s");
+    drop(child.stdin.take());
+    assert_eq!(ended(child).0, Some(0));
     installation.assert_nothing_left().unwrap();
 }

@@ -1,6 +1,6 @@
 //! Many VMs in a session, and what other processes do with them.
 
-use matchlock_test_support::{Installation, Session};
+use matchlock_test_support::{Installation, Session, wait_until};
 use serde_json::{Value, json};
 
 use super::{close, rpc, text};
@@ -151,4 +151,69 @@ fn a_detached_vm_outlives_its_session() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(installation.output(&["rm", &vm]).unwrap().status.success());
     installation.assert_nothing_left().unwrap();
+}
+
+fn detached() -> Value {
+    let mut params = matchlock_test_support::small_vm();
+    params["remove"] = json!(false);
+    params["detached"] = json!(true);
+    params
+}
+
+fn gone(session: &mut Session, vm: &str, words: &str) {
+    for method in ["exec", "kill"] {
+        let params = if method == "exec" {
+            json!({ "vm_id": vm, "command": "true" })
+        } else {
+            json!({ "vm_id": vm })
+        };
+        let (code, message) = session.ask(method, &params).unwrap().unwrap_err();
+        assert!(code == -32000 && message.contains(words), "{method}: {code} {message}");
+    }
+}
+
+#[test]
+fn the_end_of_a_detached_vm_is_told() {
+    let installation = Installation::new().unwrap();
+    let mut session = rpc(&installation, &[]);
+    let mut vm = || session.call("create", &detached()).unwrap()["id"].as_str().unwrap().to_owned();
+    let (first, second) = (vm(), vm());
+    let waiting = session.send("wait", &json!({ "vm_id": first })).unwrap();
+    let log = session.send("log_stream", &json!({ "vm_id": first })).unwrap();
+    let listed = |session: &mut Session, vm: &str| {
+        let mut list = session.call("list", &json!({ "vm_id": vm })).unwrap();
+        assert_eq!(list["vms"].as_array().unwrap().len(), 1);
+        list["vms"][0].take()
+    };
+    let shown = listed(&mut session, &first);
+    let told = (&shown["phase"], &shown["ended"], &shown["default"], &shown["detached"]);
+    assert_eq!(told, (&json!("running"), &json!(false), &json!(true), &json!(true)));
+    let output = installation.output(&["kill", "--force", &first]).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let ended = session.answer(waiting).unwrap().unwrap();
+    assert_eq!((&ended["ended"], &ended["cleaned_up"]), (&json!(true), &json!(true)));
+    assert_eq!(session.answer(log).unwrap(), Ok(json!({})));
+    gone(&mut session, &first, "has ended (phase cleaned)");
+    assert_eq!(listed(&mut session, &first)["phase"], json!("cleaned"));
+
+    let killed = session.call("kill", &json!({ "vm_id": second, "force": true })).unwrap();
+    assert_eq!((&killed["ended"], &killed["phase"]), (&json!(true), &json!("cleaned")));
+    assert!(installation.output(&["rm", &first, &second]).unwrap().status.success());
+    gone(&mut session, &second, "has ended, and was removed");
+    close(session, &installation);
+}
+
+#[test]
+fn a_detached_vm_whose_create_is_cancelled_leaves_nothing() {
+    let installation = Installation::new().unwrap();
+    let mut session = rpc(&installation, &[]);
+    for _ in 0..2 {
+        let id = session.send("create", &detached()).unwrap();
+        installation.wait_for_status("starting").unwrap();
+        let cancelled = session.call("cancel", &json!({ "id": id })).unwrap();
+        assert_eq!(cancelled, json!({ "cancelled": true }));
+        assert_eq!(session.answer(id).unwrap().unwrap_err().0, -32003);
+        wait_until(super::PATIENCE, "its end", || Ok(installation.list()?.is_empty())).unwrap();
+    }
+    close(session, &installation);
 }

@@ -1,8 +1,9 @@
 //! The requests in flight.
 //!
 //! ```text
-//!   begin ─► running ──────────── finish ─► its result is sent
-//!              └─ cancel ─► cancelled ─ finish ─► "cancelled" is sent, whatever came of it
+//!   begin ─► running ──────────────────── finish ─► its result is sent
+//!              ├─ commit ─► committed ──── finish ─► its result is sent; it is not cancelled any more
+//!              └─ cancel ─► cancelled ──── finish ─► "cancelled" is sent, whatever came of it
 //! ```
 //!
 //! # Invariants
@@ -40,6 +41,8 @@ pub(super) enum Key {
 #[derive(Debug)]
 struct Call {
     cancel: CancellationToken,
+    /// What it has made stays: it is too late to cancel it.
+    is_committed: bool,
     /// Where its input goes, if it takes any.
     input: Option<Input>,
 }
@@ -81,16 +84,27 @@ impl Calls {
             return Err(RpcError::new(Code::InvalidRequest, text));
         }
         let cancel = CancellationToken::new();
-        state.calls.insert(key.clone(), Call { cancel: cancel.clone(), input });
+        state
+            .calls
+            .insert(key.clone(), Call { cancel: cancel.clone(), is_committed: false, input });
         Ok(Begun { key, cancel })
     }
 
     /// Cancels a request; false when there is none in flight.
     pub(super) fn cancel(&self, id: &Id) -> bool {
         let state = self.state();
-        let Some(call) = state.calls.get(&Key::Id(id.clone())) else { return false };
+        let call = state.calls.get(&Key::Id(id.clone())).filter(|call| !call.is_committed);
+        let Some(call) = call else { return false };
         call.cancel.cancel();
         true
+    }
+
+    /// From now on what the request has made stays, and it cannot be cancelled; false if it was.
+    pub(super) fn commit(&self, key: &Key) -> bool {
+        let mut state = self.state();
+        let Some(call) = state.calls.get_mut(key) else { return false };
+        call.is_committed = !call.cancel.is_cancelled();
+        call.is_committed
     }
 
     /// Cancels all of them.
@@ -103,7 +117,9 @@ impl Calls {
     /// Ends a request: what it is answered with.
     pub(super) fn finish(&self, key: &Key, result: RpcResult) -> RpcResult {
         match self.state().calls.remove(key) {
-            Some(call) if call.cancel.is_cancelled() => Err(RpcError::cancelled()),
+            Some(call) if call.cancel.is_cancelled() && !call.is_committed => {
+                Err(RpcError::cancelled())
+            }
             _ => result,
         }
     }
@@ -132,6 +148,19 @@ mod tests {
         assert_eq!(calls.finish(&begun.key, Ok(json!(1))), Err(RpcError::cancelled()));
         assert!(!calls.cancel(&one), "it has ended");
         assert_eq!(calls.finish(&other.key, Ok(json!(1))), Ok(json!(1)));
+    }
+
+    #[test]
+    fn what_was_made_cannot_be_cancelled_any_more() {
+        let calls = Calls::default();
+        let (one, two) = (Id::Number(1), Id::Number(2));
+        let (made, late) = (calls.begin(Some(&one), None), calls.begin(Some(&two), None));
+        let (made, late) = (made.unwrap(), late.unwrap());
+        assert!(calls.commit(&made.key) && !calls.cancel(&one));
+        calls.cancel_all();
+        assert_eq!(calls.finish(&made.key, Ok(json!(1))), Ok(json!(1)));
+        assert!(!calls.commit(&late.key), "it was cancelled before");
+        assert_eq!(calls.finish(&late.key, Ok(json!(1))), Err(RpcError::cancelled()));
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! 3. What `exec` keeps of a command's output is bounded, and counted in the budget.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -23,7 +24,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::budget::Held;
 use super::create::{refused_input, variables};
-use super::input::{InputQueue, Piece, STALLED};
+use super::detached;
+use super::input::InputQueue;
 use super::protocol::{Code, Id, RpcError, encode, notification, params};
 use super::session::{Done, Session};
 use super::vms::{SessionVm, Which, ended};
@@ -144,25 +146,35 @@ pub(super) async fn exec(
         () = cancel.cancelled() => return Err(RpcError::cancelled()),
     };
     let ExecSession { stdin, signals, size, events } = opened;
-    let (pieces, sizes, failed) = match input {
-        Some(InputQueue { pieces, sizes, failed }) => (Some(pieces), Some(sizes), failed),
-        None => (None, None, CancellationToken::new()),
-    };
     let follower = Follower {
         session,
         vm: &vm,
         mode,
         id,
         cancel,
-        failed,
         signals,
         output: Output { out: Vec::new(), err: Vec::new(), held: session.host.budget.hold() },
     };
     tokio::select! {
         result = follower.follow(events, began) => result,
-        never = feed(stdin, pieces) => match never {},
-        never = resize(size, sizes) => match never {},
+        error = pass_on(stdin, size, input) => Err(error),
     }
+}
+
+/// Passes the client's input on, and its terminal's size; why that could not go on.
+async fn pass_on(
+    stdin: mpsc::Sender<StdinInput>,
+    size: watch::Sender<TerminalSize>,
+    input: Option<InputQueue>,
+) -> RpcError {
+    let Some(input) = input else { return std::future::pending().await };
+    let mut sizes = input.sizes.clone();
+    let why = tokio::select! {
+        why = input.lost() => why,
+        error = feed(stdin, &input) => format!("input that waited could not be read: {error}; it was killed"),
+        never = resize(size, &mut sizes) => match never {},
+    };
+    RpcError::new(Code::Exec, format!("the command's input failed: {why}"))
 }
 
 /// Starts the command.
@@ -175,12 +187,17 @@ async fn open(session: &Session, vm: &SessionVm, spec: ExecSpec) -> Result<ExecS
     };
     match opened {
         Ok(opened) => Ok(opened),
-        Err(failure) => Err(not_started(vm, &failure).await),
+        Err(failure) => Err(not_started(session, vm, &failure).await),
     }
 }
 
 /// Why a VM did not take what it was asked.
-pub(super) async fn not_started(vm: &SessionVm, failure: &Failure) -> RpcError {
+pub(super) async fn not_started(session: &Session, vm: &SessionVm, failure: &Failure) -> RpcError {
+    if let SessionVm::Detached { id, .. } = vm
+        && failure.kind == FailureKind::NotFound
+    {
+        return detached::why_gone(session, *id).await;
+    }
     // The guest may be lost to whoever talks to it a moment before its VM is seen to end.
     if failure.kind == FailureKind::Guest
         && let SessionVm::Own { handle, .. } = vm
@@ -221,20 +238,18 @@ async fn why_ended(vm: &SessionVm, lost: &Failure) -> RpcError {
 
 enum Never {}
 
-/// Passes the client's input on, in order, as fast as the command takes it.
-async fn feed(
-    stdin: mpsc::Sender<StdinInput>,
-    pieces: Option<mpsc::UnboundedReceiver<Piece>>,
-) -> Never {
-    if let Some(mut pieces) = pieces {
-        while let Some((piece, room)) = pieces.recv().await {
-            if stdin.send(piece).await.is_err() {
-                tracing::trace!("stdin of a command that reads no more");
+/// Passes the client's input on, in order, as fast as the command takes it; what ends that.
+async fn feed(stdin: mpsc::Sender<StdinInput>, input: &InputQueue) -> io::Error {
+    loop {
+        match input.next().await {
+            Ok(piece) => {
+                if stdin.send(piece).await.is_err() {
+                    tracing::trace!("stdin of a command that reads no more");
+                }
             }
-            drop(room);
+            Err(error) => return error,
         }
     }
-    std::future::pending().await
 }
 
 /// The size that a client gives, or what a terminal has whose size nobody knows.
@@ -247,12 +262,10 @@ pub(super) fn terminal_size(rows: Option<u16>, cols: Option<u16>) -> TerminalSiz
 /// Passes the client's sizes on, the last of those that come at once.
 async fn resize(
     size: watch::Sender<TerminalSize>,
-    sizes: Option<watch::Receiver<TerminalSize>>,
+    sizes: &mut watch::Receiver<TerminalSize>,
 ) -> Never {
-    if let Some(mut sizes) = sizes {
-        while sizes.changed().await.is_ok() {
-            size.send_replace(*sizes.borrow_and_update());
-        }
+    while sizes.changed().await.is_ok() {
+        size.send_replace(*sizes.borrow_and_update());
     }
     std::future::pending().await
 }
@@ -288,7 +301,6 @@ struct Follower<'a> {
     mode: Mode,
     id: Option<&'a Id>,
     cancel: &'a CancellationToken,
-    failed: CancellationToken,
     signals: mpsc::Sender<i32>,
     output: Output,
 }
@@ -314,7 +326,6 @@ impl Follower<'_> {
                     ending = Some(self.terminate(RpcError::cancelled()));
                     continue;
                 }
-                () = self.failed.cancelled() => return Err(reads_nothing()),
                 () = until(too_late), if ending.is_none() => {
                     let seconds = limit.unwrap_or_default().as_secs();
                     let text = format!("the command took longer than {seconds} s, the VM's timeout_seconds");
@@ -333,13 +344,22 @@ impl Follower<'_> {
                         None => Ok(self.result(status, began)),
                     };
                 }
-                Some(Ok(event)) => self.take(event, ending.is_some()).await?,
-                Some(Err(lost)) => return Err(why_lost(self.vm, &lost).await),
+                Some(Ok(event)) if ending.is_none() => self.take(event, too_late).await?,
+                // Nobody waits for what it prints any more.
+                Some(Ok(_)) => {}
+                Some(Err(lost)) => return Err(self.why_lost(&lost).await),
                 None => {
                     let lost = LinkError::Lost { cause: "the command's stream ended".into() };
-                    return Err(why_lost(self.vm, &lost).await);
+                    return Err(self.why_lost(&lost).await);
                 }
             }
+        }
+    }
+
+    async fn why_lost(&self, lost: &LinkError) -> RpcError {
+        tokio::select! {
+            why = why_lost(self.vm, lost) => why,
+            () = self.cancel.cancelled() => RpcError::cancelled(),
         }
     }
 
@@ -352,30 +372,28 @@ impl Follower<'_> {
     }
 
     /// Takes what happened before the end.
-    async fn take(&mut self, event: ExecEvent, is_ending: bool) -> Result<(), RpcError> {
+    async fn take(&mut self, event: ExecEvent, too_late: Option<Instant>) -> Result<(), RpcError> {
         match event {
             ExecEvent::Started if matches!(self.mode, Mode::Pipe | Mode::Tty) => {
-                self.notify("ready", None).await
+                self.notify("ready", None, too_late).await;
             }
             ExecEvent::Refused(refusal) => return Err(RpcError::new(Code::Exec, refusal.message)),
-            // Nobody waits for it any more.
-            ExecEvent::Output(..) if is_ending => {}
             ExecEvent::Output(stream, data) if self.mode == Mode::Buffered => {
                 self.output.keep(stream, &data)?;
             }
             ExecEvent::Output(OutputStream::Stdout, data) => {
-                self.notify("stdout", Some(data)).await;
+                self.notify("stdout", Some(data), too_late).await;
             }
             ExecEvent::Output(OutputStream::Stderr, data) => {
-                self.notify("stderr", Some(data)).await;
+                self.notify("stderr", Some(data), too_late).await;
             }
             ExecEvent::Started | ExecEvent::Exited(_) => {}
         }
         Ok(())
     }
 
-    /// Tells the client; not once the request is cancelled.
-    async fn notify(&self, what: &str, data: Option<Bytes>) {
+    /// Tells the client; not once the request is cancelled or has taken too long.
+    async fn notify(&self, what: &str, data: Option<Bytes>, too_late: Option<Instant>) {
         let mut told = json!({ "id": self.id });
         if let Some(data) = data {
             told["data"] = encode(&data).into();
@@ -385,6 +403,7 @@ impl Follower<'_> {
             // A client that is lost ends the session.
             _sent = self.session.outbox.send(line, None) => {}
             () = self.cancel.cancelled() => {}
+            () = until(too_late) => {}
         }
     }
 
@@ -400,13 +419,6 @@ impl Follower<'_> {
         }
         Done { value, held: Some(held) }
     }
-}
-
-fn reads_nothing() -> RpcError {
-    let text = format!(
-        "the command has not read its stdin for {STALLED:?} while more waited than is kept; it was killed"
-    );
-    RpcError::new(Code::Exec, text)
 }
 
 /// Waits until then; without a time, for ever.

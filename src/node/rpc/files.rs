@@ -64,7 +64,7 @@ impl Open {
         let opened = match opened {
             Ok(opened) => opened,
             Err(failure) => {
-                return Err(match not_started(&vm, &failure).await {
+                return Err(match not_started(session, &vm, &failure).await {
                     error if error.code == Code::Exec => file_failed(error.message),
                     error => error,
                 });

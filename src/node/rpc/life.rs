@@ -26,9 +26,10 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
+use super::calls::Begun;
 use super::create::{CreateParams, RunArguments, Wanted, prepare};
+use super::detached;
 use super::exec::until;
 use super::protocol::{Code, RpcError, notification, params};
 use super::session::{Done, Session};
@@ -54,15 +55,16 @@ fn vm_failed(failure: &Failure) -> RpcError {
 pub(super) async fn create(
     session: &Session,
     line: &[u8],
-    cancel: &CancellationToken,
+    begun: &Begun,
 ) -> Result<Done, RpcError> {
+    let cancel = &begun.cancel;
     let asked: CreateParams = params(line)?;
     let launch_entrypoint = asked.launch_entrypoint;
     let arguments = if asked.detached { Some(asked.run_arguments()?) } else { None };
     let wanted = asked.check()?;
     let coming = session.vms.coming()?;
     if let Some(arguments) = arguments {
-        return detached(session, coming, wanted, arguments, cancel).await;
+        return create_detached(session, coming, wanted, arguments, begun).await;
     }
     let config = session.host.config.clone();
     let prepared = tokio::task::spawn_blocking(move || prepare(&config, wanted));
@@ -91,6 +93,8 @@ pub(super) async fn create(
         up = coming_up => up,
         () = cancel.cancelled() => Err(RpcError::cancelled()),
     };
+    // Cancelled now, it would be there, and nobody would know its id.
+    let up = up.and_then(|()| committed(session, begun));
     match up {
         Ok(()) => Ok(json!({ "id": handle.id }).into()),
         Err(mut error) => {
@@ -103,6 +107,10 @@ pub(super) async fn create(
     }
 }
 
+fn committed(session: &Session, begun: &Begun) -> Result<(), RpcError> {
+    if session.calls.commit(&begun.key) { Ok(()) } else { Err(RpcError::cancelled()) }
+}
+
 /// A file without a name, for this user's processes only.
 fn in_memory(content: &str) -> io::Result<File> {
     let mut file = File::from(memfd_create("env", MemfdFlags::CLOEXEC)?);
@@ -111,12 +119,12 @@ fn in_memory(content: &str) -> io::Result<File> {
 }
 
 /// Brings a VM up that has an owner of its own.
-async fn detached(
+async fn create_detached(
     session: &Session,
     coming: Coming,
     wanted: Wanted,
     run: RunArguments,
-    cancel: &CancellationToken,
+    begun: &Begun,
 ) -> Result<Done, RpcError> {
     let NodeConfig { home, cache, .. } = session.host.config.clone();
     let RunArguments { mut arguments, env_file } = run;
@@ -135,12 +143,30 @@ async fn detached(
     let started = tokio::select! {
         started = started => started,
         // Its owner sees our end of the socket close, and takes it down.
-        () = cancel.cancelled() => return Err(RpcError::cancelled()),
+        () = begun.cancel.cancelled() => return Err(RpcError::cancelled()),
     };
     drop(env_file);
     let id = started.map_err(|f| vm_failed(&f))?;
+    if let Err(mut error) = committed(session, begun) {
+        if let Err(left) = discard_detached(session, id).await {
+            error.message = format!("{}; {}", error.message, left.message);
+        }
+        return Err(error);
+    }
     coming.arrived(SessionVm::Detached { id, image: wanted.spec.image.into() });
     Ok(json!({ "id": id }).into())
+}
+
+/// Takes a detached VM down of which nobody will know, and removes its record.
+async fn discard_detached(session: &Session, id: VmId) -> Result<(), Failure> {
+    session.host.client.want_removal(id).await?;
+    kill_detached(session, id, true).await
+}
+
+async fn kill_detached(session: &Session, id: VmId, force: bool) -> Result<(), Failure> {
+    let vms_dir = session.host.config.vms_dir();
+    let how = KillRequest { force, heard: Some(OWNER_LIMIT), done: Some(OWNER_LIMIT) };
+    owner::kill(&vms_dir, id, how).await
 }
 
 /// Takes a VM down that has not come up, and removes its record; what is left of it.
@@ -314,10 +340,7 @@ pub(super) async fn wait(session: &Session, line: &[u8]) -> Result<Done, RpcErro
             let view = settled(handle).await.map_err(|f| vm_failed(&f))?;
             Ok(told(&view).into())
         }
-        SessionVm::Detached { id, .. } => {
-            let text = format!("VM {id} is detached: it is another process's");
-            Err(RpcError::new(Code::Vm, text))
-        }
+        SessionVm::Detached { id, .. } => Ok(detached::wait(session, id).await?.into()),
     }
 }
 
@@ -353,12 +376,12 @@ pub(super) async fn kill(session: &Session, line: &[u8]) -> Result<Done, RpcErro
                 Err(failure) => Err(vm_failed(&failure)),
             }
         }
-        SessionVm::Detached { id, .. } => {
-            let vms_dir = session.host.config.vms_dir();
-            let how = KillRequest { force, heard: Some(OWNER_LIMIT), done: Some(OWNER_LIMIT) };
-            let killed = owner::kill(&vms_dir, id, how).await;
-            killed.map_err(|f| vm_failed(&f))?;
-            Ok(json!({ "id": id, "ended": true }).into())
-        }
+        SessionVm::Detached { id, .. } => match kill_detached(session, id, force).await {
+            Ok(()) => Ok(detached::wait(session, id).await?.into()),
+            Err(failure) if failure.kind == FailureKind::NotFound => {
+                Err(detached::why_gone(session, id).await)
+            }
+            Err(failure) => Err(vm_failed(&failure)),
+        },
     }
 }

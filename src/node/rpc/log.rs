@@ -15,6 +15,7 @@ use matchlock_model::id::VmId;
 use serde::Deserialize;
 use serde_json::json;
 
+use super::detached;
 use super::exec::COPIES;
 use super::protocol::{Code, Id, RpcError, encode, notification, params};
 use super::session::{Done, Session};
@@ -107,7 +108,10 @@ pub(super) async fn stream(
     let mut log = Log::of(session, vm.id());
     loop {
         // Before the look: what it has printed to its end is there then.
-        let has_ended = vm.view().is_some_and(|view| view.settled);
+        let has_ended = match (vm.view(), &vm) {
+            (Some(view), _) => view.settled,
+            (None, vm) => detached::look(session, vm.id()).await?.has_ended,
+        };
         let (next, data) = log.next().await?;
         log = next;
         if data.is_empty() {

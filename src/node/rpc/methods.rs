@@ -1,14 +1,15 @@
 //! The methods by their names.
 
 use serde::Deserialize;
-use serde_json::Value;
-use tokio_util::sync::CancellationToken;
+use serde_json::{Value, json};
 
+use super::calls::Begun;
 use super::exec::{self, Mode};
 use super::input::InputQueue;
 use super::protocol::{Code, Id, RpcError, params};
 use super::session::{Done, Session};
-use super::{files, life, log};
+use super::vms::Which;
+use super::{detached, files, life, log};
 
 /// A method that takes its time: each request runs beside the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,9 +98,10 @@ pub(super) async fn call(
     method: Method,
     id: Option<&Id>,
     line: &[u8],
-    cancel: &CancellationToken,
+    begun: &Begun,
     input: Option<InputQueue>,
 ) -> Result<Done, RpcError> {
+    let cancel = &begun.cancel;
     if method.needs_id() && id.is_none() {
         let text = "it needs an id: its notifications carry it";
         return Err(RpcError::new(Code::InvalidRequest, text));
@@ -113,13 +115,13 @@ pub(super) async fn call(
             Method::ListFiles => files::list(session, line).await,
             Method::Log => log::read(session, line).await,
             Method::LogStream => log::stream(session, id, line).await,
-            Method::List => list(session, line),
+            Method::List => list(session, line).await,
             Method::Wait => life::wait(session, line).await,
             Method::Kill => life::kill(session, line).await,
         }
     };
     match method {
-        Method::Create => life::create(session, line, cancel).await,
+        Method::Create => life::create(session, line, begun).await,
         Method::Exec(mode) => exec::exec(session, mode, id, line, cancel, input).await,
         _ => tokio::select! {
             done = work => done,
@@ -128,14 +130,25 @@ pub(super) async fn call(
     }
 }
 
-/// All VMs of the session.
-fn list(session: &Session, line: &[u8]) -> Result<Done, RpcError> {
+/// The VMs of the session, or the one that is meant.
+async fn list(session: &Session, line: &[u8]) -> Result<Done, RpcError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
-    struct ListParams {}
+    struct ListParams {
+        vm_id: Option<String>,
+    }
 
-    let ListParams {} = params(line)?;
-    Ok(session.vms.list().into())
+    let ListParams { vm_id } = params(line)?;
+    let vms = match vm_id {
+        Some(_) => vec![session.vms.find(&Which { vm_id, generation: None })?],
+        None => session.vms.all(),
+    };
+    let first = session.vms.first();
+    let mut shown = Vec::with_capacity(vms.len());
+    for vm in &vms {
+        shown.push(detached::shown(session, vm, first == Some(vm.id())).await?);
+    }
+    Ok(json!({ "vms": shown }).into())
 }
 
 #[cfg(test)]

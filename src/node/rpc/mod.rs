@@ -10,17 +10,14 @@
 //! ```
 //!
 //! # Invariants
-//! 1. The reader never waits for a request: `cancel` and `close` are always seen. It waits only for a
-//!    command that does not read its input, and not for long (`input`), and for a client that does not
-//!    read its answers.
+//! 1. The reader waits for its client's next line and for nothing else: `cancel` and `close` are always
+//!    seen.
 //! 2. Everything is bounded: lines, requests in flight, bytes held ([`Budget`]), VMs, lines that wait to
 //!    be written. A slow client slows commands down and makes nothing grow.
 //! 3. A session's VMs end with it, however it ends: `close`, the end of its input, a signal, a client
 //!    that is gone or reads nothing. What is in flight is cancelled first, and nothing waits for a
 //!    client that does not read.
 //! 4. A fault in one request or one VM is no other's.
-//!
-//! Where 1 and 2 are not kept yet stands in docs/RPC.md, "Known faults".
 //!
 //! # Failure
 //! A line that is no request is answered with what is wrong with it, and the next is read. What of a VM
@@ -29,6 +26,7 @@
 mod budget;
 mod calls;
 mod create;
+mod detached;
 mod exec;
 mod files;
 mod input;
@@ -43,5 +41,6 @@ mod session;
 mod vms;
 
 pub use budget::{BUDGET_BYTES, Budget};
+pub use input::SPOOL_BYTES;
 pub use listener::Listener;
 pub use session::{RpcHost, SessionEnd, Why, serve};

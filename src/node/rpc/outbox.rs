@@ -1,16 +1,19 @@
 //! Writes lines to the client.
 //!
 //! ```text
-//!   calls, events ─► bounded queue ─► writer task ─► client
-//!        (wait while it is full)         │ an error, or nothing taken for too long
-//!                                        └─► lost
+//!   calls, events ─► bounded queue ──┬─► writer task ─► client
+//!        (wait while it is full)     │       │ an error, or nothing taken for too long
+//!   reader ─► its own answers ───────┘       └─► lost
+//!        (never waits: full means lost)
 //! ```
 //!
 //! # Invariants
 //! 1. At most [`QUEUE`] lines wait. Whoever sends waits for room, and with it what it reads from: a
-//!    client that reads slowly blocks commands, and makes nothing grow.
+//!    client that reads slowly blocks commands, and makes nothing grow. The reader of requests does not
+//!    wait: a client that has it answer [`REPLIES`] times and reads none of it is lost.
 //! 2. Lines of one sender keep their order.
-//! 3. A client that takes nothing for [`Outbox::open`]'s limit is lost, as one that is gone.
+//! 3. What a line holds of the budget it holds until it was written.
+//! 4. A client that takes nothing for [`Outbox::open`]'s limit is lost, as one that is gone.
 
 use std::io;
 use std::time::Duration;
@@ -27,6 +30,9 @@ use super::budget::Held;
 /// How many lines wait.
 const QUEUE: usize = 64;
 
+/// How many of the reader's own answers wait; each is short.
+const REPLIES: usize = 256;
+
 /// How much is written at once. A client that takes as much within the limit is not lost.
 const WRITE_BYTES: usize = 64 * 1024;
 
@@ -37,6 +43,7 @@ type Outgoing = (Bytes, Option<Held>);
 #[derive(Debug, Clone)]
 pub(super) struct Outbox {
     lines: mpsc::Sender<Outgoing>,
+    replies: mpsc::Sender<Bytes>,
     lost: CancellationToken,
 }
 
@@ -51,9 +58,10 @@ impl Outbox {
         W: AsyncWrite + Unpin + Send + 'static,
     {
         let (lines, waiting) = mpsc::channel(QUEUE);
+        let (replies, answered) = mpsc::channel(REPLIES);
         let lost = CancellationToken::new();
-        let writer = tokio::spawn(write(waiting, to, stalled, lost.clone()));
-        (Self { lines, lost }, writer)
+        let writer = tokio::spawn(write(waiting, answered, to, stalled, lost.clone()));
+        (Self { lines, replies, lost }, writer)
     }
 
     /// Sends a line once there is room for it.
@@ -64,6 +72,13 @@ impl Outbox {
         self.lines.send((line, held)).await.map_err(|_| Lost)
     }
 
+    /// Sends a short line without waiting. A client that lets too many of them wait is lost.
+    pub(super) fn reply(&self, line: Bytes) {
+        if self.replies.try_send(line).is_err() {
+            self.lost.cancel();
+        }
+    }
+
     /// Waits until the client is lost.
     pub(super) async fn lost(&self) {
         self.lost.cancelled().await;
@@ -72,21 +87,28 @@ impl Outbox {
 
 async fn write<W: AsyncWrite + Unpin>(
     mut waiting: mpsc::Receiver<Outgoing>,
+    mut answered: mpsc::Receiver<Bytes>,
     mut to: W,
     stalled: Duration,
     lost: CancellationToken,
 ) -> io::Result<()> {
     // Also when this task is dropped or panics.
     let _lost = lost.drop_guard();
-    while let Some((line, held)) = waiting.recv().await {
-        let mut batch = BytesMut::new();
-        let mut rest = line;
+    loop {
+        let next = tokio::select! {
+            biased;
+            Some(line) = answered.recv() => Some((line, None)),
+            line = waiting.recv() => line,
+        };
+        let Some((mut rest, held)) = next else { return Ok(()) };
+        let mut held = Vec::from_iter(held);
         if rest.len() < WRITE_BYTES {
-            batch.extend_from_slice(&rest);
+            let mut batch = BytesMut::from(rest);
             while batch.len() < WRITE_BYTES
-                && let Ok((line, _)) = waiting.try_recv()
+                && let Ok((line, more)) = waiting.try_recv()
             {
                 batch.extend_from_slice(&line);
+                held.extend(more);
             }
             rest = batch.freeze();
         }
@@ -104,7 +126,6 @@ async fn write<W: AsyncWrite + Unpin>(
         }
         drop(held);
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -150,6 +171,47 @@ mod tests {
         assert_eq!(outbox.send(line, None).await, Err(Lost));
         let error = writer.await.unwrap().unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[tokio::test]
+    async fn what_lines_hold_is_held_until_they_were_written() {
+        use crate::node::rpc::budget::Budget;
+
+        let (ours, mut theirs) = tokio::io::duplex(8);
+        let budget = Budget::new(30);
+        let (outbox, writer) = Outbox::open(ours, SOON);
+        for _ in 0..3 {
+            let mut held = budget.hold();
+            held.take(10).unwrap();
+            outbox.send(Bytes::from_static(b"0123456789\n"), Some(held)).await.unwrap();
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        budget.hold().take(1).unwrap_err();
+        drop(outbox);
+        let mut read = String::new();
+        tokio::io::AsyncReadExt::read_to_string(&mut theirs, &mut read).await.unwrap();
+        assert_eq!(read.len(), 33);
+        writer.await.unwrap().unwrap();
+        budget.hold().take(30).unwrap();
+    }
+
+    #[tokio::test]
+    async fn replies_overtake_what_waits_and_wait_for_nobody() {
+        let (ours, mut theirs) = tokio::io::duplex(1 << 20);
+        let (outbox, writer) = Outbox::open(ours, SOON);
+        outbox.reply(Bytes::from_static(b"reply\n"));
+        drop(outbox);
+        writer.await.unwrap().unwrap();
+        let mut read = String::new();
+        tokio::io::AsyncReadExt::read_to_string(&mut theirs, &mut read).await.unwrap();
+        assert_eq!(read, "reply\n");
+
+        let (ours, _theirs) = tokio::io::duplex(8);
+        let (outbox, _writer) = Outbox::open(ours, SOON);
+        for _ in 0..REPLIES * 2 {
+            outbox.reply(Bytes::from_static(b"nobody reads it\n"));
+        }
+        timeout(SOON, outbox.lost()).await.unwrap();
     }
 
     #[tokio::test]

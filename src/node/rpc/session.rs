@@ -21,19 +21,16 @@ use tokio_util::task::TaskTracker;
 use super::budget::{Budget, Held};
 use super::calls::Calls;
 use super::exec::terminal_size;
-use super::input::{Input, InputQueue};
+use super::input::{Input, Spool};
 use super::line::{Line, LineReader, MAX_LINE_BYTES};
-use super::methods::{self, Method};
+use super::methods;
 use super::outbox::Outbox;
 use super::protocol::{
     Code, Header, Id, Refused, RpcError, RpcResult, decode, header, id_in, params, response,
 };
-use super::vms::SessionVms;
+use super::vms::{SessionVms, Which};
 use crate::node::client::{NodeClient, not_cleaned_up, settled};
 use crate::node::config::NodeConfig;
-
-/// From this length on a line counts in the budget.
-const LARGE_LINE_BYTES: usize = 64 * 1024;
 
 /// How long `close` waits for the VMs when it is not told.
 const CLOSE_LIMIT: Duration = Duration::from_millis(2500);
@@ -57,6 +54,8 @@ pub struct RpcHost {
     pub vm_log: LogLimits,
     /// What all sessions may hold.
     pub budget: Budget,
+    /// What of the input of commands may wait on disk.
+    pub spool: Budget,
     /// How long a client may take nothing of what is written to it.
     pub stalled: Duration,
 }
@@ -112,7 +111,7 @@ pub(super) struct Session {
     pub(super) closing: CancellationToken,
     /// What tells the phases of VMs.
     pub(super) events: TaskTracker,
-    calls: Calls,
+    pub(super) calls: Calls,
     running: TaskTracker,
 }
 
@@ -156,7 +155,7 @@ impl Session {
         reader: R,
         stop: &CancellationToken,
     ) -> (Why, Option<Close>) {
-        let mut lines = LineReader::new(reader, MAX_LINE_BYTES);
+        let mut lines = LineReader::new(reader, MAX_LINE_BYTES, self.host.budget.clone());
         let lost = || Why::Lost("the client reads no more".into());
         loop {
             let line = tokio::select! {
@@ -165,25 +164,20 @@ impl Session {
                 () = self.outbox.lost() => return (lost(), None),
                 line = lines.next() => line,
             };
-            let line = match line {
+            let (line, held) = match line {
                 Ok(Some(line)) => line,
                 Ok(None) => return (Why::EndOfInput, None),
                 Err(error) => return (Why::Lost(error.to_string()), None),
             };
-            let close = tokio::select! {
-                biased;
-                () = stop.cancelled() => return (Why::Stopped, None),
-                () = self.outbox.lost() => return (lost(), None),
-                close = self.take(line) => close,
-            };
-            if close.is_some() {
-                return (Why::Closed, close);
+            // Without waiting for anything: the next line may be what ends it all.
+            if let Some(close) = self.take(line, held) {
+                return (Why::Closed, Some(close));
             }
         }
     }
 
     /// Takes a line; begins what takes longer.
-    async fn take(&self, line: Line) -> Option<Close> {
+    fn take(&self, line: Line, held: Held) -> Option<Close> {
         let line = match line {
             Line::Whole(line) if line.iter().all(u8::is_ascii_whitespace) => return None,
             Line::Whole(line) => line,
@@ -192,42 +186,57 @@ impl Session {
                     "a line of {length} bytes is over the limit of {MAX_LINE_BYTES}: send files in pieces (write_file with offset)"
                 );
                 let error = Err(RpcError::new(Code::InvalidRequest, text));
-                self.answer(id_in(&head).as_ref(), &error, None).await;
+                self.reply(id_in(&head).as_ref(), &error);
+                return None;
+            }
+            Line::NoRoom { head, error } => {
+                self.reply(id_in(&head).as_ref(), &Err(error));
                 return None;
             }
         };
         let Header { id, method } = match header(&line) {
             Ok(header) => header,
             Err(Refused { id, error }) => {
-                self.answer(id.as_ref(), &Err(error), None).await;
+                self.reply(id.as_ref(), &Err(error));
                 return None;
             }
         };
         match &*method {
             "close" => match params::<CloseParams>(&line).and_then(|params| params.limit()) {
                 Ok(limit) => return Some(Close { id, limit }),
-                Err(error) => self.answer_to(id.as_ref(), Err(error), None).await,
+                Err(error) => self.reply_to(id.as_ref(), Err(error)),
             },
-            "cancel" => {
-                let cancelled = params::<CancelParams>(&line)
-                    .map(|params| json!({ "cancelled": self.calls.cancel(&params.id) }));
-                self.answer_to(id.as_ref(), cancelled, None).await;
-            }
+            "cancel" => self.reply_to(id.as_ref(), self.cancel(&line)),
             _ => match methods::input(&method) {
                 Some(kind) => {
-                    if let Err(error) = self.take_input(kind, &line).await {
-                        self.answer_to(id.as_ref(), Err(error), None).await;
+                    if let Err(error) = self.take_input(kind, &line) {
+                        self.reply_to(id.as_ref(), Err(error));
                     }
                 }
-                None => self.begin(id, &method, line).await,
+                None => self.begin(id, &method, line, held),
             },
         }
         None
     }
 
+    fn cancel(&self, line: &[u8]) -> RpcResult {
+        let CancelParams { id, vm_id } = params(line)?;
+        self.of_this_session(vm_id)?;
+        Ok(json!({ "cancelled": self.calls.cancel(&id) }))
+    }
+
+    /// A request is meant by its id; a VM that is named with it must be ours all the same.
+    fn of_this_session(&self, vm_id: Option<String>) -> Result<(), RpcError> {
+        if vm_id.is_some() {
+            self.vms.find(&Which { vm_id, generation: None })?;
+        }
+        Ok(())
+    }
+
     /// Input for a command in flight. It is answered only when it is wrong.
-    async fn take_input(&self, kind: methods::InputKind, line: &[u8]) -> Result<(), RpcError> {
+    fn take_input(&self, kind: methods::InputKind, line: &[u8]) -> Result<(), RpcError> {
         let given: InputParams = params(line)?;
+        self.of_this_session(given.vm_id)?;
         let Some(input) = self.calls.input(&given.id) else {
             // It may just have ended.
             let text = format!("no command in flight has id {}", given.id);
@@ -236,7 +245,7 @@ impl Session {
         match kind {
             methods::InputKind::Stdin => {
                 let data = decode("data", given.data.as_deref().unwrap_or_default())?;
-                input.data(data.into()).await;
+                input.data(&data);
             }
             methods::InputKind::Eof => input.end(),
             methods::InputKind::Resize => input.resize(terminal_size(given.rows, given.cols)),
@@ -245,30 +254,21 @@ impl Session {
     }
 
     /// Begins a request.
-    async fn begin(&self, id: Option<Id>, name: &str, line: Bytes) {
-        let method = match methods::find(name) {
-            Ok(method) => method,
-            Err(error) => return self.answer_to(id.as_ref(), Err(error), None).await,
-        };
-        let mut held = self.host.budget.hold();
-        if line.len() > LARGE_LINE_BYTES
-            && let Err(error) = held.take(line.len() * 2)
-        {
-            return self.answer_to(id.as_ref(), Err(error), None).await;
-        }
-        let (input, queue) = if method.takes_input() {
-            let (input, queue) = Input::new();
-            (Some(input), Some(queue))
-        } else {
-            (None, None)
-        };
-        let begun = match self.calls.begin(id.as_ref(), input) {
+    fn begin(&self, id: Option<Id>, name: &str, line: Bytes, held: Held) {
+        let (input, queue) = methods::find(name)
+            .ok()
+            .filter(|method| method.takes_input())
+            .map(|_| Input::new(self.spool()))
+            .unzip();
+        let begun = methods::find(name)
+            .and_then(|method| Ok((method, self.calls.begin(id.as_ref(), input)?)));
+        let (method, begun) = match begun {
             Ok(begun) => begun,
-            Err(error) => return self.answer_to(id.as_ref(), Err(error), None).await,
+            Err(error) => return self.reply_to(id.as_ref(), Err(error)),
         };
         let session = self.clone();
         self.running.spawn(async move {
-            let work = session.call(method, id.as_ref(), &line, &begun.cancel, queue);
+            let work = methods::call(&session, method, id.as_ref(), &line, &begun, queue);
             // A fault in one request is no other's.
             let worked = AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|panic| {
                 let text = format!("the request panicked: {}", panic_text(&*panic));
@@ -284,15 +284,22 @@ impl Session {
         });
     }
 
-    async fn call(
-        &self,
-        method: Method,
-        id: Option<&Id>,
-        line: &[u8],
-        cancel: &CancellationToken,
-        input: Option<InputQueue>,
-    ) -> Result<Done, RpcError> {
-        methods::call(self, method, id, line, cancel, input).await
+    fn spool(&self) -> Spool {
+        Spool { directory: self.host.config.home.clone(), budget: self.host.spool.clone() }
+    }
+
+    /// Answers what the reader answers itself: it waits for nobody.
+    fn reply(&self, id: Option<&Id>, result: &RpcResult) {
+        self.outbox.reply(response(id, result));
+    }
+
+    /// The same, but for a notification.
+    fn reply_to(&self, id: Option<&Id>, result: RpcResult) {
+        if id.is_some() {
+            self.reply(id, &result);
+        } else if let Err(error) = result {
+            tracing::debug!(?error, "a notification failed");
+        }
     }
 
     /// Answers a request; a notification is not answered.
@@ -411,12 +418,14 @@ impl CloseParams {
 #[serde(deny_unknown_fields)]
 struct CancelParams {
     id: Id,
+    vm_id: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct InputParams {
     id: Id,
+    vm_id: Option<String>,
     data: Option<String>,
     rows: Option<u16>,
     cols: Option<u16>,

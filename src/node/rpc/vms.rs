@@ -3,8 +3,8 @@
 //! # Invariants
 //! 1. A session reaches its own VMs only, each by its id; the first one also without. An id never
 //!    leads to another VM: one that has ended says so, with the reason, as long as it is remembered.
-//! 2. At most [`MAX_VMS`] live at once, those on their way included; [`MAX_ENDED`] that have ended
-//!    are remembered, the latest, and the first.
+//! 2. At most [`MAX_VMS`] live in this process at once, those on their way included; [`MAX_ENDED`] that
+//!    have ended, or are detached, are remembered, the latest, and the first.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -20,7 +20,7 @@ use super::protocol::{Code, RpcError};
 /// How many VMs a session may have at once.
 pub(super) const MAX_VMS: usize = 64;
 
-/// How many VMs that have ended a session remembers.
+/// How many VMs that have ended, or are detached, a session remembers.
 pub(super) const MAX_ENDED: usize = 1024;
 
 /// The parameters that every method takes: which VM is meant.
@@ -57,8 +57,9 @@ impl SessionVm {
         }
     }
 
-    fn has_ended(&self) -> bool {
-        self.view().is_some_and(|view| view.settled)
+    /// A detached one takes none of this process's room, whether it has ended or not.
+    fn takes_no_room(&self) -> bool {
+        self.view().is_none_or(|view| view.settled)
     }
 }
 
@@ -109,15 +110,15 @@ impl SessionVms {
     /// When there are as many as there may be.
     pub(super) fn coming(&self) -> Result<Coming, RpcError> {
         let mut state = self.state();
-        let live = state.vms.iter().filter(|vm| !vm.has_ended()).count();
+        let live = state.vms.iter().filter(|vm| !vm.takes_no_room()).count();
         if live + state.coming >= MAX_VMS {
             let text = format!("this session has {MAX_VMS} VMs already, its limit");
             return Err(RpcError::new(Code::Busy, text));
         }
         state.coming += 1;
         // The first stays: it is the one that is meant without an id.
-        while state.vms.iter().skip(1).filter(|vm| vm.has_ended()).count() > MAX_ENDED {
-            let Some(oldest) = state.vms.iter().skip(1).position(SessionVm::has_ended) else {
+        while state.vms.iter().skip(1).filter(|vm| vm.takes_no_room()).count() > MAX_ENDED {
+            let Some(oldest) = state.vms.iter().skip(1).position(SessionVm::takes_no_room) else {
                 break;
             };
             state.vms.remove(oldest + 1);
@@ -177,32 +178,20 @@ impl SessionVms {
     pub(super) fn own(&self) -> Vec<VmHandle> {
         let state = self.state();
         let own = state.vms.iter().filter_map(|vm| match vm {
-            SessionVm::Own { handle, .. } if !vm.has_ended() => Some(handle.clone()),
+            SessionVm::Own { handle, .. } if !vm.takes_no_room() => Some(handle.clone()),
             _ => None,
         });
         own.collect()
     }
 
-    /// All of them, as they are shown.
-    pub(super) fn list(&self) -> Value {
-        let state = self.state();
-        let shown = state.vms.iter().enumerate().map(|(at, vm)| shown(vm, at == 0));
-        json!({ "vms": shown.collect::<Vec<_>>() })
+    /// All of them, in the order of their creation.
+    pub(super) fn all(&self) -> Vec<SessionVm> {
+        self.state().vms.clone()
     }
-}
 
-fn shown(vm: &SessionVm, first: bool) -> Value {
-    match vm {
-        SessionVm::Own { handle, image, .. } => {
-            let mut value = told(&handle.view.borrow());
-            value["image"] = json!(&**image);
-            value["default"] = json!(first);
-            value["detached"] = json!(false);
-            value
-        }
-        SessionVm::Detached { id, image } => {
-            json!({ "id": id, "image": &**image, "default": first, "detached": true })
-        }
+    /// The one that is meant without an id.
+    pub(super) fn first(&self) -> Option<VmId> {
+        self.state().vms.first().map(SessionVm::id)
     }
 }
 
