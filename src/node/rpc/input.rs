@@ -306,7 +306,8 @@ mod tests {
         let spool = spool(1 << 30);
         let (input, queue) = Input::new(spool.clone());
         // More than one file's worth.
-        let sent: Vec<u8> = (0..FILE_BYTES + 3_000_000).map(|n| (n % 251) as u8).collect();
+        let length = usize::try_from(FILE_BYTES).unwrap() + 3_000_000;
+        let sent: Vec<u8> = (0_u8..251).cycle().take(length).collect();
         for line in sent.chunks(1_000_003) {
             input.data(line);
         }
@@ -376,7 +377,7 @@ mod tests {
                 let (mut sent, mut got) = (Vec::new(), Vec::new());
                 for (length, reads) in steps {
                     let from = sent.len();
-                    let data: Vec<u8> = (from..from + length).map(|n| (n % 253) as u8).collect();
+                    let data: Vec<u8> = (0_u8..253).cycle().skip(from % 253).take(length).collect();
                     input.data(&data);
                     sent.extend(data);
                     for _ in 0..reads {
