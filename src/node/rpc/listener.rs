@@ -5,8 +5,11 @@
 //!    checked.
 //! 2. At most [`MAX_CLIENTS`] sessions at once; a further client waits in the socket's queue.
 //! 3. What lies in the socket's place is replaced only if it is a socket on which nobody listens. Our
-//!    own is removed at the end, unless somebody has put another one there.
+//!    own is removed at the end, unless somebody has put another one there. Whoever looks and then acts
+//!    holds a lock on the directory meanwhile: of two that start at once one listens, and the other
+//!    says so.
 
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
@@ -15,8 +18,11 @@ use std::time::Duration;
 
 use matchlock_host::socket;
 use matchlock_model::failure::{Failure, FailureKind};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -25,6 +31,10 @@ use crate::node::serve::is_allowed;
 
 /// How many clients are served at once.
 pub(super) const MAX_CLIENTS: usize = 64;
+
+/// How long others may look and bind in the socket's directory, and how often that is looked at.
+const LOCK_LIMIT: Duration = Duration::from_secs(10);
+const LOCK_POLL: Duration = Duration::from_millis(5);
 
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
@@ -48,6 +58,7 @@ impl Listener {
                 .context(format_args!("could not listen on {}", path.display()))
         };
         let path = std::path::absolute(path).map_err(failed)?;
+        let _lock = lock_directory_of(&path).await.map_err(failed)?;
         see_that_it_is_free(&path).await.map_err(failed)?;
         let listener = socket::listen(&path).map_err(failed)?;
         let listener = UnixListener::from_std(listener).map_err(failed)?;
@@ -94,13 +105,14 @@ impl Listener {
         }
         sessions.close();
         sessions.wait().await;
-        self.remove().map_err(|error| {
+        self.remove().await.map_err(|error| {
             Failure::from_error(FailureKind::Host, &error)
                 .context(format_args!("could not remove {}", self.path.display()))
         })
     }
 
-    fn remove(&self) -> io::Result<()> {
+    async fn remove(&self) -> io::Result<()> {
+        let _lock = lock_directory_of(&self.path).await?;
         match identity(&self.path) {
             Ok(file) if file == self.file => std::fs::remove_file(&self.path),
             Ok(_) => Ok(()),
@@ -122,6 +134,27 @@ fn tell(end: &SessionEnd) {
 fn identity(path: &Path) -> io::Result<(u64, u64)> {
     let metadata = std::fs::symlink_metadata(path)?;
     Ok((metadata.dev(), metadata.ino()))
+}
+
+/// Keeps others that start or end here away as long as it is held. It needs no file of its own, and
+/// goes with its process.
+async fn lock_directory_of(path: &Path) -> io::Result<File> {
+    let parent = path.parent().unwrap_or(Path::new("/"));
+    let directory = File::open(parent)?;
+    let give_up = Instant::now() + LOCK_LIMIT;
+    loop {
+        match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(directory),
+            Err(Errno::WOULDBLOCK) if Instant::now() < give_up => {
+                tokio::time::sleep(LOCK_POLL).await;
+            }
+            Err(Errno::WOULDBLOCK) => {
+                let text = format!("another process holds a lock on {}", parent.display());
+                return Err(io::Error::new(io::ErrorKind::WouldBlock, text));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 async fn see_that_it_is_free(path: &Path) -> io::Result<()> {
@@ -160,8 +193,26 @@ mod tests {
         assert!(error.message.contains("another process listens"), "{error}");
         drop(first);
         let second = Listener::bind(&path).await.unwrap();
-        second.remove().unwrap();
+        second.remove().await.unwrap();
         assert!(!path.try_exists().unwrap());
-        second.remove().unwrap();
+        second.remove().await.unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn of_many_that_start_at_once_on_a_stale_socket_one_listens() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s.sock");
+        for _ in 0..20 {
+            // Dropped without being removed: stale.
+            let starting = (0..8).map(|_| {
+                let path = path.clone();
+                tokio::spawn(async move { Listener::bind(&path).await })
+            });
+            let bound = futures::future::join_all(starting.collect::<Vec<_>>()).await;
+            let listening = bound.into_iter().map(Result::unwrap).filter(Result::is_ok);
+            let listening: Vec<_> = listening.collect();
+            assert_eq!(listening.len(), 1);
+            assert!(socket::connect(&path).await.is_ok(), "it is the one at the path");
+        }
     }
 }
