@@ -108,6 +108,7 @@ pub(crate) const ACTOR: Area = Area::before_only(
         "db_writer.thread_panicked",
         "images.import",
         "images.remove",
+        "images.tag",
         "images.sweep",
         "root.shutdown",
         "root.start",
@@ -292,6 +293,7 @@ impl Point for ImagesMsg {
         match self {
             Self::Import { .. } => "images.import",
             Self::Remove { .. } => "images.remove",
+            Self::Tag { .. } => "images.tag",
             Self::Sweep { .. } => "images.sweep",
         }
     }

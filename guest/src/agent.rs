@@ -8,6 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::configure::ConfigureError;
 use crate::jobs::Jobs;
+use rustix::process::Pid;
 
 /// The machine around the agent; in tests another one than the guest's.
 pub trait Machine {
@@ -21,8 +22,10 @@ pub trait Machine {
 /// A shutdown that the host has asked for.
 #[derive(Debug)]
 pub struct ShutdownOrder {
-    /// The time between SIGTERM and SIGKILL.
+    /// The time between the first signal and SIGKILL.
     pub grace: Duration,
+    /// The small inits of the commands that have got a signal of their own.
+    pub told: Vec<Pid>,
     /// Resolves when the host has the answer, or never will have it.
     pub answered: oneshot::Receiver<()>,
 }
@@ -51,9 +54,12 @@ impl Agent {
     }
 
     /// Refuses new commands from now on and passes the order on. A second order changes nothing.
-    pub fn order_shutdown(&self, order: ShutdownOrder) {
-        self.jobs.close();
-        // Full or closed: the first order is being carried out already.
-        drop(self.orders.try_send(order));
+    pub fn order_shutdown(&self, grace: Duration, answered: oneshot::Receiver<()>) {
+        if self.jobs.is_closed() {
+            return;
+        }
+        // Full or closed: the guest is going down already.
+        let Ok(place) = self.orders.try_reserve() else { return };
+        place.send(ShutdownOrder { grace, told: self.jobs.close(), answered });
     }
 }

@@ -26,6 +26,7 @@ pub mod agent;
 pub mod boot;
 pub mod cgroup;
 pub mod configure;
+pub mod descent;
 pub mod jobs;
 pub mod latch;
 pub mod launch;

@@ -15,7 +15,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, Wr
 use tokio::sync::oneshot;
 use tokio_util::codec::{Encoder, FramedRead};
 
-use crate::agent::{Agent, ShutdownOrder};
+use crate::agent::Agent;
 use crate::boot::console;
 use crate::jobs::stream;
 
@@ -112,10 +112,7 @@ async fn reply<S: AsyncRead + AsyncWrite>(
 }
 
 fn shut_down(agent: &Agent, order: Shutdown, answered: oneshot::Receiver<()>) {
-    agent.order_shutdown(ShutdownOrder {
-        grace: Duration::from_millis(u64::from(order.grace_ms)),
-        answered,
-    });
+    agent.order_shutdown(Duration::from_millis(u64::from(order.grace_ms)), answered);
 }
 
 /// The host drops a stream once it has its answer; that, or the session's end, ends the wait.

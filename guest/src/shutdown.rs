@@ -1,13 +1,14 @@
 //! Ends the guest: its processes, its file systems, the machine.
 //!
 //! ```text
-//!  SIGTERM to all ─► all gone, or grace ─► SIGKILL to all ─► answer taken
+//!  what each wants, else SIGTERM ─► all gone, or grace ─► SIGKILL to all ─► answer taken
 //!                                                    ─► root read-only, layer read-only ─► power off
 //! ```
 //!
 //! # Invariants
 //! 1. Every process gets SIGTERM exactly once: the small init of a command does not pass on what
-//!    comes from outside its namespace.
+//!    comes from outside its namespace. But a command that wants another signal has got that, and
+//!    neither it nor what descends from it gets SIGTERM.
 //! 2. The power goes off in bounded time, whatever the commands do.
 //!
 //! # Failure
@@ -27,6 +28,7 @@ use rustix::mount::{FsPickFlags, fsconfig_reconfigure, fsconfig_set_flag, fspick
 
 use crate::agent::ShutdownOrder;
 use crate::boot::console;
+use crate::descent;
 use crate::reaper::Reaper;
 
 /// How long killed processes may take to go: the kernel's work only.
@@ -36,7 +38,11 @@ const KILLED: Duration = Duration::from_secs(5);
 pub async fn run(order: ShutdownOrder, reaper: &Reaper, layer: &OwnedFd) -> ! {
     // Only PID 1 of a guest may signal everybody.
     assert!(getpid() == Pid::from_raw(1), "not the init of a guest");
-    signal_all(Signal::SIGTERM);
+    if order.told.is_empty() {
+        signal_all(Signal::SIGTERM);
+    } else {
+        signal_others(&order.told);
+    }
     // A stopped process could not act on it.
     signal_all(Signal::SIGCONT);
     if tokio::time::timeout(order.grace, reaper.all_gone()).await.is_err() {
@@ -56,6 +62,25 @@ fn signal_all(signal: Signal) {
     match kill(Pid::from_raw(-1), signal) {
         Ok(()) | Err(Errno::ESRCH) => {}
         Err(errno) => console::line(format_args!("cannot send {signal} to all: {errno}")),
+    }
+}
+
+/// SIGTERM to all but what descends from these. What is forked while they are counted may miss it,
+/// and is killed after the grace.
+fn signal_others(told: &[rustix::process::Pid]) {
+    let parents = match descent::parents() {
+        Ok(parents) => parents,
+        Err(error) => {
+            console::failure("cannot list the processes", &error);
+            return signal_all(Signal::SIGTERM);
+        }
+    };
+    let told: Vec<i32> = told.iter().map(|pid| pid.as_raw_pid()).collect();
+    for pid in descent::others(&parents, &told) {
+        match kill(Pid::from_raw(pid), Signal::SIGTERM) {
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(errno) => console::line(format_args!("cannot send SIGTERM to {pid}: {errno}")),
+        }
     }
 }
 

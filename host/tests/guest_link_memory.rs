@@ -159,6 +159,7 @@ async fn tiny_frames_that_nobody_reads_cost_little() {
         user: None,
         stdin: false,
         terminal: None,
+        stop_signal: None,
     };
     let before = status_kb("VmRSS");
     let mut sessions = Vec::new();

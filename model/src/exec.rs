@@ -19,6 +19,9 @@ pub struct ExecSpec {
     pub stdin: bool,
     /// A terminal for its stdin, stdout and stderr; `None` means pipes.
     pub terminal: Option<Terminal>,
+    /// What it gets when it is to end by itself; `None` means SIGTERM.
+    #[serde(default)]
+    pub stop_signal: Option<u8>,
 }
 
 /// The terminal that a command gets in its guest. What it prints there is all stdout.

@@ -24,6 +24,12 @@ pub struct ImageConfig {
     /// `Env`.
     #[serde(skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "null_as_default")]
     pub env: BTreeMap<String, String>,
+    /// `Labels`.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "null_as_default")]
+    pub labels: BTreeMap<String, String>,
+    /// `StopSignal`, as the image writes it; [`crate::signal::number`] reads it.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub stop_signal: String,
 }
 
 fn null_as_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
@@ -72,6 +78,9 @@ pub struct ImageRecord {
     pub source: String,
     /// The EROFS file, absolute.
     pub rootfs_path: String,
+    /// The digests of the layers that it was made of, uncompressed, lowest first; empty where they
+    /// are not known.
+    pub layers: Vec<String>,
     /// How to run it.
     pub config: ImageConfig,
 }

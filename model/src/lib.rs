@@ -16,6 +16,7 @@ pub mod image;
 pub mod phase;
 pub mod reconcile;
 pub mod record;
+pub mod signal;
 pub mod spec;
 pub mod subnet;
 pub mod view;

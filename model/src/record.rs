@@ -21,6 +21,9 @@ pub struct Resources {
     /// The writable disk, absolute.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rootfs_path: Option<String>,
+    /// The image's root filesystem, absolute, which is shared and not the VM's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base_disk: Option<String>,
     /// The socket of the guest link, absolute.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub link_socket: Option<String>,

@@ -7,6 +7,7 @@ use clap::Args;
 use matchlock_model::exec::ExecSpec;
 use matchlock_model::id::VmId;
 use matchlock_model::phase::Phase;
+use matchlock_model::signal;
 use matchlock_model::spec::{DEFAULT_GRACE, check_user, check_workdir};
 
 use super::error::CliError;
@@ -74,6 +75,7 @@ pub(super) async fn exec(args: ExecArgs, config: NodeConfig) -> Result<u8, CliEr
         user: args.user,
         stdin: args.interactive,
         terminal,
+        stop_signal: None,
     };
     let ours = Ours { stdin: spec.stdin, terminal: spec.terminal.is_some() };
     let vms_dir = config.vms_dir();
@@ -84,7 +86,8 @@ pub(super) async fn exec(args: ExecArgs, config: NodeConfig) -> Result<u8, CliEr
     };
     let again =
         render::on_terminal("waiting for the command to end; Ctrl-C again leaves it at once");
-    let limits = RelayLimits { timeout: None, grace: DEFAULT_GRACE, again };
+    let limits =
+        RelayLimits { timeout: None, grace: DEFAULT_GRACE, stop_signal: signal::TERM, again };
     let relayed = relay(session, ours, limits, &mut interrupts).await;
     exit_code(relayed.ending, None)
 }

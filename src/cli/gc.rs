@@ -17,6 +17,7 @@ use futures::stream::{self, StreamExt as _};
 use jiff::{SignedDuration, Timestamp};
 use matchlock_actors::deps::Rows;
 use matchlock_actors::reconciler::{NoRows, Outcome, Stranger, VmReport, strangers, survey};
+use matchlock_host::image::Garbages;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::id::{InstallId, VmId};
 use matchlock_model::reconcile::Goal;
@@ -183,9 +184,16 @@ async fn collect(node: &Node, config: &NodeConfig, args: &GcArgs) -> Result<Coll
         collected.strangers = strangers(&sight).await;
         collected.unreadable = rows_without_id(config).await?;
         collected.forgotten = node.client().prune_history(forgotten_before(args, config)).await;
-        collected.swept = node.client().sweep_images().await;
+        collected.swept = swept(node.client().sweep_images(false).await);
     }
     Ok(collected)
+}
+
+/// How much was removed, unless something could not be.
+fn swept(found: Result<Garbages, Failure>) -> Result<usize, Failure> {
+    let Garbages { removed, errors, .. } = found?;
+    let error = errors.into_iter().next();
+    error.map_or(Ok(removed.len()), |e| Err(Failure::from_error(FailureKind::Host, &e)))
 }
 
 fn forgotten_before(args: &GcArgs, config: &NodeConfig) -> Timestamp {

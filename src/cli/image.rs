@@ -1,25 +1,20 @@
-//! `matchlock image`: import, list and remove images.
-
-use std::io::IsTerminal as _;
-use std::os::fd::AsFd;
+//! `matchlock image`: import, list, show, tag and remove images.
 
 use clap::{Args, Subcommand};
-use matchlock_actors::images::ImportInput;
-use matchlock_host::image::{ImageDirs, ImportedImage};
-use matchlock_model::failure::{Failure, FailureKind};
+use matchlock_host::image::ImageDirs;
 use matchlock_model::image::{ImageRecord, check_tag};
 use matchlock_model::vm::StopMode;
-use rustix::fs::FileType;
 use serde::Serialize;
-use tokio_util::sync::CancellationToken;
 
 use super::error::CliError;
-use super::progress::{Elsewhere, Progress};
+use super::image_gc;
+use super::image_import;
+use super::image_inspect;
+use super::kill::tell_all_but_the_last;
 use super::render;
 use super::table::{self, Cell, Column};
 use crate::node::boot::Node;
 use crate::node::config::NodeConfig;
-use crate::node::signals::Interrupts;
 
 /// The arguments of `image`.
 #[derive(Debug, Args)]
@@ -30,97 +25,60 @@ pub(super) struct ImageArgs {
 
 #[derive(Debug, Subcommand)]
 enum ImageVerb {
-    /// Import an archive from stdin: of `docker save`, or an OCI layout
-    #[command(after_help = "\
-Example:
-  docker save busybox | matchlock image import busybox")]
-    Import {
-        /// Tag that the image gets
-        tag: String,
-    },
+    /// Import images from an archive, or the files of a root filesystem, from stdin
+    Import(image_import::ImportArgs),
     /// List images
     #[command(visible_alias = "list")]
     Ls {
+        /// Tags alone
+        #[arg(short, long, conflicts_with = "json")]
+        quiet: bool,
         /// As JSON
         #[arg(long)]
         json: bool,
     },
-    /// Remove an image
-    #[command(visible_alias = "remove")]
-    Rm {
+    /// Print images as JSON: their config, layers, size, and who uses them
+    Inspect(image_inspect::InspectArgs),
+    /// Give an image another tag
+    #[command(after_help = "\
+An image that had the new tag loses it. Exit codes: 0; 1 when there is no such image.")]
+    Tag {
         /// Tag of the image
+        source: String,
+        /// Tag that it gets as well
         tag: String,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
     },
+    /// Remove images
+    #[command(
+        visible_alias = "remove",
+        after_help = "\
+An image that a microVM runs from is refused, unless it has another tag: then only this one goes.
+
+Exit codes: 0; 1 when one could not be removed: the others are."
+    )]
+    Rm {
+        /// Tags of the images
+        #[arg(required = true, value_name = "TAG")]
+        tags: Vec<String>,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove what no image needs
+    Gc(image_gc::GcArgs),
 }
 
 pub(super) async fn image(args: ImageArgs, config: NodeConfig) -> Result<u8, CliError> {
     match args.verb {
-        ImageVerb::Import { tag } => import(tag, config).await,
-        ImageVerb::Ls { json } => ls(json, &config),
-        ImageVerb::Rm { tag } => rm(tag, config).await,
-    }
-}
-
-async fn import(tag: String, config: NodeConfig) -> Result<u8, CliError> {
-    check_tag(&tag).map_err(CliError::input)?;
-    if std::io::stdin().is_terminal() {
-        return Err(CliError::input(format_args!(
-            "the archive is read from stdin, which is a terminal: matchlock image import {tag} < archive.tar"
-        )));
-    }
-    let mut interrupts = Interrupts::install().map_err(|e| CliError::failure(&e))?;
-    let node = Node::boot(config).await?;
-    let stdin = std::io::stdin();
-    let shown = Progress::bytes(
-        &format!("importing {tag} from stdin..."),
-        regular_size(&stdin).map_err(|e| CliError::failure(&e))?,
-        Elsewhere::Lines,
-    );
-    let input = Box::new(shown.reader(stdin));
-    let imported = interruptible_import(&node, input, &tag, &mut interrupts).await;
-    drop(shown);
-    if let Some(which) = interrupts.first() {
-        // An import that still waits for its archive ends with this process.
-        return Ok(which.exit_code());
-    }
-    node.shutdown(StopMode::Force).await?;
-    let imported = imported?;
-    render::lines([
-        format!("Imported: {tag}"),
-        format!("Layers: {}", imported.layers),
-        format!("Size: {}", render::megabytes(imported.size)),
-    ])?;
-    Ok(0)
-}
-
-/// The size of a regular file, the only kind of which it is known.
-fn regular_size(file: impl AsFd) -> std::io::Result<Option<u64>> {
-    let found = rustix::fs::fstat(file)?;
-    let is_file = FileType::from_raw_mode(found.st_mode) == FileType::RegularFile;
-    Ok(u64::try_from(found.st_size).ok().filter(|_| is_file))
-}
-
-/// Imports from stdin. The first signal cancels; it takes effect with the next bytes of the
-/// archive, and if none come a second one gives up waiting: what was made is locked only while we
-/// live, and the next import sweeps it.
-async fn interruptible_import(
-    node: &Node,
-    input: ImportInput,
-    tag: &str,
-    interrupts: &mut Interrupts,
-) -> Result<ImportedImage, Failure> {
-    let cancel = CancellationToken::new();
-    let mut importing =
-        std::pin::pin!(node.client().import_image(input, tag.to_owned(), cancel.clone()));
-    tokio::select! {
-        imported = &mut importing => return imported,
-        _ = interrupts.next() => cancel.cancel(),
-    }
-    tokio::select! {
-        imported = &mut importing => imported,
-        _ = interrupts.next() => {
-            Err(Failure::new(FailureKind::Cancelled, "the import was interrupted"))
-        }
+        ImageVerb::Import(args) => image_import::import(args, config).await,
+        ImageVerb::Ls { quiet, json } => ls(quiet, json, &config),
+        ImageVerb::Inspect(args) => image_inspect::inspect(args, config).await,
+        ImageVerb::Tag { source, tag, json } => add_tag(source, tag, json, config).await,
+        ImageVerb::Rm { tags, json } => rm(tags, json, config).await,
+        ImageVerb::Gc(args) => image_gc::gc(args, config).await,
     }
 }
 
@@ -134,7 +92,7 @@ struct JsonImage<'a> {
     created_at: jiff::Timestamp,
 }
 
-fn ls(json: bool, config: &NodeConfig) -> Result<u8, CliError> {
+fn ls(quiet: bool, json: bool, config: &NodeConfig) -> Result<u8, CliError> {
     let images = matchlock_store::read_images(&ImageDirs::new(&config.cache).images)
         .map_err(|e| CliError::failure(&e))?;
     let images = match images {
@@ -144,6 +102,10 @@ fn ls(json: bool, config: &NodeConfig) -> Result<u8, CliError> {
     if json {
         let shown: Vec<JsonImage<'_>> = images.iter().map(json_image).collect();
         render::json(&shown)?;
+        return Ok(0);
+    }
+    if quiet {
+        render::lines(images.iter().map(|image| &image.tag))?;
         return Ok(0);
     }
     let rows: Vec<Vec<Cell>> = images.iter().map(row).collect();
@@ -164,6 +126,7 @@ fn json_image(image: &ImageRecord) -> JsonImage<'_> {
 
 const COLUMNS: &[Column] = &[
     Column::cut("TAG", 12),
+    Column::whole("IMAGE ID"),
     Column::whole("SOURCE"),
     Column::whole("SIZE"),
     Column::cut("CREATED", 10),
@@ -172,17 +135,66 @@ const COLUMNS: &[Column] = &[
 fn row(image: &ImageRecord) -> Vec<Cell> {
     vec![
         image.tag.clone().into(),
+        short_id(&image.digest).into(),
         image.source.clone().into(),
         render::megabytes(image.size).into(),
         image.created_at.strftime("%Y-%m-%d %H:%M:%S").to_string().into(),
     ]
 }
 
-async fn rm(tag: String, config: NodeConfig) -> Result<u8, CliError> {
+/// As docker shows it: twelve hex digits.
+fn short_id(digest: &str) -> String {
+    let hex = digest.strip_prefix("sha256:").unwrap_or(digest);
+    hex.chars().take(12).collect()
+}
+
+/// An image that lost its tag, as scripts get it.
+#[derive(Debug, Serialize)]
+struct JsonRemoved {
+    tag: String,
+    digest: String,
+    /// Whether its root filesystem went with it.
+    blob_removed: bool,
+}
+
+async fn rm(tags: Vec<String>, json: bool, config: NodeConfig) -> Result<u8, CliError> {
     let node = Node::boot(config).await?;
-    let removed = node.client().remove_image(tag.clone()).await;
+    let mut removed = Vec::new();
+    let mut failed = None;
+    for tag in tags {
+        match node.client().remove_image(tag.clone()).await {
+            Ok(image) => {
+                if !json {
+                    render::lines([format!("Removed {tag}")])?;
+                }
+                let (digest, blob_removed) = (image.record.digest, image.blob_removed);
+                removed.push(JsonRemoved { tag, digest, blob_removed });
+            }
+            Err(failure) => tell_all_but_the_last(&mut failed, failure.into()),
+        }
+    }
     node.shutdown(StopMode::Force).await?;
-    removed?;
-    render::lines([format!("Removed {tag}")])?;
+    if json {
+        render::json(&removed)?;
+    }
+    failed.map_or(Ok(0), Err)
+}
+
+async fn add_tag(
+    source: String,
+    tag: String,
+    json: bool,
+    config: NodeConfig,
+) -> Result<u8, CliError> {
+    check_tag(&tag).map_err(CliError::input)?;
+    let node = Node::boot(config).await?;
+    let tagged = node.client().tag_image(source.clone(), tag.clone()).await;
+    node.shutdown(StopMode::Force).await?;
+    let record = tagged?;
+    if json {
+        render::json(&json_image(&record))?;
+    } else {
+        render::lines([format!("Tagged {source} as {tag}")])?;
+    }
     Ok(0)
 }

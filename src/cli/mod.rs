@@ -18,6 +18,9 @@ mod get;
 mod help;
 mod hints;
 mod image;
+mod image_gc;
+mod image_import;
+mod image_inspect;
 mod inspect;
 mod kill;
 mod later;
@@ -127,7 +130,7 @@ Exit codes: 0; 1 when one could not be removed: its record is kept, the others a
     Rpc(rpc::RpcArgs),
     /// The same for many programs at once, over a unix socket
     Serve(serve::ServeArgs),
-    /// Import, list and remove images
+    /// Import, list, tag and remove images
     Image(image::ImageArgs),
     /// Check whether this host can run microVMs, and say what to do if not
     Diagnose(diagnose::DiagnoseArgs),

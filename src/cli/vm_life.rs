@@ -16,6 +16,7 @@ use matchlock_actors::vm::{CreateVm, VmContext};
 use matchlock_model::exec::ExecSpec;
 use matchlock_model::exit;
 use matchlock_model::failure::FailureKind;
+use matchlock_model::signal;
 use matchlock_model::spec::VmSpec;
 use matchlock_model::view::VmView;
 use matchlock_model::vm::StopMode;
@@ -124,7 +125,8 @@ async fn own(
     }
     let (session, log) = node.keep_output(session, vm.id, audience);
     let again = render::on_terminal(AGAIN);
-    let limits = RelayLimits { timeout: spec.timeout, grace: spec.grace, again };
+    let stop_signal = command.stop_signal.unwrap_or(signal::TERM);
+    let limits = RelayLimits { timeout: spec.timeout, grace: spec.grace, stop_signal, again };
     EXEC.before("relay").map_err(injected)?;
     let ours = Ours { stdin: command.stdin, terminal: command.terminal.is_some() };
     let Relayed { ending, code } = relay(session, ours, limits, interrupts).await;

@@ -5,16 +5,17 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use matchlock_actors::fleet::{FleetMsg, RunningVm, VmHandle};
-use matchlock_actors::images::{ImagesMsg, ImportInput, RemovedImage};
+use matchlock_actors::images::{ImagesMsg, ImportInput, RemovedImage, TaggedImport};
 use matchlock_actors::reconciler::{ReconcilerMsg, Target, VmReport};
 use matchlock_actors::root::Services;
 use matchlock_actors::vm::{CreateVm, VmContext};
 use matchlock_host::guest_link::ExecSession;
-use matchlock_host::image::ImportedImage;
+use matchlock_host::image::{Garbages, ImportWish};
 use matchlock_model::exec::ExecSpec;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::file::FileOp;
 use matchlock_model::id::VmId;
+use matchlock_model::image::ImageRecord;
 use matchlock_model::phase::Phase;
 use matchlock_model::reconcile::Goal;
 use matchlock_model::view::VmView;
@@ -239,28 +240,37 @@ impl NodeClient {
         self.services.reconciler.call(message, CALL_LIMIT).await?
     }
 
-    /// Removes what imports and removals of images left that did not end; how much.
+    /// Removes what imports and removals of images left that did not end, or only looks.
     ///
     /// # Errors
-    /// When something could not be looked at or removed.
-    pub async fn sweep_images(&self) -> Result<usize, Failure> {
-        self.services.images.call(|reply| ImagesMsg::Sweep { reply }, CALL_LIMIT).await?
+    /// When nobody could look; what could not be looked at or removed is in the answer.
+    pub async fn sweep_images(&self, dry_run: bool) -> Result<Garbages, Failure> {
+        let message = |reply| ImagesMsg::Sweep { dry_run, reply };
+        self.services.images.call(message, RECONCILE_LIMIT).await?
     }
 
-    /// Imports an image.
+    /// Imports images.
     ///
     /// # Errors
     /// What is wrong with the archive, or with this host.
-    pub async fn import_image(
+    pub async fn import_images(
         &self,
         input: ImportInput,
-        tag: String,
+        wish: ImportWish,
         cancel: CancellationToken,
-    ) -> Result<ImportedImage, Failure> {
+    ) -> Result<Vec<TaggedImport>, Failure> {
         self.services
             .images
-            .call(|reply| ImagesMsg::Import { input, tag, cancel, reply }, IMPORT_LIMIT)
+            .call(|reply| ImagesMsg::Import { input, wish, cancel, reply }, IMPORT_LIMIT)
             .await?
+    }
+
+    /// Gives an image another tag.
+    ///
+    /// # Errors
+    /// When there is none, or it could not be written.
+    pub async fn tag_image(&self, source: String, tag: String) -> Result<ImageRecord, Failure> {
+        self.services.images.call(|reply| ImagesMsg::Tag { source, tag, reply }, CALL_LIMIT).await?
     }
 
     /// Removes an image's tag, and its blob if nothing else uses it.

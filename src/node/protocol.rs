@@ -176,6 +176,7 @@ mod tests {
             user: Some("1".into()),
             stdin: true,
             terminal: Some(Terminal { size: TerminalSize { rows: 1, cols: 2 }, term: None }),
+            stop_signal: None,
         };
         let frames = [
             Frame::Request(Request::Exec(spec)),

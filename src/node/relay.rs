@@ -101,6 +101,8 @@ pub struct RelayLimits {
     pub timeout: Option<Duration>,
     /// How long a command has after a signal before it is given up.
     pub grace: Duration,
+    /// What a command gets that takes too long.
+    pub stop_signal: u8,
     /// What is said on stderr about a second Ctrl-C, when the command does not end at the first.
     pub again: Option<&'static str>,
 }
@@ -113,8 +115,6 @@ const STDERR_WAIT: Duration = Duration::from_secs(2);
 
 /// How long a command whose terminal has gone may take to end.
 const HANG_UP: Duration = Duration::from_secs(1);
-
-const SIGTERM: i32 = 15;
 
 /// Carries the streams until the command ends or is given up. Dropping the session then releases
 /// the command: the guest kills what is left of it.
@@ -183,7 +183,7 @@ async fn follow(
                 give_up = Some((at, reason));
             }
             () = wait_until(timeout), if give_up.is_none() => {
-                forward(signals, SIGTERM);
+                forward(signals, i32::from(limits.stop_signal));
                 give_up = Some((Instant::now() + limits.grace, Ending::TimedOut));
             }
             () = wait_until(until), if until.is_some() => {

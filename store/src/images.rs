@@ -28,6 +28,15 @@ pub struct RemovedImage {
     pub blob_in_use: bool,
 }
 
+/// An image that has got another tag.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TaggedImage {
+    /// The image under its new tag.
+    pub record: ImageRecord,
+    /// The image that had the tag before.
+    pub replaced: Option<RemovedImage>,
+}
+
 /// A blob that some image uses.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BlobInUse {
@@ -90,6 +99,40 @@ impl ImageConn {
         })?;
         IMAGES.after("remove_image")?;
         Ok(removed)
+    }
+
+    /// Removes the image of this scope and tag if another one uses its root filesystem: then nothing
+    /// of it is lost, whoever runs from it. `None` if it is alone with it, or not there.
+    ///
+    /// # Errors
+    /// When it could not be written; then nothing was.
+    pub fn remove_shared_image(
+        &mut self,
+        scope: ImageScope,
+        tag: &str,
+        at: Timestamp,
+    ) -> Result<Option<RemovedImage>, WriteError> {
+        IMAGES.before("remove_shared")?;
+        let removed = self.write(|conn| rows::remove_shared(conn, scope, tag, at))?;
+        IMAGES.after("remove_shared")?;
+        Ok(removed)
+    }
+
+    /// Gives the image that a tag means another tag, in scope local; `None` if there is none. Both
+    /// use the same root filesystem then.
+    ///
+    /// # Errors
+    /// When it could not be written; then nothing was.
+    pub fn tag_image(
+        &mut self,
+        source: &str,
+        tag: &str,
+        at: Timestamp,
+    ) -> Result<Option<TaggedImage>, WriteError> {
+        IMAGES.before("tag_image")?;
+        let tagged = self.write(|conn| rows::tag(conn, source, tag, at))?;
+        IMAGES.after("tag_image")?;
+        Ok(tagged)
     }
 
     /// The image that this tag means: one made here hides one that was pulled.

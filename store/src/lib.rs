@@ -44,7 +44,7 @@ mod child;
 
 pub use busy::LOCK_WAIT;
 pub use error::{BadRow, DbFault, OpenError, ReadError, WriteError};
-pub use images::{BlobInUse, ImageConn, ImageReader, RemovedImage, read_images};
+pub use images::{BlobInUse, ImageConn, ImageReader, RemovedImage, TaggedImage, read_images};
 pub use op::{NewVm, WriteOp, WriteOutcome};
 pub use open::{IMAGES_DB, STATE_DB, open_images, open_state};
 pub use reader::{ReadConn, ReadPool};

@@ -28,7 +28,8 @@ pub const DB: Area = Area::new(
 );
 
 /// The writes to the images' metadata.
-pub const IMAGES: Area = Area::new("images_db", &["put_image", "remove_image"]);
+pub const IMAGES: Area =
+    Area::new("images_db", &["put_image", "tag_image", "remove_shared", "remove_image"]);
 
 pub(crate) const fn step(op: &WriteOp) -> &'static str {
     match op {

@@ -27,7 +27,7 @@ pub mod message;
 pub mod resync;
 
 /// The protocol's version, sent in the handshake by both sides.
-pub const PROTOCOL_VERSION: u16 = 5;
+pub const PROTOCOL_VERSION: u16 = 6;
 
 /// The name of the virtio-serial port that carries the link (`/sys/class/virtio-ports/*/name`).
 pub const PORT_NAME: &str = "org.matchlock.link.0";

@@ -47,7 +47,7 @@ pub enum Request {
     File(FileStart),
     /// Continue a job from another stream. The stream continues as after `Exec`.
     Attach(ExecAttach),
-    /// SIGTERM to all commands, grace, SIGKILL, sync, unmount, power off. Answered by
+    /// SIGTERM (or what a command asked for) to all commands, grace, SIGKILL, sync, unmount, power off. Answered by
     /// [`Reply::Done`] when it begins; the VM's end is the only other answer.
     Shutdown(Shutdown),
 }
@@ -113,7 +113,7 @@ pub struct Network {
 /// How a guest is to be shut down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shutdown {
-    /// The time between SIGTERM and SIGKILL, in milliseconds.
+    /// The time between the first signal and SIGKILL, in milliseconds.
     pub grace_ms: u32,
 }
 
@@ -136,6 +136,9 @@ pub struct ExecStart {
     pub stdin: bool,
     /// A terminal for stdin, stdout and stderr together; `None` means pipes.
     pub terminal: Option<Terminal>,
+    /// What its process group gets at a shutdown instead of SIGTERM, 1 to 64. What is its process's
+    /// descendant and not of the group gets nothing then: it ends with the command.
+    pub stop_signal: Option<u8>,
 }
 
 /// The terminal of a command.

@@ -27,9 +27,9 @@ fn job() -> impl Strategy<Value = JobId> {
 fn exec() -> impl Strategy<Value = Request> {
     let what = (job(), vec(bytes(), 0..6), vec((bytes(), bytes()), 0..6));
     let how = (proptest::option::of(".{0,20}"), proptest::option::of(".{0,20}"), any::<bool>());
-    let terminal = proptest::option::of(terminal());
-    (what, how, terminal).prop_map(|((job, argv, env), (cwd, user, stdin), terminal)| {
-        Request::Exec(ExecStart { job, argv, env, cwd, user, stdin, terminal })
+    let rest = (proptest::option::of(terminal()), any::<Option<u8>>());
+    (what, how, rest).prop_map(|((job, argv, env), (cwd, user, stdin), (terminal, stop_signal))| {
+        Request::Exec(ExecStart { job, argv, env, cwd, user, stdin, terminal, stop_signal })
     })
 }
 

@@ -69,6 +69,7 @@ fn new_vm(deps: &Deps, id: VmId, create: &CreateVm) -> Result<NewVm, Failure> {
         tap_name: tap,
         state_dir: text(paths.dir.clone()),
         rootfs_path: text(paths.rootfs()),
+        base_disk: text(create.base_disk.clone()),
         link_socket: text(paths.link_socket()),
         qmp_socket: text(paths.qmp_socket()),
         owner_socket: text(paths.owner_socket()),

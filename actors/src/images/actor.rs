@@ -5,7 +5,7 @@ use std::io::Read;
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use matchlock_host::image::{ImageDirs, ImportLimits, ImportedImage};
+use matchlock_host::image::{Garbages, ImageDirs, ImportLimits, ImportWish, ImportedImage};
 use matchlock_model::failure::Failure;
 use matchlock_model::image::ImageRecord;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
@@ -23,12 +23,12 @@ pub enum ImagesMsg {
     Import {
         /// The archive.
         input: ImportInput,
-        /// The tag that it gets.
-        tag: String,
+        /// What is wanted of it.
+        wish: ImportWish,
         /// Cancels the import.
         cancel: CancellationToken,
-        /// The image.
-        reply: RpcReplyPort<Result<ImportedImage, Failure>>,
+        /// The images, at least one.
+        reply: RpcReplyPort<Result<Vec<TaggedImport>, Failure>>,
     },
     /// Remove a tag, and its blob if nothing else uses it.
     Remove {
@@ -37,11 +37,31 @@ pub enum ImagesMsg {
         /// What was removed.
         reply: RpcReplyPort<Result<RemovedImage, Failure>>,
     },
+    /// Give an image another tag.
+    Tag {
+        /// The image.
+        source: String,
+        /// The tag that it gets as well.
+        tag: String,
+        /// The image under its new tag.
+        reply: RpcReplyPort<Result<ImageRecord, Failure>>,
+    },
     /// Remove what imports and removals left that did not end.
     Sweep {
-        /// How many things were removed.
-        reply: RpcReplyPort<Result<usize, Failure>>,
+        /// Only look.
+        dry_run: bool,
+        /// What was found. What could not be looked at is in there.
+        reply: RpcReplyPort<Result<Garbages, Failure>>,
     },
+}
+
+/// An image that was imported, and its tags.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TaggedImport {
+    /// At least one.
+    pub tags: Vec<String>,
+    /// What it is.
+    pub image: ImportedImage,
 }
 
 /// What was removed.
@@ -58,6 +78,7 @@ impl fmt::Debug for ImagesMsg {
         f.write_str(match self {
             Self::Import { .. } => "Import",
             Self::Remove { .. } => "Remove",
+            Self::Tag { .. } => "Tag",
             Self::Sweep { .. } => "Sweep",
         })
     }
@@ -100,13 +121,18 @@ impl Actor for Images {
         let args = Arc::clone(args);
         points::message(&message)?;
         match message {
-            ImagesMsg::Import { input, tag, cancel, reply } => {
-                work::spawn(reply, move || work::import(&args, input, tag, &cancel));
+            ImagesMsg::Import { input, wish, cancel, reply } => {
+                work::spawn(reply, move || work::import(&args, input, &wish, &cancel));
             }
             ImagesMsg::Remove { tag, reply } => {
                 work::spawn(reply, move || work::remove(&args, &tag));
             }
-            ImagesMsg::Sweep { reply } => work::spawn(reply, move || work::sweep(&args)),
+            ImagesMsg::Tag { source, tag, reply } => {
+                work::spawn(reply, move || work::tag(&args, &source, &tag));
+            }
+            ImagesMsg::Sweep { dry_run, reply } => {
+                work::spawn(reply, move || Ok(work::sweep(&args, dry_run)));
+            }
         }
         Ok(())
     }

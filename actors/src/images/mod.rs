@@ -1,16 +1,17 @@
-//! Imports and removes images: joins what `host::image` makes on disk to its row in `metadata.db`.
+//! Imports, tags and removes images: joins what `host::image` makes on disk to its row in `metadata.db`.
 //!
 //! ```text
-//!  Import ─► (task) host::image::import ─► blob in place ─► row put ─► image
-//!  Remove ─► (task) blob locked, unless a VM uses it ─► row removed ─► blob removed, unless another
-//!                   tag uses it
+//!  Import ─► (task) host::image::import ─► blobs in place ─► rows put ─► images
+//!  Tag    ─► (task) row copied
+//!  Remove ─► (task) another tag uses the blob ─► row removed
+//!                   else ─► blob locked, unless a VM uses it ─► row removed ─► blob removed
 //!  Sweep  ─► (task) temporary directories without a living import, blobs that no row names, removed
 //! ```
 //!
 //! # Invariants
 //! 1. A row names a blob that is complete. A blob without a row is garbage, which a crash leaves; the
 //!    next import of the same image uses it again, a sweep removes it.
-//! 2. A blob that a VM runs from is not removed; then the row stays too.
+//! 2. A blob that a VM runs from is not removed; then the last row that names it stays too.
 //! 3. One change of the metadata at a time in this process; SQLite keeps processes apart.
 //!
 //! # Failure
@@ -20,4 +21,4 @@
 mod actor;
 mod work;
 
-pub use actor::{Images, ImagesArgs, ImagesMsg, ImportInput, RemovedImage};
+pub use actor::{Images, ImagesArgs, ImagesMsg, ImportInput, RemovedImage, TaggedImport};

@@ -86,6 +86,7 @@ async fn commands_run_over_the_link_of_a_running_vm() {
         user: None,
         stdin: false,
         terminal: None,
+        stop_signal: None,
     };
     let mut session = running.link.exec(&spec).await.unwrap();
     let mut last = None;

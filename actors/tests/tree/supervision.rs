@@ -26,6 +26,7 @@ async fn typing(world: &World, vm: VmId) -> ExecSession {
         user: None,
         stdin: true,
         terminal: None,
+        stop_signal: None,
     };
     let mut session = world.link(vm).await.unwrap().link.exec(&spec).await.unwrap();
     assert_eq!(session.events.recv().await.unwrap().unwrap(), ExecEvent::Started);

@@ -18,7 +18,7 @@ use std::rc::{Rc, Weak};
 
 use matchlock_wire::frame::MAX_CHUNK_BYTES;
 use matchlock_wire::message::{ExecFailure, ExecOutput, ExitStatus, JobId, TerminalSize};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 use tokio::sync::Notify;
 
 use super::output::Output;
@@ -144,6 +144,15 @@ impl Job {
             terminal.signal_foreground(Signal::HUP)?;
         }
         Ok(())
+    }
+
+    /// Tells the command that the guest shuts down, if it wants a signal of its own for that; the pid
+    /// of its small init then.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn stop(&self) -> std::io::Result<Option<Pid>> {
+        self.process.as_ref().map_or(Ok(None), Process::stop)
     }
 
     /// Whether the command has a terminal, or had one.

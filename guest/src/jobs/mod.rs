@@ -29,6 +29,7 @@ use matchlock_wire::message::{ExecFailure, ExecFailureKind, ExecStart, FileStart
 use crate::boot::console;
 use crate::launch::Launcher;
 use job::Job;
+use rustix::process::Pid;
 
 /// How many jobs there may be at once.
 pub const MAX_JOBS: usize = 64;
@@ -158,14 +159,29 @@ impl Jobs {
     }
 
     /// Refuses new jobs from now on, and hangs up on those with a terminal: a shell that talks to
-    /// somebody takes no notice of the SIGTERM that will come.
-    pub fn close(&self) {
+    /// somebody takes no notice of the SIGTERM that will come. Commands that want another signal
+    /// get it now; their small inits are answered.
+    pub fn close(&self) -> Vec<Pid> {
         self.closed.set(true);
         for job in self.jobs.borrow().values().filter(|job| job.has_terminal()) {
             if let Err(error) = job.signal(libc::SIGHUP) {
                 console::failure("cannot hang up a terminal", &error);
             }
         }
+        let mut told = Vec::new();
+        for job in self.jobs.borrow().values() {
+            match job.stop() {
+                Ok(init) => told.extend(init),
+                // It gets SIGTERM with all others.
+                Err(error) => console::failure("cannot send a command its signal", &error),
+            }
+        }
+        told
+    }
+
+    /// Whether new jobs are refused: the guest shuts down.
+    pub fn is_closed(&self) -> bool {
+        self.closed.get()
     }
 
     /// How many jobs there are.

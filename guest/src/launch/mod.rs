@@ -52,6 +52,10 @@ pub use terminal::Terminal;
 /// How much a pipe of a command holds, where the kernel allows it.
 const PIPE_BYTES: usize = 1024 * 1024;
 
+/// The signals of Linux, and the one that a command gets at a shutdown unless it wants another.
+const SIGNALS: std::ops::RangeInclusive<u8> = 1..=64;
+const TERM: u8 = 15;
+
 /// How many files a command may open, and what it may raise that to: as under systemd.
 const OPEN_FILES: (u64, u64) = (1024, 524_288);
 
@@ -108,9 +112,22 @@ pub struct Process {
     pid: Pid,
     control: OwnedFd,
     reaper: Rc<Reaper>,
+    /// What it is told at a shutdown; `None` means SIGTERM, as everybody.
+    stop_signal: Option<u8>,
 }
 
 impl Process {
+    /// Tells a command that wants another signal than SIGTERM that the guest shuts down; answers the
+    /// pid of its small init. `None` for any other command: it gets what everybody gets.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn stop(&self) -> io::Result<Option<Pid>> {
+        let Some(number) = self.stop_signal else { return Ok(None) };
+        self.signal(i32::from(number))?;
+        Ok(Some(self.pid))
+    }
+
     /// Sends a signal to the command's process group; SIGKILL to everything in its namespace.
     ///
     /// # Errors
@@ -120,10 +137,12 @@ impl Process {
             return self.kill();
         }
         match u8::try_from(number) {
-            Ok(byte @ 1..=64) => match rustix::io::write(&self.control, &[byte]) {
-                Ok(_) | Err(rustix::io::Errno::PIPE) => Ok(()),
-                Err(error) => Err(error.into()),
-            },
+            Ok(byte) if SIGNALS.contains(&byte) => {
+                match rustix::io::write(&self.control, &[byte]) {
+                    Ok(_) | Err(rustix::io::Errno::PIPE) => Ok(()),
+                    Err(error) => Err(error.into()),
+                }
+            }
             _ => Err(io::ErrorKind::InvalidInput.into()),
         }
     }
@@ -182,15 +201,20 @@ impl Launcher {
     /// # Errors
     /// When the request is wrong, or the guest lacks what it takes.
     pub fn launch(&self, start: &ExecStart) -> Result<(Launched, Command), ExecFailure> {
+        let stop_signal = start.stop_signal.filter(|number| *number != TERM);
+        if stop_signal.is_some_and(|number| !SIGNALS.contains(&number)) {
+            let message = "the signal that stops the command is none".to_owned();
+            return Err(ExecFailure { kind: ExecFailureKind::Request, message });
+        }
         let command = Command::prepare(start)?;
-        let launched = self.clone_init(&command).map_err(|error| ExecFailure {
+        let launched = self.clone_init(&command, stop_signal).map_err(|error| ExecFailure {
             kind: ExecFailureKind::Unavailable,
             message: format!("cannot start a process: {error}"),
         })?;
         Ok((launched, command))
     }
 
-    fn clone_init(&self, command: &Command) -> io::Result<Launched> {
+    fn clone_init(&self, command: &Command, stop_signal: Option<u8>) -> io::Result<Launched> {
         let (status, status_end) = pipe_pair()?;
         let (control_end, control) = pipe_pair()?;
         let (report, report_end) = pipe_pair()?;
@@ -211,7 +235,7 @@ impl Launcher {
         let pid = clone_into(command, &child, self.cgroup.as_ref())?;
         let ended = self.reaper.watch(pid);
         drop(child);
-        let process = Process { pid, control, reaper: Rc::clone(&self.reaper) };
+        let process = Process { pid, control, reaper: Rc::clone(&self.reaper), stop_signal };
         let AgentStdio { stdin, stdout, stderr, terminal } = agent;
         Ok(Launched { process, ended, report, status, stdin, stdout, stderr, terminal })
     }

@@ -481,5 +481,6 @@ pub(crate) fn start(job: u8, argv: &[&str]) -> ExecStart {
         user: None,
         stdin: false,
         terminal: None,
+        stop_signal: None,
     }
 }

@@ -148,6 +148,7 @@ pub(super) fn exec_start(job: message::JobId, spec: &ExecSpec) -> message::ExecS
             size: terminal_size(terminal.size),
             term: terminal.term.clone(),
         }),
+        stop_signal: spec.stop_signal,
     }
 }
 

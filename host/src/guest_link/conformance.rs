@@ -25,6 +25,7 @@ pub(super) fn command(line: &str) -> ExecSpec {
         user: None,
         stdin: false,
         terminal: None,
+        stop_signal: None,
     }
 }
 

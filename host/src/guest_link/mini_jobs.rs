@@ -216,7 +216,16 @@ impl MiniGuest {
         };
         let stdin = true;
         let (job, env) = (start.job, vec![]);
-        let start = ExecStart { job, argv, env, cwd: None, user: None, stdin, terminal: None };
+        let start = ExecStart {
+            job,
+            argv,
+            env,
+            cwd: None,
+            user: None,
+            stdin,
+            terminal: None,
+            stop_signal: None,
+        };
         self.exec(start, inputs, writer).await
     }
 

@@ -20,12 +20,12 @@ use std::path::{Component, Path, PathBuf};
 
 use matchlock_failpoints::mutated;
 use rustix::fs::{
-    AtFlags, FileType, FlockOperation, Mode, OFlags, flock, fstat, open, openat, unlinkat,
+    AtFlags, FileType, FlockOperation, Mode, OFlags, Stat, flock, fstat, open, openat, unlinkat,
 };
 use rustix::io::Errno;
 
 use super::workspace::{DIRECTORY, failed, is_named};
-use super::{ImageDirs, ImageError, POINTS};
+use super::{Garbage, GarbageKind, Garbages, ImageDirs, ImageError, POINTS};
 
 /// Nothing is followed, nothing waits for the other end of a fifo.
 const FILE: OFlags =
@@ -80,8 +80,7 @@ impl BlobLease {
         if !regular || stat.st_size == 0 || !is_named(rustix::fs::CWD, path, &lock.0, path)? {
             return Err(gone());
         }
-        let size = u64::try_from(stat.st_blocks).unwrap_or_default() * 512;
-        Ok(Self { path: path.to_owned(), size, _lock: lock })
+        Ok(Self { path: path.to_owned(), size: on_disk(&stat), _lock: lock })
     }
 
     /// The same lease, after the file was given another name.
@@ -120,14 +119,14 @@ pub fn remove_blob(
 
 /// Removes what has a blob's name and is empty: all that a crash of the machine may leave of one.
 pub(super) fn remove_empty(dirs: &ImageDirs, path: &Path) -> Result<(), ImageError> {
-    remove(dirs, path, &mut |size| size > 0).map(drop)
+    remove(dirs, path, &mut |stat| stat.st_size > 0).map(drop)
 }
 
-/// `keep` is given the file's size and asked under the exclusive lock.
+/// `keep` is asked under the exclusive lock.
 fn remove(
     dirs: &ImageDirs,
     path: &Path,
-    keep: &mut dyn FnMut(i64) -> bool,
+    keep: &mut dyn FnMut(&Stat) -> bool,
 ) -> Result<bool, ImageError> {
     let blobs = dirs.blobs();
     let refused = || ImageError::NotABlob { path: path.to_owned(), blobs: blobs.clone() };
@@ -159,7 +158,7 @@ fn remove(
     let file = Locked(file);
     let at = |error| failed("remove", path, error);
     POINTS.before("remove_blob").map_err(at)?;
-    if keep(stat.st_size) {
+    if keep(&stat) {
         return Ok(false);
     }
     if is_named(parent.as_fd(), name, &file.0, path)? {
@@ -170,36 +169,64 @@ fn remove(
 }
 
 /// Removes the blobs that nobody wants and nobody uses: a crash between a blob and its row leaves
-/// one. How many were removed.
+/// one. A dry run locks each for a moment and removes none.
 ///
 /// `is_wanted` is asked by the blob's file name, while nobody can take a lease on it.
-///
-/// # Errors
-/// When one could not be looked at or removed; the others are swept nevertheless.
 pub fn sweep_blobs(
     dirs: &ImageDirs,
+    dry_run: bool,
     is_wanted: &mut dyn FnMut(&OsStr) -> bool,
-) -> Result<usize, ImageError> {
+) -> Garbages {
     let blobs = dirs.blobs();
-    let fail = |error| failed("sweep", &blobs, error);
+    let mut found = Garbages::default();
     let entries = match std::fs::read_dir(&blobs) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
-        entries => entries.map_err(fail)?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return found,
+        Err(error) => return Garbages::failed(failed("sweep", &blobs, error)),
+        Ok(entries) => entries,
     };
-    let (mut removed, mut first_error) = (0, None);
     for entry in entries {
-        let name = entry.map_err(fail)?.file_name();
+        let name = match entry {
+            Ok(entry) => entry.file_name(),
+            Err(error) => {
+                found.errors.push(failed("sweep", &blobs, error));
+                continue;
+            }
+        };
         // Looked at twice: most are wanted, and those are not locked against a VM that begins.
         if !is_name_of_blob(&name) || is_wanted(&name) || mutated("leave_unnamed_blobs") {
             continue;
         }
-        match remove(dirs, &blobs.join(&name), &mut |_| is_wanted(&name)) {
-            Ok(gone) => removed += usize::from(gone),
-            Err(ImageError::InUse { .. }) => {}
-            Err(error) => first_error = first_error.or(Some(error)),
-        }
+        sweep_blob(&blobs.join(&name), dirs, dry_run, &mut || is_wanted(&name), &mut found);
     }
-    first_error.map_or(Ok(removed), Err)
+    found
+}
+
+fn sweep_blob(
+    path: &Path,
+    dirs: &ImageDirs,
+    dry_run: bool,
+    is_wanted: &mut dyn FnMut() -> bool,
+    found: &mut Garbages,
+) {
+    let garbage = |bytes| Garbage { kind: GarbageKind::Blob, path: path.to_owned(), bytes };
+    let mut unwanted = None;
+    let mut keep = |stat: &Stat| {
+        let wanted = is_wanted();
+        if !wanted {
+            unwanted = Some(garbage(Some(on_disk(stat))));
+        }
+        wanted || dry_run
+    };
+    match remove(dirs, path, &mut keep) {
+        Ok(_) => found.removed.extend(unwanted),
+        Err(ImageError::InUse { .. }) => found.in_use.push(garbage(None)),
+        Err(error) => found.errors.push(error),
+    }
+}
+
+/// The bytes that a file takes on disk.
+fn on_disk(stat: &Stat) -> u64 {
+    u64::try_from(stat.st_blocks).unwrap_or_default() * 512
 }
 
 /// As `build` names them; what else may lie there is not ours to remove.
@@ -252,7 +279,7 @@ mod tests {
     fn blobs_that_nobody_wants_are_swept_and_nothing_else() {
         let cache = tempfile::tempdir().unwrap();
         let dirs = ImageDirs::new(cache.path());
-        assert_eq!(sweep_blobs(&dirs, &mut |_| false).unwrap(), 0);
+        assert!(sweep_blobs(&dirs, false, &mut |_| false).removed.is_empty());
         std::fs::create_dir_all(dirs.blobs()).unwrap();
         let blob = |digit: &str| dirs.blobs().join(format!("sha256_{}.erofs", digit.repeat(64)));
         let strange = [dirs.blobs().join("sha256_1.erofs"), dirs.blobs().join("notes")];
@@ -262,8 +289,17 @@ mod tests {
         }
         let lease = BlobLease::take(&used).unwrap();
         let mut is_wanted = |name: &OsStr| Some(name) == wanted.file_name();
-        assert_eq!(sweep_blobs(&dirs, &mut is_wanted).unwrap(), 1);
         let there = |path: &PathBuf| path.try_exists().unwrap();
+        for dry_run in [true, false] {
+            let found = sweep_blobs(&dirs, dry_run, &mut is_wanted);
+            let paths = |list: &[Garbage]| -> Vec<PathBuf> {
+                list.iter().map(|garbage| garbage.path.clone()).collect()
+            };
+            assert_eq!(paths(&found.removed), std::slice::from_ref(&left));
+            assert_eq!(paths(&found.in_use), std::slice::from_ref(&used));
+            assert!(found.removed[0].bytes.is_some() && found.errors.is_empty());
+            assert_eq!(there(&left), dry_run);
+        }
         assert!(strange.iter().chain([&wanted, &used]).all(there) && !there(&left));
         // One that is wanted by the time that it is locked stays.
         drop(lease);
@@ -272,7 +308,7 @@ mod tests {
             asked += usize::from(Some(name) == used.file_name());
             Some(name) == wanted.file_name() || asked == 2
         };
-        assert_eq!(sweep_blobs(&dirs, &mut later).unwrap(), 0);
+        assert!(sweep_blobs(&dirs, false, &mut later).removed.is_empty());
         assert!(asked == 2 && there(&used));
     }
 

@@ -8,29 +8,43 @@
 
 use std::fs::{File, Permissions};
 use std::io::Read;
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{RenameFlags, renameat_with};
+use matchlock_model::image::{InvalidTag, check_tag};
+use rustix::fs::{Mode, RenameFlags, renameat_with};
 use rustix::io::Errno;
+use sha2::{Digest as _, Sha256};
 
-use super::archive::{Archive, Spooled};
+use super::archive::{self, Archive, Content, Spooled};
 use super::blob::{self, BlobLease};
 use super::config::{self, Parsed};
 use super::layer::Layers;
 use super::select::{self, Selected};
-use super::stream::{Budget, Context, Stream};
+use super::stream::{Budget, Context, Stream, plain};
 use super::tree::Tree;
-use super::workspace::{Workspace, failed, make_private, sweep_temporary};
+use super::wish::{ImportWish, Platform};
+use super::workspace::{DIRECTORY, Workspace, empty, failed, make_private, sweep_temporary};
 use super::{ImageDirs, ImageError, ImportLimits, ImportProgress, ImportedImage, POINTS, erofs};
 
 /// How often a blob that another process is just removing is looked at again.
 const PATIENCE: u32 = 10_000;
 
-/// Imports an image archive: docker-save or OCI layout, plain, gzip or zstd.
-///
-/// The blob comes with a lease on it. Keep the lease until the row that names the blob is committed:
-/// a blob that no row names may be pruned by another process.
+/// An image that was imported, and under which names.
+#[derive(Debug)]
+pub struct Imported {
+    /// What it is.
+    pub image: ImportedImage,
+    /// The tags that it gets, at least one.
+    pub tags: Vec<String>,
+    /// Keep it until the rows that name the blob are committed: a blob that no row names may be
+    /// pruned by another process.
+    pub lease: BlobLease,
+}
+
+/// Imports what a stream holds: an archive of images (docker-save or OCI layout) or the files of a
+/// root filesystem; plain, gzip or zstd. At least one image is answered.
 ///
 /// This blocks for as long as the archive takes; run it on a thread for blocking work, and do not
 /// end that thread early (mkfs.erofs dies with it). `progress` is called on it now and then.
@@ -39,14 +53,16 @@ const PATIENCE: u32 = 10_000;
 ///
 /// # Errors
 /// [`ImageError`] says what was wrong and with what. Nothing of the import is left then, but the
-/// rest of `input` is unread.
+/// rest of `input` is unread, and images of the archive that were made before may be there as blobs
+/// that nothing names.
 pub fn import(
     input: &mut dyn Read,
     dirs: &ImageDirs,
     limits: &ImportLimits,
+    wish: &ImportWish,
     progress: &dyn Fn(ImportProgress),
     cancelled: &dyn Fn() -> bool,
-) -> Result<(ImportedImage, BlobLease), ImageError> {
+) -> Result<Vec<Imported>, ImageError> {
     if !rustix::process::geteuid().is_root() {
         return Err(ImageError::NeedsRoot);
     }
@@ -63,7 +79,7 @@ pub fn import(
     let workspace = Workspace::create(&dirs)?;
     POINTS.after("make_workspace").map_err(at)?;
     let context = Context { limits: *limits, progress, cancelled };
-    let imported = in_workspace(input, &dirs, &workspace, &context);
+    let imported = in_workspace(input, &dirs, &workspace, wish, &context);
     if let Err(error) = remove(workspace) {
         // The answer stands; the directory is unlocked now and the next sweep takes it.
         tracing::warn!(
@@ -82,121 +98,218 @@ fn remove(workspace: Workspace) -> Result<(), ImageError> {
     POINTS.after("remove_workspace").map_err(at)
 }
 
+/// An image as it was picked out of what came in.
+struct Picked {
+    parsed: Parsed,
+    /// `sha256:` and 64 hex digits: the config's.
+    digest: String,
+    /// Lowest first.
+    layers: Vec<Spooled>,
+    tags: Vec<String>,
+}
+
+/// What all images of one import may take together.
+struct Budgets {
+    unpacked: Budget,
+    entries: Budget,
+    files: Budget,
+}
+
+impl Budgets {
+    fn new(limits: &ImportLimits) -> Self {
+        Self {
+            unpacked: Budget::bytes(limits.max_bytes, "unpacked layers"),
+            entries: Budget::count(limits.max_entries, "files in the image"),
+            files: Budget::bytes(limits.max_bytes, "unpacked files"),
+        }
+    }
+}
+
 fn in_workspace(
     input: &mut dyn Read,
     dirs: &ImageDirs,
     workspace: &Workspace,
+    wish: &ImportWish,
     context: &Context<'_>,
-) -> Result<(ImportedImage, BlobLease), ImageError> {
-    let limits = &context.limits;
-    let received = Budget::bytes(limits.max_bytes, "archive");
-    let archive = Archive::spool(input, workspace, context, &received)?;
-    let selected = select::select(&archive, limits.max_layers)?;
-    let parsed = config::parse(&archive.text(&selected.config)?)?;
-    let (layers, ids) = (selected.layers.len(), parsed.diff_ids.len());
-    if layers != ids {
-        let what = format!("it has {layers} layers, and its config lists {ids}");
-        return Err(ImageError::Damaged { what });
+) -> Result<Vec<Imported>, ImageError> {
+    let received = Budget::bytes(context.limits.max_bytes, "archive");
+    let picked = match archive::spool(input, workspace, context, &received)? {
+        Content::Images(archive) => of_archive(&archive, wish, &context.limits)?,
+        Content::Rootfs(layer) => vec![of_rootfs(layer, wish)?],
+    };
+    let budgets = Budgets::new(&context.limits);
+    let mut imported = Vec::new();
+    let count = picked.len();
+    for (index, picked) in picked.into_iter().enumerate() {
+        let place = Place { workspace, dirs, index, is_last: index + 1 == count };
+        imported.push(place.one(picked, &budgets, context)?);
     }
-    let content = parsed.squashed();
-    let blob = dirs.blobs().join(format!("sha256_{content}.erofs"));
-    let lease = match BlobLease::take(&blob) {
-        Ok(lease) => {
-            verify(&selected, &parsed, context)?;
-            (context.progress)(ImportProgress::Reused);
-            lease
+    Ok(imported)
+}
+
+fn of_archive(
+    archive: &Archive,
+    wish: &ImportWish,
+    limits: &ImportLimits,
+) -> Result<Vec<Picked>, ImageError> {
+    if !wish.changes.is_empty() {
+        let what = "--change is for the files of a root filesystem; this is an archive of images, \
+                    which say themselves how they are run";
+        return Err(ImageError::Wish { what: what.into() });
+    }
+    let mut all = Vec::new();
+    for Selected { config, layers, names } in select::select(archive, wish, limits.max_layers)? {
+        let parsed = config::parse(&archive.text(&config)?)?;
+        let (found, listed) = (layers.len(), parsed.diff_ids.len());
+        if found != listed {
+            let what = format!("it has {found} layers, and its config lists {listed}");
+            return Err(ImageError::Damaged { what });
         }
-        Err(ImageError::NoBlob { .. }) => {
-            let tree = unpack(&selected, &parsed, workspace, context)?;
-            publish(&tree, &content, workspace, &blob, dirs, context)?
+        let tags = wish.tag.clone().map_or(names, |tag| vec![tag]);
+        for tag in &tags {
+            let what = |error: InvalidTag| plain(&error.to_string());
+            check_tag(tag).map_err(|error| ImageError::Damaged { what: what(error) })?;
         }
-        Err(error) => return Err(error),
+        all.push(Picked { parsed, digest: format!("sha256:{}", config.sha256), layers, tags });
+    }
+    Ok(all)
+}
+
+fn of_rootfs(layer: Spooled, wish: &ImportWish) -> Result<Picked, ImageError> {
+    let Some(tag) = wish.tag.clone() else {
+        let what = "these are the files of a root filesystem, which has no name: say which tag it \
+                    gets";
+        return Err(ImageError::Wish { what: what.into() });
     };
-    let image = ImportedImage {
-        digest: format!("sha256:{}", selected.config.sha256),
-        rootfs_path: blob,
-        rootfs_digest: format!("sha256:{content}"),
-        size: lease.size(),
-        layers,
-        config: parsed.config,
-    };
-    Ok((image, lease))
+    if wish.platform.as_ref().is_some_and(|platform| *platform != Platform::host()) {
+        let what = format!("a root filesystem is taken for one of {}", Platform::host());
+        return Err(ImageError::Wish { what });
+    }
+    let text = config::of_rootfs(&layer.sha256, &wish.changes);
+    let digest = format!("sha256:{}", hex::encode(Sha256::digest(&text)));
+    Ok(Picked { parsed: config::parse(&text)?, digest, layers: vec![layer], tags: vec![tag] })
+}
+
+/// Where one image of an import is made.
+struct Place<'w> {
+    workspace: &'w Workspace,
+    dirs: &'w ImageDirs,
+    /// Which of the import.
+    index: usize,
+    is_last: bool,
+}
+
+impl Place<'_> {
+    fn one(
+        &self,
+        picked: Picked,
+        budgets: &Budgets,
+        context: &Context<'_>,
+    ) -> Result<Imported, ImageError> {
+        let content = picked.parsed.squashed();
+        let blob = self.dirs.blobs().join(format!("sha256_{content}.erofs"));
+        let lease = match BlobLease::take(&blob) {
+            Ok(lease) => {
+                each_layer(&picked, &budgets.unpacked, context, |_| Ok(()))?;
+                (context.progress)(ImportProgress::Reused);
+                lease
+            }
+            Err(ImageError::NoBlob { .. }) => {
+                let tree = self.unpack(&picked, budgets, context)?;
+                self.publish(&tree, &content, &blob, context)?
+            }
+            Err(error) => return Err(error),
+        };
+        let image = ImportedImage {
+            digest: picked.digest,
+            rootfs_path: blob,
+            rootfs_digest: format!("sha256:{content}"),
+            size: lease.size(),
+            layers: picked.layers.len(),
+            diff_ids: picked.parsed.diff_ids,
+            config: picked.parsed.config,
+        };
+        Ok(Imported { image, tags: picked.tags, lease })
+    }
+
+    fn unpack(
+        &self,
+        picked: &Picked,
+        budgets: &Budgets,
+        context: &Context<'_>,
+    ) -> Result<PathBuf, ImageError> {
+        let directory = |name: &str| self.workspace.directory(&format!("{name}-{}", self.index));
+        let path = directory("rootfs")?;
+        let tree = Tree::new(path.clone(), directory("trash")?, &budgets.entries)?;
+        let mut layers = Layers::new(tree, context, &budgets.entries, &budgets.files);
+        each_layer(picked, &budgets.unpacked, context, |stream| layers.apply(stream))?;
+        Ok(path)
+    }
+
+    /// Makes the EROFS and gives it its name, once all of it is on disk.
+    fn publish(
+        &self,
+        tree: &Path,
+        content: &str,
+        blob: &Path,
+        context: &Context<'_>,
+    ) -> Result<BlobLease, ImageError> {
+        (context.progress)(ImportProgress::Building);
+        if self.is_last {
+            // The layers are not needed any more, and the disk may be short.
+            let spool = self.workspace.path().join("spool");
+            std::fs::remove_dir_all(&spool).map_err(|error| failed("remove", &spool, error))?;
+        }
+        let made = self.workspace.path().join("out.erofs");
+        POINTS.before("build").map_err(|error| failed("make", &made, error))?;
+        erofs::build(tree, &made, content, context)?;
+        let fail = |error| failed("sync", &made, error);
+        let file = File::open(&made).map_err(fail)?;
+        file.set_permissions(Permissions::from_mode(0o400)).map_err(fail)?;
+        file.sync_all().map_err(fail)?;
+        POINTS.after("build").map_err(|error| failed("make", &made, error))?;
+        context.check()?;
+        let lease = BlobLease::take(&made)?;
+        let lease = name_blob(&made, lease, blob, self.dirs)?;
+        // The next image may need the room. What another import was faster with lies there still.
+        remove_tree(tree)?;
+        match std::fs::remove_file(&made) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(failed("remove", &made, error))
+            }
+            _ => Ok(lease),
+        }
+    }
+}
+
+fn remove_tree(tree: &Path) -> Result<(), ImageError> {
+    let fail = |error: Errno| failed("open", tree, error);
+    let top = rustix::fs::open(tree, DIRECTORY, Mode::empty()).map_err(fail)?;
+    empty(top.as_fd(), tree)
 }
 
 /// Opens each layer in turn and checks, after it was used, that it was what the config says.
 fn each_layer(
-    selected: &Selected,
-    parsed: &Parsed,
+    picked: &Picked,
+    unpacked: &Budget,
     context: &Context<'_>,
     mut apply: impl FnMut(&mut Stream<'_>) -> Result<(), ImageError>,
 ) -> Result<(), ImageError> {
-    let unpacked = Budget::bytes(context.limits.max_bytes, "unpacked layers");
-    let of = selected.layers.len();
-    for (index, (layer, id)) in selected.layers.iter().zip(&parsed.diff_ids).enumerate() {
+    let of = picked.layers.len();
+    for (index, (layer, id)) in picked.layers.iter().zip(&picked.parsed.diff_ids).enumerate() {
         let number = index + 1;
         (context.progress)(ImportProgress::Layer { number, of });
-        let file = open(layer)?;
         let blame = |error| failed("read", &layer.path, error);
         let name = format!("layer {number} of {of}");
-        let mut stream = Stream::open(name.clone(), file, blame, context, &unpacked)?;
+        let mut stream = Stream::open(name.clone(), layer.open()?, blame, context, unpacked)?;
         apply(&mut stream)?;
-        let found = stream.finish()?;
+        let (found, _) = stream.finish()?;
         if format!("sha256:{found}") != *id {
             let what = format!("the content of {name} has the digest sha256:{found}, not {id}");
             return Err(ImageError::Damaged { what });
         }
     }
     Ok(())
-}
-
-fn open(layer: &Spooled) -> Result<File, ImageError> {
-    File::open(&layer.path).map_err(|error| failed("open", &layer.path, error))
-}
-
-fn verify(selected: &Selected, parsed: &Parsed, context: &Context<'_>) -> Result<(), ImageError> {
-    each_layer(selected, parsed, context, |_| Ok(()))
-}
-
-fn unpack(
-    selected: &Selected,
-    parsed: &Parsed,
-    workspace: &Workspace,
-    context: &Context<'_>,
-) -> Result<PathBuf, ImageError> {
-    let limits = &context.limits;
-    let entries = Budget::count(limits.max_entries, "files in the image");
-    let bytes = Budget::bytes(limits.max_bytes, "unpacked files");
-    let path = workspace.directory("rootfs")?;
-    let tree = Tree::new(path.clone(), workspace.directory("trash")?, &entries)?;
-    let mut layers = Layers::new(tree, context, &entries, &bytes);
-    each_layer(selected, parsed, context, |stream| layers.apply(stream))?;
-    Ok(path)
-}
-
-/// Makes the EROFS and gives it its name, once all of it is on disk.
-fn publish(
-    tree: &Path,
-    content: &str,
-    workspace: &Workspace,
-    blob: &Path,
-    dirs: &ImageDirs,
-    context: &Context<'_>,
-) -> Result<BlobLease, ImageError> {
-    (context.progress)(ImportProgress::Building);
-    // The layers are not needed any more, and the disk may be short.
-    let spool = workspace.path().join("spool");
-    std::fs::remove_dir_all(&spool).map_err(|error| failed("remove", &spool, error))?;
-    let made = workspace.path().join("out.erofs");
-    POINTS.before("build").map_err(|error| failed("make", &made, error))?;
-    erofs::build(tree, &made, content, context)?;
-    let fail = |error| failed("sync", &made, error);
-    let file = File::open(&made).map_err(fail)?;
-    file.set_permissions(Permissions::from_mode(0o400)).map_err(fail)?;
-    file.sync_all().map_err(fail)?;
-    POINTS.after("build").map_err(|error| failed("make", &made, error))?;
-    context.check()?;
-    let lease = BlobLease::take(&made)?;
-    name_blob(&made, lease, blob, dirs)
 }
 
 /// Gives a finished file its name among the blobs, unless the same content has it already.

@@ -6,11 +6,13 @@
 use std::collections::BTreeMap;
 
 use matchlock_model::image::ImageConfig;
+use matchlock_model::signal;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::ImageError;
 use super::stream::plain;
+use super::wish::Change;
 
 /// What we need of a config.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,6 +56,8 @@ struct Run {
     entrypoint: Option<Vec<String>>,
     cmd: Option<Vec<String>>,
     env: Option<Vec<String>>,
+    labels: Option<BTreeMap<String, String>>,
+    stop_signal: Option<String>,
 }
 
 fn damaged(what: impl Into<String>) -> ImageError {
@@ -112,12 +116,44 @@ pub(super) fn parse(text: &[u8]) -> Result<Parsed, ImageError> {
         entrypoint: run.entrypoint.unwrap_or_default(),
         cmd: run.cmd.unwrap_or_default(),
         env: environment(run.env.unwrap_or_default())?,
+        labels: run.labels.unwrap_or_default(),
+        stop_signal: run.stop_signal.unwrap_or_default(),
     };
+    if !config.stop_signal.is_empty() && signal::number(&config.stop_signal).is_none() {
+        let text = format!("the StopSignal {:?} of the image's config is none", config.stop_signal);
+        return Err(damaged(plain(&text)));
+    }
     let singles = [&config.user, &config.working_dir];
     if singles.into_iter().chain(&config.entrypoint).chain(&config.cmd).any(|t| t.contains('\0')) {
         return Err(damaged("the image's config holds a NUL character"));
     }
     Ok(Parsed { diff_ids, config })
+}
+
+/// The config of a root filesystem that came without one: the same layer and the same changes give
+/// the same text.
+pub(super) fn of_rootfs(layer: &str, changes: &[Change]) -> Vec<u8> {
+    let mut config = ImageConfig::default();
+    for change in changes {
+        change.apply(&mut config);
+    }
+    let env: Vec<String> =
+        config.env.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    let document = serde_json::json!({
+        "architecture": host_architecture(),
+        "os": "linux",
+        "config": {
+            "User": config.user,
+            "WorkingDir": config.working_dir,
+            "Entrypoint": config.entrypoint,
+            "Cmd": config.cmd,
+            "Env": env,
+            "Labels": config.labels,
+            "StopSignal": config.stop_signal,
+        },
+        "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{layer}")] },
+    });
+    document.to_string().into_bytes()
 }
 
 fn environment(list: Vec<String>) -> Result<BTreeMap<String, String>, ImageError> {
@@ -152,11 +188,12 @@ mod tests {
     fn a_config_is_read() {
         let parsed = with_layer(
             r#"{"User":"1000:1000","WorkingDir":"/srv","Entrypoint":["/bin/e"],"Cmd":["a","b c"],
-                "Env":["PATH=/bin","EMPTY=","A=b=c","A=d"],"Labels":{"x":1}}"#,
+                "Env":["PATH=/bin","EMPTY=","A=b=c","A=d"],"Labels":{"x":"1"},"StopSignal":"SIGQUIT"}"#,
         );
         let config = parsed.unwrap().config;
         assert_eq!((config.user.as_str(), config.working_dir.as_str()), ("1000:1000", "/srv"));
         assert_eq!((config.entrypoint, config.cmd.len()), (vec!["/bin/e".to_owned()], 2));
+        assert_eq!((config.stop_signal.as_str(), config.labels["x"].as_str()), ("SIGQUIT", "1"));
         let env: Vec<_> = config.env.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
         assert_eq!(env, [("A", "d"), ("EMPTY", ""), ("PATH", "/bin")]);
     }
@@ -178,6 +215,8 @@ mod tests {
             r#"{"Cmd":"sh"}"#,
             r#"{"Cmd":["a\u0000b"]}"#,
             r#"{"User":1000}"#,
+            r#"{"StopSignal":"SIGNONE"}"#,
+            r#"{"Labels":["a"]}"#,
             "7",
         ] {
             assert!(matches!(with_layer(config), Err(ImageError::Damaged { .. })), "{config}");

@@ -1,11 +1,11 @@
 //! Images: an archive in, one flattened read-only EROFS out.
 //!
 //! ```text
-//!   tar stream (docker-save or OCI layout, also gzip or zstd)
-//!     │ stream, tarball, archive     counted, capped, hashed; every file under a name of ours
+//!   tar stream (docker-save, OCI layout or the files of a root filesystem; also gzip or zstd)
+//!     │ stream, tarball, archive     counted, capped, hashed; all of it in one file of ours
 //!     ▼
 //!   images/tmp/<random>/spool/
-//!     │ select, config               one image of this host's platform; blobs against their digests
+//!     │ wish, select, config         which images; blobs against their digests
 //!     │ layer, tree, attributes      layers in order, whiteouts, owners, modes, times, xattrs
 //!     ▼
 //!   images/tmp/<random>/rootfs/
@@ -46,16 +46,21 @@ mod build;
 mod config;
 mod erofs;
 mod fields;
+mod garbage;
 mod layer;
 mod select;
+mod sparse;
 mod stream;
 mod tarball;
 mod tree;
+mod wish;
 mod workspace;
 
 pub use blob::{BlobLease, remove_blob, sweep_blobs};
-pub use build::import;
-pub use workspace::{Swept, sweep_temporary};
+pub use build::{Imported, import};
+pub use garbage::{Garbage, GarbageKind, Garbages};
+pub use wish::{Change, ImportWish, InvalidWish, Platform};
+pub use workspace::{Swept, sweep_temporary, sweep_workspaces};
 
 /// What a crash may come between.
 pub const POINTS: Area = Area::new(
@@ -76,6 +81,8 @@ pub struct ImportedImage {
     pub size: u64,
     /// How many layers were flattened.
     pub layers: usize,
+    /// The digest of each of them, uncompressed, lowest first.
+    pub diff_ids: Vec<String>,
     /// How to run it.
     pub config: ImageConfig,
 }
@@ -149,6 +156,12 @@ pub enum ImageError {
     #[error("the image archive is refused: {what}")]
     Hostile {
         /// What it tried, and where.
+        what: String,
+    },
+    /// The archive does not hold what is asked of it.
+    #[error("{what}")]
+    Wish {
+        /// What was asked for, and what there is.
         what: String,
     },
     /// The archive is over a limit.

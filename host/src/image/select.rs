@@ -4,7 +4,8 @@
 //! asked to save. A file whose name is a digest (`blobs/sha256/<hex>`, `<hex>.json`) must have it.
 //!
 //! # Invariants
-//! 1. Exactly one image of this host's platform is selected, or the error names those there are.
+//! 1. With a tag exactly one image of the wanted platform is selected, or the error names those there
+//!    are. Without one, all that have names.
 //! 2. What a descriptor says about digest and size is checked before the content is looked at.
 
 use std::collections::BTreeMap;
@@ -14,20 +15,23 @@ use serde::de::DeserializeOwned;
 
 use super::ImageError;
 use super::archive::{Archive, Spooled};
-use super::config::{host_architecture, is_sha256, sha256_of, wrong_platform};
+use super::config::{is_sha256, sha256_of, wrong_platform};
 use super::stream::plain;
+use super::wish::{self, ImportWish};
 
 /// How deep an index may lie in another.
 const MAX_NESTING: usize = 4;
 /// How many images are named in an error.
 const NAMED: usize = 10;
 
-/// The image to import.
+/// An image to import.
 #[derive(Debug)]
 pub(super) struct Selected {
     pub(super) config: Spooled,
     /// Lowest first.
     pub(super) layers: Vec<Spooled>,
+    /// What the archive calls it.
+    pub(super) names: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -76,20 +80,56 @@ fn damaged(what: impl Into<String>) -> ImageError {
     ImageError::Damaged { what: what.into() }
 }
 
-/// Finds the image of an archive.
-pub(super) fn select(archive: &Archive, max_layers: usize) -> Result<Selected, ImageError> {
+/// Finds the images of an archive that are wanted.
+pub(super) fn select(
+    archive: &Archive,
+    wish: &ImportWish,
+    max_layers: usize,
+) -> Result<Vec<Selected>, ImageError> {
     let selected = if let Some(manifest) = archive.find("manifest.json")? {
-        saved(archive, manifest)?
+        saved(archive, manifest, wish)?
     } else if let Some(index) = archive.find("index.json")? {
-        layout(archive, index)?
+        layout(archive, index, wish)?
     } else {
         let what = "it holds neither manifest.json (docker save) nor index.json (an OCI layout)";
         return Err(ImageError::NotAnArchive { what: what.into() });
     };
-    if selected.layers.len() > max_layers {
+    if selected.iter().any(|image| image.layers.len() > max_layers) {
         return Err(ImageError::TooLarge { limit: format!("{max_layers} layers") });
     }
     Ok(selected)
+}
+
+/// Of several images, the one that has the wanted tag, or all if no tag is wanted.
+fn wanted<T>(
+    mut images: Vec<T>,
+    wish: &ImportWish,
+    names: impl Fn(&T) -> Vec<String>,
+    shown: impl Fn(&T) -> String,
+) -> Result<Vec<T>, ImageError> {
+    let Some(tag) = &wish.tag else {
+        return match images.iter().find(|image| names(image).is_empty()) {
+            None => Ok(images),
+            Some(image) => Err(ImageError::Wish {
+                what: format!(
+                    "the archive does not name {}: say which tag it gets",
+                    plain(&shown(image))
+                ),
+            }),
+        };
+    };
+    if images.len() == 1 {
+        return Ok(images);
+    }
+    let latest = format!("{tag}:latest");
+    let is_it = |image: &T| names(image).iter().any(|name| name == tag || *name == latest);
+    match images.iter().filter(|image| is_it(image)).count() {
+        1 => {
+            images.retain(is_it);
+            Ok(images)
+        }
+        _ => Err(several(images.iter().map(shown).collect())),
+    }
 }
 
 fn json<T: DeserializeOwned>(
@@ -108,28 +148,37 @@ fn several(names: Vec<String>) -> ImageError {
     if more > 0 {
         list = format!("{list} and {more} more");
     }
-    let what = format!("it holds several images ({list}); save one alone");
-    ImageError::NotAnArchive { what }
+    let what = format!(
+        "the archive holds several images ({list}): give one of these names, or no tag to import all"
+    );
+    ImageError::Wish { what }
 }
 
-fn saved(archive: &Archive, manifest: &Spooled) -> Result<Selected, ImageError> {
-    let mut images: Vec<Saved> = json(archive, manifest, "manifest.json")?;
-    let Some(image) = images.pop() else {
+fn saved(
+    archive: &Archive,
+    manifest: &Spooled,
+    wish: &ImportWish,
+) -> Result<Vec<Selected>, ImageError> {
+    let images: Vec<Saved> = json(archive, manifest, "manifest.json")?;
+    if images.is_empty() {
         return Err(damaged("manifest.json names no image"));
-    };
-    if !images.is_empty() {
-        images.push(image);
-        let name = |image: Saved| match image.repo_tags.and_then(|tags| tags.into_iter().next()) {
-            Some(tag) => tag,
-            None => image.config,
-        };
-        return Err(several(images.into_iter().map(name).collect()));
     }
+    let names = |image: &Saved| image.repo_tags.clone().unwrap_or_default();
+    let shown = |image: &Saved| match names(image).first() {
+        Some(tag) => tag.clone(),
+        None => image.config.clone(),
+    };
+    let images = wanted(images, wish, names, shown)?;
+    images.into_iter().map(|image| saved_one(archive, image)).collect()
+}
+
+fn saved_one(archive: &Archive, image: Saved) -> Result<Selected, ImageError> {
     let mut layers = Vec::new();
     for layer in image.layers.unwrap_or_default() {
         layers.push(named_by_digest(archive, &layer)?);
     }
-    Ok(Selected { config: named_by_digest(archive, &image.config)?, layers })
+    let config = named_by_digest(archive, &image.config)?;
+    Ok(Selected { config, layers, names: image.repo_tags.unwrap_or_default() })
 }
 
 /// A file whose name may be its digest, which then must be right.
@@ -146,7 +195,11 @@ fn named_by_digest(archive: &Archive, name: &str) -> Result<Spooled, ImageError>
     Ok(file.clone())
 }
 
-fn layout(archive: &Archive, index: &Spooled) -> Result<Selected, ImageError> {
+fn layout(
+    archive: &Archive,
+    index: &Spooled,
+    wish: &ImportWish,
+) -> Result<Vec<Selected>, ImageError> {
     let marker = archive.find("oci-layout")?.ok_or_else(|| ImageError::NotAnArchive {
         what: "it holds index.json but no oci-layout".into(),
     })?;
@@ -156,13 +209,74 @@ fn layout(archive: &Archive, index: &Spooled) -> Result<Selected, ImageError> {
         return Err(ImageError::NotAnArchive { what });
     }
     let index: Index = json(archive, index, "index.json")?;
-    let mut descriptor = choose(index)?;
+    let platform = wish.platform.clone().unwrap_or_else(wish::Platform::host);
+    let groups = by_name(index);
+    if groups.is_empty() {
+        return Err(damaged("an index of it names no image"));
+    }
+    let groups = wanted(
+        groups,
+        wish,
+        |group| group.names.clone(),
+        |group| match group {
+            Group { names, images } if names.is_empty() => {
+                images.first().map(image_name).unwrap_or_default()
+            }
+            Group { names, .. } => names.join(", "),
+        },
+    )?;
+    groups.into_iter().map(|group| layout_one(archive, group, &platform)).collect()
+}
+
+/// The images of an index that have the same name: one for each platform.
+struct Group {
+    names: Vec<String>,
+    images: Vec<Descriptor>,
+}
+
+/// The images of an index, by name; one image may have several.
+fn by_name(index: Index) -> Vec<Group> {
+    let mut groups: Vec<Group> = Vec::new();
+    let listed = index.manifests.unwrap_or_default();
+    for descriptor in listed.into_iter().filter(|descriptor| !is_attestation(descriptor)) {
+        let name = own_name(&descriptor);
+        let same = |group: &Group| match (&name, group.names.first()) {
+            (Some(name), _) if group.names.contains(name) => true,
+            (None, None) => true,
+            // Another name of what is there already.
+            (Some(_), Some(_)) => {
+                matches!(&group.images[..], [only] if only.digest == descriptor.digest)
+            }
+            _ => false,
+        };
+        match groups.iter_mut().find(|group| same(group)) {
+            None => {
+                groups.push(Group { names: name.into_iter().collect(), images: vec![descriptor] });
+            }
+            Some(group) => {
+                group.names.extend(name.filter(|name| !group.names.contains(name)));
+                if group.images.iter().all(|image| image.digest != descriptor.digest) {
+                    group.images.push(descriptor);
+                }
+            }
+        }
+    }
+    groups
+}
+
+fn layout_one(
+    archive: &Archive,
+    group: Group,
+    platform: &wish::Platform,
+) -> Result<Selected, ImageError> {
+    let mut descriptor = choose(group.images, platform)?;
     for _ in 0..=MAX_NESTING {
         let file = blob(archive, &descriptor)?;
         if !is_index(&descriptor) {
-            return manifest(archive, &file, &descriptor.digest);
+            return manifest(archive, &file, &descriptor.digest, group.names);
         }
-        descriptor = choose(json(archive, &file, &descriptor.digest)?)?;
+        let inner: Index = json(archive, &file, &descriptor.digest)?;
+        descriptor = choose(inner.manifests.unwrap_or_default(), platform)?;
     }
     Err(damaged("its indexes are nested too deeply"))
 }
@@ -177,12 +291,17 @@ fn is_index(descriptor: &Descriptor) -> bool {
     )
 }
 
-fn manifest(archive: &Archive, file: &Spooled, name: &str) -> Result<Selected, ImageError> {
+fn manifest(
+    archive: &Archive,
+    file: &Spooled,
+    name: &str,
+    names: Vec<String>,
+) -> Result<Selected, ImageError> {
     let manifest: Manifest = json(archive, file, name)?;
     let config = blob(archive, &manifest.config)?;
     let layers = manifest.layers.unwrap_or_default();
     let layers = layers.iter().map(|layer| blob(archive, layer)).collect::<Result<_, _>>()?;
-    Ok(Selected { config, layers })
+    Ok(Selected { config, layers, names })
 }
 
 /// The file that a descriptor describes, once it is just that.
@@ -200,10 +319,13 @@ fn blob(archive: &Archive, descriptor: &Descriptor) -> Result<Spooled, ImageErro
     Ok(file.clone())
 }
 
-/// The one image of an index that this host can run.
-fn choose(index: Index) -> Result<Descriptor, ImageError> {
+/// The one image of an index that is for this platform.
+fn choose(
+    descriptors: Vec<Descriptor>,
+    platform: &wish::Platform,
+) -> Result<Descriptor, ImageError> {
     let mut images: Vec<Descriptor> = Vec::new();
-    for descriptor in index.manifests.unwrap_or_default() {
+    for descriptor in descriptors {
         let known = images.iter().any(|image| image.digest == descriptor.digest);
         if !known && !is_attestation(&descriptor) {
             images.push(descriptor);
@@ -213,8 +335,9 @@ fn choose(index: Index) -> Result<Descriptor, ImageError> {
         return Err(damaged("an index of it names no image"));
     }
     let names: Vec<String> = images.iter().filter_map(platform_name).collect();
-    let mut fitting: Vec<Descriptor> = images.into_iter().filter(fits).collect();
-    if fitting.len() > 1 {
+    let mut fitting: Vec<Descriptor> =
+        images.into_iter().filter(|image| fits(image, platform)).collect();
+    if platform.variant().is_none() && fitting.len() > 1 {
         // The plain one of several variants runs on every machine of the architecture.
         let plain = fitting.iter().filter(|image| is_plain(image)).count();
         if plain == 1 {
@@ -223,8 +346,15 @@ fn choose(index: Index) -> Result<Descriptor, ImageError> {
     }
     match (fitting.pop(), fitting.is_empty()) {
         (Some(image), true) => Ok(image),
-        (None, _) => Err(wrong_platform(names.join(", "))),
+        (None, _) if *platform == wish::Platform::host() => Err(wrong_platform(names.join(", "))),
+        (None, _) => {
+            let list = plain(&names.join(", "));
+            Err(ImageError::Wish {
+                what: format!("the archive has no image for {platform}: it has {list}"),
+            })
+        }
         (Some(last), false) => {
+            // Of one platform.
             fitting.push(last);
             Err(several(fitting.iter().map(image_name).collect()))
         }
@@ -237,15 +367,19 @@ fn is_attestation(descriptor: &Descriptor) -> bool {
 }
 
 fn platform_name(descriptor: &Descriptor) -> Option<String> {
-    descriptor.platform.as_ref().map(|p| format!("{}/{}", p.os, p.architecture))
+    descriptor.platform.as_ref().map(|platform| {
+        let variant = platform.variant.as_deref().filter(|variant| !variant.is_empty());
+        let variant = variant.map(|variant| format!("/{variant}")).unwrap_or_default();
+        format!("{}/{}{variant}", platform.os, platform.architecture)
+    })
 }
 
-fn fits(descriptor: &Descriptor) -> bool {
+fn fits(descriptor: &Descriptor, platform: &wish::Platform) -> bool {
     // Without a platform it may fit; its config will tell.
-    descriptor
-        .platform
-        .as_ref()
-        .is_none_or(|p| p.os == "linux" && p.architecture == host_architecture())
+    descriptor.platform.as_ref().is_none_or(|of| {
+        let variant = platform.variant().is_none_or(|wanted| of.variant.as_deref() == Some(wanted));
+        variant && platform.has(&of.os, &of.architecture)
+    })
 }
 
 fn is_plain(descriptor: &Descriptor) -> bool {
@@ -253,9 +387,12 @@ fn is_plain(descriptor: &Descriptor) -> bool {
     matches!(variant, None | Some("" | "v8"))
 }
 
-fn image_name(descriptor: &Descriptor) -> String {
+fn own_name(descriptor: &Descriptor) -> Option<String> {
     let named = ["io.containerd.image.name", "org.opencontainers.image.ref.name"];
     let annotations = descriptor.annotations.as_ref();
-    let name = annotations.and_then(|all| named.iter().find_map(|key| all.get(*key)));
-    name.unwrap_or(&descriptor.digest).clone()
+    annotations.and_then(|all| named.iter().find_map(|key| all.get(*key))).cloned()
+}
+
+fn image_name(descriptor: &Descriptor) -> String {
+    own_name(descriptor).unwrap_or_else(|| descriptor.digest.clone())
 }

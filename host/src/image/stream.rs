@@ -12,11 +12,14 @@
 //! A stream owns no resource but its reader; dropping it at any time is fine.
 
 use std::cell::{Cell, RefCell};
-use std::io::{self, BufReader, Cursor, Read};
+use std::fs::File;
+use std::io::{self, BufReader, Cursor, Read, Write as _};
+use std::path::PathBuf;
 use std::rc::Rc;
 
 use sha2::{Digest, Sha256};
 
+use super::workspace::failed;
 use super::{ImageError, ImportLimits, ImportProgress};
 
 /// The size of the buffers that files are copied through.
@@ -139,6 +142,8 @@ pub(super) struct Stream<'a> {
     budget: &'a Budget,
     hash: Sha256,
     count: u64,
+    /// Where all that comes out is kept as well.
+    kept: Option<(File, PathBuf)>,
 }
 
 impl<'a> Stream<'a> {
@@ -180,7 +185,12 @@ impl<'a> Stream<'a> {
         } else {
             ("uncompressed", Box::new(whole))
         };
-        Ok(Self { name, form, inner, fault, budget, hash: Sha256::new(), count: 0 })
+        Ok(Self { name, form, inner, fault, budget, hash: Sha256::new(), count: 0, kept: None })
+    }
+
+    /// Writes all that comes out into a file as well, from now on.
+    pub(super) fn keep_in(&mut self, file: File, path: PathBuf) {
+        self.kept = Some((file, path));
     }
 
     /// What the stream is called in messages.
@@ -201,6 +211,10 @@ impl<'a> Stream<'a> {
                     self.budget.spend(count as u64)?;
                     self.count += count as u64;
                     self.hash.update(&buffer[..count]);
+                    if let Some((file, path)) = &mut self.kept {
+                        let written = file.write_all(&buffer[..count]);
+                        written.map_err(|error| failed("write", &*path, error))?;
+                    }
                     return Ok(count);
                 }
                 Err(error) => {
@@ -227,11 +241,12 @@ impl<'a> Stream<'a> {
         Ok(filled)
     }
 
-    /// Reads to the very end and answers the digest of all that came out, as 64 hex digits.
-    pub(super) fn finish(mut self) -> Result<String, ImageError> {
+    /// Reads to the very end and answers the digest of all that came out, as 64 hex digits, and how
+    /// many bytes it was.
+    pub(super) fn finish(mut self) -> Result<(String, u64), ImageError> {
         let mut buffer = vec![0; BUFFER];
         while self.read(&mut buffer)? > 0 {}
-        Ok(hex::encode(self.hash.finalize()))
+        Ok((hex::encode(self.hash.finalize()), self.count))
     }
 }
 

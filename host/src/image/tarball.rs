@@ -5,7 +5,7 @@
 //! newlines, which loses binary values: a `security.capability` may well hold the byte 0x0a.
 //!
 //! Understood: V7, ustar, PAX (path, linkpath, size, uid, gid, mtime, `SCHILY.xattr.*`), GNU long
-//! names, GNU sparse files, base-256 numbers. As Go's archive/tar does, which wrote most images, the
+//! names, GNU sparse files of all four forms, base-256 numbers. As Go's archive/tar does, which wrote most images, the
 //! size of a member that has no content (link, device, directory) is ignored.
 //!
 //! # Invariants
@@ -18,12 +18,11 @@ use tar::{EntryType, Header};
 
 use super::ImageError;
 use super::fields::{decimal, fraction, number, records};
+use super::sparse::{self, Fault, Form, MAX_RUNS, MapReader, Run};
 use super::stream::Stream;
 
 /// The bytes of one member's long names and PAX records.
 const MAX_DESCRIPTION: u64 = 1024 * 1024;
-/// The pieces of a sparse file.
-const MAX_RUNS: usize = 65_536;
 /// The length of a path that the kernel takes, without the final NUL.
 pub(super) const MAX_PATH: usize = 4095;
 const BLOCK: usize = 512;
@@ -261,7 +260,9 @@ impl<'s, 'a> Reader<'s, 'a> {
         mut described: Described,
     ) -> Result<Member, ImageError> {
         let old = header.as_old();
-        let path = described.long_path.take().or_else(|| described.record(b"path").map(Vec::from));
+        let long = described.long_path.take();
+        let pax = || described.record(sparse::NAME).or(described.record(b"path")).map(Vec::from);
+        let path = long.or_else(pax);
         let path = path.unwrap_or_else(|| header.path_bytes().into_owned());
         let target =
             described.long_link.take().or_else(|| described.record(b"linkpath").map(Vec::from));
@@ -287,7 +288,7 @@ impl<'s, 'a> Reader<'s, 'a> {
             xattrs: xattrs(&described),
         };
         if matches!(member.kind, Kind::File | Kind::Unknown(_)) {
-            member.size = self.content(header, stored, &described, &member)?;
+            member.size = self.content(header, stored, &described)?;
         }
         Ok(member)
     }
@@ -335,7 +336,6 @@ impl<'s, 'a> Reader<'s, 'a> {
         header: &Header,
         stored: u64,
         described: &Described,
-        member: &Member,
     ) -> Result<u64, ImageError> {
         let stored = match described.record(b"size") {
             Some(text) => decimal(text)
@@ -343,60 +343,76 @@ impl<'s, 'a> Reader<'s, 'a> {
                 .ok_or_else(|| self.damaged("the size of a file is not a number"))?,
             None => stored,
         };
-        if described.records.iter().any(|(key, _)| key.starts_with(b"GNU.sparse.")) {
-            let what = format!("{} is stored in the PAX sparse format", member.shown());
-            return Err(ImageError::Hostile { what });
-        }
-        if header.entry_type() != EntryType::GNUSparse {
-            self.expect(stored);
-            self.runs.extend((stored > 0).then_some((0, stored)));
-            return Ok(stored);
-        }
-        let runs = self.sparse_map(header.as_bytes())?;
-        let size = self.unsigned(&header.as_bytes()[483..495], "size")?;
-        let mut end = 0;
-        let mut sum = 0_u64;
-        for (offset, length) in &runs {
-            if *offset < end {
-                return Err(self.damaged("the pieces of a sparse file overlap"));
+        let form = sparse::form(&described.records).map_err(|fault| self.map_fault(fault))?;
+        let (size, runs, stored) = match form {
+            Some(Form::Listed { size, runs }) => (size, runs, stored),
+            Some(Form::InContent { size }) => {
+                let (runs, taken) = self.map_in_content(stored)?;
+                (size, runs, stored - taken)
             }
-            // Each is below 2^63.
-            end = offset + length;
-            sum = sum.saturating_add(*length);
-        }
-        if end > size || sum != stored {
-            return Err(self.damaged("the pieces of a sparse file contradict its size"));
-        }
+            None if header.entry_type() == EntryType::GNUSparse => {
+                let runs = self.old_map(header.as_bytes())?;
+                (self.unsigned(&header.as_bytes()[483..495], "size")?, runs, stored)
+            }
+            None => {
+                self.expect(stored);
+                self.runs.extend((stored > 0).then_some((0, stored)));
+                return Ok(stored);
+            }
+        };
+        sparse::check(&runs, size, stored).map_err(|fault| self.map_fault(fault))?;
         self.expect(stored);
         self.runs.extend(runs.into_iter().filter(|(_, length)| *length > 0));
         Ok(size)
     }
 
-    /// The pieces of a GNU sparse file: four in the header, 21 in each block that may follow.
-    fn sparse_map(&mut self, header: &[u8; BLOCK]) -> Result<Vec<(u64, u64)>, ImageError> {
-        let mut runs = Vec::new();
-        self.sparse_pieces(&header[386..482], &mut runs)?;
+    fn map_fault(&self, fault: Fault) -> ImageError {
+        match fault {
+            Fault::Damaged(what) => self.damaged(what),
+            Fault::TooLong => {
+                ImageError::TooLarge { limit: format!("{MAX_RUNS} pieces of a file") }
+            }
+        }
+    }
+
+    /// The pieces of an old GNU sparse file: four in the header, 21 in each block that may follow.
+    fn old_map(&mut self, header: &[u8; BLOCK]) -> Result<Vec<Run>, ImageError> {
+        let mut runs =
+            sparse::old_pieces(&header[386..482]).map_err(|fault| self.map_fault(fault))?;
         let mut more = header[482] != 0;
         while more {
-            let mut block = [0; BLOCK];
-            if self.stream.fill(&mut block)? < BLOCK {
-                return Err(self.damaged("it is cut off within a header"));
-            }
-            self.sparse_pieces(&block[..504], &mut runs)?;
+            let block = self.block()?;
+            runs.extend(sparse::old_pieces(&block[..504]).map_err(|fault| self.map_fault(fault))?);
             more = block[504] != 0;
             if runs.len() > MAX_RUNS {
-                return Err(ImageError::TooLarge { limit: format!("{MAX_RUNS} pieces of a file") });
+                return Err(self.map_fault(Fault::TooLong));
             }
         }
         Ok(runs)
     }
 
-    fn sparse_pieces(&self, map: &[u8], runs: &mut Vec<(u64, u64)>) -> Result<(), ImageError> {
-        for piece in map.chunks_exact(24).take_while(|piece| piece[0] != 0) {
-            let offset = self.unsigned(&piece[..12], "map")?;
-            runs.push((offset, self.unsigned(&piece[12..], "map")?));
+    /// The pieces of a PAX 1.0 sparse file, and how many of the stored bytes list them.
+    fn map_in_content(&mut self, stored: u64) -> Result<(Vec<Run>, u64), ImageError> {
+        let mut map = MapReader::default();
+        let mut taken = 0;
+        loop {
+            taken += BLOCK as u64;
+            if taken > stored {
+                return Err(self.damaged("the map of a sparse file is longer than the file"));
+            }
+            let block = self.block()?;
+            if let Some(runs) = map.block(&block).map_err(|fault| self.map_fault(fault))? {
+                return Ok((runs, taken));
+            }
         }
-        Ok(())
+    }
+
+    fn block(&mut self) -> Result<[u8; BLOCK], ImageError> {
+        let mut block = [0; BLOCK];
+        if self.stream.fill(&mut block)? < BLOCK {
+            return Err(self.damaged("it is cut off within a header"));
+        }
+        Ok(block)
     }
 }
 

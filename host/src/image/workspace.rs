@@ -15,10 +15,11 @@
 //!
 //! `Drop` only closes the lock: what is left then is swept by the next import or by `gc`.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
 use std::fs::DirBuilder;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
@@ -29,7 +30,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::{ImageDirs, ImageError, POINTS};
+use super::{Garbage, GarbageKind, Garbages, ImageDirs, ImageError, POINTS};
 
 pub(super) const DIRECTORY: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
@@ -210,39 +211,67 @@ fn unlinked(parent: BorrowedFd<'_>, name: &CString) -> Result<bool, Errno> {
 /// # Errors
 /// When an entry could not be looked at or removed; the others are swept nevertheless.
 pub fn sweep_temporary(dirs: &ImageDirs) -> Result<Swept, ImageError> {
-    let tmp = dirs.tmp();
-    let fail = |error: Errno| failed("sweep", &tmp, error);
-    let parent = match open(&tmp, DIRECTORY, Mode::empty()) {
-        Err(Errno::NOENT) => return Ok(Swept::default()),
-        opened => opened.map_err(fail)?,
-    };
-    let mut swept = Swept::default();
-    let mut first_error = None;
-    for entry in Dir::read_from(&parent).map_err(fail)? {
-        let name = entry.map_err(fail)?.file_name().to_owned();
-        if is_dot(&name) {
-            continue;
-        }
-        match sweep_one(&tmp, parent.as_fd(), &name) {
-            Ok(true) => swept.removed += 1,
-            Ok(false) => swept.kept += 1,
-            Err(error) => first_error = first_error.or(Some(error)),
-        }
-    }
-    first_error.map_or(Ok(swept), Err)
+    let Garbages { removed, in_use, errors } = sweep_workspaces(dirs, false);
+    let swept = Swept { removed: removed.len(), kept: in_use.len() };
+    errors.into_iter().next().map_or(Ok(swept), Err)
 }
 
-fn sweep_one(tmp: &Path, parent: BorrowedFd<'_>, name: &CString) -> Result<bool, ImageError> {
-    use std::os::unix::ffi::OsStrExt as _;
-    let path = tmp.join(std::ffi::OsStr::from_bytes(name.as_bytes()));
-    let fail = |error: Errno| failed("sweep", &path, error);
+/// The same, and says what was found. A dry run locks each entry for a moment and removes none.
+pub fn sweep_workspaces(dirs: &ImageDirs, dry_run: bool) -> Garbages {
+    let tmp = dirs.tmp();
+    let mut found = Garbages::default();
+    match names_in(&tmp) {
+        Ok(None) => {}
+        Ok(Some((parent, names))) => {
+            for name in names {
+                let path = tmp.join(OsStr::from_bytes(name.as_bytes()));
+                let garbage = Garbage { kind: GarbageKind::Temporary, path, bytes: None };
+                match sweep_one(&garbage.path, parent.as_fd(), &name, dry_run) {
+                    Ok(true) => found.removed.push(garbage),
+                    Ok(false) => found.in_use.push(garbage),
+                    Err(error) => found.errors.push(error),
+                }
+            }
+        }
+        Err(error) => found.errors.push(error),
+    }
+    found
+}
+
+/// What is in a directory; `None` if it is not there.
+fn names_in(directory: &Path) -> Result<Option<(OwnedFd, Vec<CString>)>, ImageError> {
+    let fail = |error: Errno| failed("sweep", directory, error);
+    let parent = match open(directory, DIRECTORY, Mode::empty()) {
+        Err(Errno::NOENT) => return Ok(None),
+        opened => opened.map_err(fail)?,
+    };
+    let mut names = Vec::new();
+    for entry in Dir::read_from(&parent).map_err(fail)? {
+        let name = entry.map_err(fail)?.file_name().to_owned();
+        if !is_dot(&name) {
+            names.push(name);
+        }
+    }
+    Ok(Some((parent, names)))
+}
+
+/// Whether it is gone, or would be.
+fn sweep_one(
+    path: &Path,
+    parent: BorrowedFd<'_>,
+    name: &CString,
+    dry_run: bool,
+) -> Result<bool, ImageError> {
+    let fail = |error: Errno| failed("sweep", path, error);
     let stat = match statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
         Err(Errno::NOENT) => return Ok(true),
         stat => stat.map_err(fail)?,
     };
     if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
         // Imports make directories only; this is nobody's.
-        unlinked(parent, name).map_err(fail)?;
+        if !dry_run {
+            unlinked(parent, name).map_err(fail)?;
+        }
         return Ok(true);
     }
     let lock = match openat(parent, name, DIRECTORY, Mode::empty()) {
@@ -253,10 +282,15 @@ fn sweep_one(tmp: &Path, parent: BorrowedFd<'_>, name: &CString) -> Result<bool,
         Err(Errno::WOULDBLOCK) => return Ok(false),
         locked => locked.map_err(fail)?,
     }
-    if is_named(parent, name, &lock, &path)? && !mutated("leave_half_imports") {
-        let at = |error| failed("sweep", &path, error);
+    if dry_run {
+        // Closing unlocks as well, only a little later.
+        flock(&lock, FlockOperation::Unlock).map_err(fail)?;
+        return Ok(true);
+    }
+    if is_named(parent, name, &lock, path)? && !mutated("leave_half_imports") {
+        let at = |error| failed("sweep", path, error);
         POINTS.before("sweep").map_err(at)?;
-        remove_locked(&path, lock.as_fd())?;
+        remove_locked(path, lock.as_fd())?;
         POINTS.after("sweep").map_err(at)?;
     }
     Ok(true)

@@ -2,11 +2,11 @@
 
 use std::io::{self, Read};
 
-use matchlock_host::image::{ImageError, ImportLimits, import};
+use matchlock_host::image::{ImageError, ImportLimits};
 use serde_json::json;
 
 use crate::archives::{Image, dir, file, gzip, oci, tar, zstd};
-use crate::world::World;
+use crate::world::{World, import};
 
 fn damaged(world: &World, archive: &[u8]) -> String {
     match world.refused(archive) {
@@ -152,8 +152,12 @@ fn what_is_no_archive_is_called_so() {
     ] {
         not_an_archive(&world, &bad);
     }
-    let what = not_an_archive(&world, &tar(&[dir("bin"), file("bin/sh", "")]));
+    let mut parts = small().saved_members();
+    parts.pop();
+    let what = not_an_archive(&world, &tar(&parts));
     assert!(what.contains("manifest.json"), "{what}");
+    let what = not_an_archive(&world, &tar(&small().oci_blobs().0));
+    assert!(what.contains("index.json"), "{what}");
     assert!(not_an_archive(&world, b"\xfd7zXZ\0rest").contains("xz"));
     assert!(not_an_archive(&world, b"BZh91AY&SY").contains("bzip2"));
     assert!(not_an_archive(&world, &tar(&[file("index.json", "{}")])).contains("oci-layout"));

@@ -1,13 +1,13 @@
 //! What layers become.
 
-use matchlock_host::image::{ImageDirs, ImportLimits, ImportProgress, import};
+use matchlock_host::image::{ImageDirs, ImportLimits, ImportProgress};
 use tar::EntryType;
 
 use crate::archives::{
     Entry, Image, device, dir, entry, file, gzip, hard_link, members, pad, symlink, tar,
 };
 use crate::view::{Kind, View};
-use crate::world::World;
+use crate::world::{World, import};
 
 fn names(view: &View) -> Vec<&str> {
     view.keys().map(String::as_str).filter(|name| !name.is_empty()).collect()

@@ -145,10 +145,11 @@ fn several_images_are_named_and_refused() {
     let mut list: serde_json::Value = serde_json::from_slice(&manifest.data).unwrap();
     let mut second = list[0].clone();
     second["RepoTags"] = json!(["other:2"]);
+    list[0]["RepoTags"] = json!(["one:latest"]);
     list.as_array_mut().unwrap().push(second);
     manifest.data = list.to_string().into_bytes();
     let error = world.refused(&tar(&entries)).to_string();
-    assert!(error.contains("test:latest") && error.contains("other:2"), "{error}");
+    assert!(error.contains("one:latest") && error.contains("other:2"), "{error}");
 
     let (mut entries, mut one) = hello().oci_blobs();
     let mut other = hello();

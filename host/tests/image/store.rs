@@ -6,7 +6,7 @@ use std::os::unix::fs::symlink;
 use std::sync::Barrier;
 
 use matchlock_host::image::{
-    BlobLease, ImageDirs, ImageError, ImportLimits, Swept, import, remove_blob, sweep_temporary,
+    BlobLease, ImageDirs, ImageError, ImportLimits, Swept, remove_blob, sweep_temporary,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
@@ -14,7 +14,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::archives::{Image, file, gzip};
 use crate::view;
-use crate::world::World;
+use crate::world::{World, import};
 
 fn blob(dirs: &ImageDirs, name: &str) -> std::path::PathBuf {
     fs::create_dir_all(dirs.blobs()).unwrap();
@@ -236,7 +236,7 @@ fn a_full_disk_is_reported_and_left_clean() {
             other => panic!("{other}"),
         };
         full(Image::of(&[&[file("noise", noise.repeat(2))]]).saved(), "/spool/");
-        full(zeros.packed(gzip).saved(), "/rootfs/zeros");
+        full(zeros.packed(gzip).saved(), "/rootfs-0/zeros");
         // Twice 6 MiB is too much for the tree and its EROFS, but the layer alone fits, packed.
         let text = Image::of(&[&[file("text", vec![b'x'; 6 << 20])]]).packed(gzip);
         let error = attempt(text.saved()).unwrap_err();

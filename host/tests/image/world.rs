@@ -1,16 +1,33 @@
 //! A cache of its own for each test, sentinels beside it, and what an import did to them.
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use matchlock_host::image::{
-    BlobLease, ImageDirs, ImageError, ImportLimits, ImportedImage, import,
+    BlobLease, ImageDirs, ImageError, ImportLimits, ImportProgress, ImportWish, Imported,
+    ImportedImage,
 };
 use tempfile::TempDir;
 
 use crate::archives::Image;
 use crate::view::{self, View};
+
+/// The one image that an archive holds, or that is called `test`.
+pub(crate) fn import(
+    input: &mut dyn Read,
+    dirs: &ImageDirs,
+    limits: &ImportLimits,
+    progress: &dyn Fn(ImportProgress),
+    cancelled: &dyn Fn() -> bool,
+) -> Result<(ImportedImage, BlobLease), ImageError> {
+    let wish = ImportWish::of("test");
+    let mut all = matchlock_host::image::import(input, dirs, limits, &wish, progress, cancelled)?;
+    let Imported { image, tags, lease } = all.pop().unwrap();
+    assert!(all.is_empty() && tags == ["test"], "{tags:?}");
+    Ok((image, lease))
+}
 
 pub(crate) struct World {
     base: TempDir,
@@ -63,6 +80,21 @@ impl World {
 
     pub(crate) fn import(&self, archive: &[u8]) -> Result<ImportedImage, ImageError> {
         self.import_with(archive, &ImportLimits::default()).map(|(image, _)| image)
+    }
+
+    /// Imports what is wished for.
+    pub(crate) fn wished(
+        &self,
+        archive: &[u8],
+        wish: &ImportWish,
+    ) -> Result<Vec<Imported>, ImageError> {
+        let (mut input, limits) = (archive, ImportLimits::default());
+        let all =
+            matchlock_host::image::import(&mut input, &self.dirs, &limits, wish, &|_| {}, &|| {
+                false
+            });
+        self.check();
+        all
     }
 
     /// Imports an image and looks into the result.

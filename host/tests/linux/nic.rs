@@ -99,6 +99,7 @@ async fn in_guest(link: &Arc<dyn GuestLink>, script: &str) -> (String, ExitStatu
         user: None,
         stdin: false,
         terminal: None,
+        stop_signal: None,
     };
     let mut session = soon("exec", link.exec(&spec)).await.expect("it is taken");
     let mut printed = Vec::new();

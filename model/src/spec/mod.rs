@@ -15,6 +15,7 @@ use crate::exec::{ExecSpec, Terminal};
 use crate::guest::{GuestConfig, GuestNetwork, HostEntry};
 use crate::id::VmId;
 use crate::image::ImageConfig;
+use crate::signal;
 use crate::subnet::Subnet;
 
 mod check;
@@ -276,6 +277,7 @@ impl VmSpec {
             user: self.user.clone().or_else(|| non_empty(&image.user)),
             stdin: self.stdin,
             terminal: self.terminal.clone(),
+            stop_signal: signal::number(&image.stop_signal),
         })
     }
 
@@ -309,6 +311,7 @@ impl VmSpec {
             user: request.user.or_else(own_user),
             stdin: request.stdin,
             terminal: request.terminal,
+            stop_signal: request.stop_signal,
         })
     }
 

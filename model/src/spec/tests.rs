@@ -35,6 +35,8 @@ fn image() -> ImageConfig {
         entrypoint: vec!["/entry".into()],
         cmd: vec!["default".into()],
         env: [("A".to_owned(), "image".to_owned())].into(),
+        stop_signal: "SIGQUIT".into(),
+        ..ImageConfig::default()
     }
 }
 
@@ -122,6 +124,7 @@ fn the_users_wishes_override_the_images() {
     let plain = VmSpec::check(input()).unwrap().command(&image()).unwrap();
     assert_eq!(plain.cwd.as_deref(), Some("/srv"));
     assert_eq!(plain.user.as_deref(), Some("1000"));
+    assert_eq!(plain.stop_signal, Some(3));
 }
 
 #[test]

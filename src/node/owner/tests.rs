@@ -38,6 +38,7 @@ fn spec() -> ExecSpec {
         user: None,
         stdin: true,
         terminal: None,
+        stop_signal: None,
     }
 }
 

@@ -14,6 +14,7 @@ use matchlock_host::guest_bundle::GuestBundle;
 use matchlock_host::image::BlobLease;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::image::ImageConfig;
+use matchlock_model::signal;
 use matchlock_model::spec::{EnvVar, NetworkInput, VmSpec, VmSpecInput, parse_env};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
@@ -137,8 +138,13 @@ impl CreateParams {
     /// What a detached VM cannot have.
     pub(super) fn run_arguments(&self) -> Result<RunArguments, RpcError> {
         let resources = self.resources.clone().unwrap_or_default();
-        if self.remove || resources.timeout_seconds > 0 {
-            let name = if self.remove { "remove" } else { "resources.timeout_seconds" };
+        let stop_signal = self.image_config.iter().any(|image| !image.stop_signal.is_empty());
+        let refused = [
+            ("remove", self.remove),
+            ("resources.timeout_seconds", resources.timeout_seconds > 0),
+            ("image_config.stop_signal", stop_signal),
+        ];
+        if let Some((name, _)) = refused.into_iter().find(|(_, given)| *given) {
             return Err(RpcError::params(format!("detached cannot be combined with {name}")));
         }
         let mut arguments: Vec<OsString> = vec!["run".into(), "-d".into()];
@@ -276,7 +282,14 @@ impl CreateParams {
             host_cpus: u32::try_from(host_cpus).unwrap_or(u32::MAX),
         };
         let spec = VmSpec::check(input).map_err(|e| RpcError::params(in_our_words(&e)))?;
-        Ok(Wanted { spec, image_config: self.image_config.unwrap_or_default(), kernel })
+        let image_config = self.image_config.unwrap_or_default();
+        let signal = &image_config.stop_signal;
+        if !signal.is_empty() && signal::number(signal).is_none() {
+            return Err(RpcError::params(format!(
+                "image_config.stop_signal {signal:?}: there is no such signal"
+            )));
+        }
+        Ok(Wanted { spec, image_config, kernel })
     }
 }
 
@@ -351,6 +364,10 @@ fn merged(mut image: ImageConfig, given: ImageConfig) -> ImageConfig {
         image.cmd = given.cmd;
     }
     image.env.extend(given.env);
+    image.labels.extend(given.labels);
+    if !given.stop_signal.is_empty() {
+        image.stop_signal = given.stop_signal;
+    }
     image
 }
 
@@ -542,6 +559,7 @@ mod tests {
             (json!({"image": "b", "vfs": {"workspace": "/w"}}), "vfs.workspace is"),
             (json!({"image": "b", "vfs": {"interception": {}}}), "vfs.interception is"),
             (json!({"image": "b", "extra_disks": [{}]}), "extra_disks is"),
+            (json!({"image": "b", "image_config": {"stop_signal": "SIGNO"}}), "no such signal"),
         ] {
             let text = refusal(params.clone());
             assert!(text.contains(words), "{params}: {text}");

@@ -124,6 +124,7 @@ impl ExecParams {
             user: given(self.user),
             stdin: matches!(mode, Mode::Pipe | Mode::Tty),
             terminal,
+            stop_signal: None,
         };
         Ok((Which { vm_id: self.vm_id, generation: self.generation }, spec))
     }

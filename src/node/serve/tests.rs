@@ -43,6 +43,7 @@ fn command() -> Request {
         user: None,
         stdin: false,
         terminal: None,
+        stop_signal: None,
     })
 }
 

@@ -6,12 +6,13 @@
 //! * `layer_refs` counts the rows of `image_layers` with each digest; nothing counted, no row.
 
 use jiff::Timestamp;
-use matchlock_model::image::{ImageRecord, ImageScope};
+use matchlock_model::image::{ImageConfig, ImageRecord, ImageScope};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
+use serde::{Deserialize, Serialize};
 
 use super::{Reading, stored};
 use crate::error::WriteError;
-use crate::images::{BlobInUse, RemovedImage};
+use crate::images::{BlobInUse, RemovedImage, TaggedImage};
 
 const FS_TYPE: &str = "erofs";
 
@@ -51,8 +52,19 @@ pub(crate) fn all(conn: &Connection) -> rusqlite::Result<Vec<ImageRecord>> {
     Ok(records)
 }
 
+/// The JSON in `oci_json`. The layers' digests are ours: the reference does not know them there.
+#[derive(Default, Serialize, Deserialize)]
+#[serde(default)]
+struct OciJson {
+    #[serde(flatten)]
+    config: ImageConfig,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    layers: Vec<String>,
+}
+
 fn read(row: &Row<'_>) -> rusqlite::Result<ImageRecord> {
     let row = Reading::new(row, "images", "tag")?;
+    let OciJson { config, layers } = row.json("oci_json")?.unwrap_or_default();
     Ok(ImageRecord {
         scope: row.scope("scope")?,
         tag: row.text("tag")?,
@@ -61,7 +73,8 @@ fn read(row: &Row<'_>) -> rusqlite::Result<ImageRecord> {
         created_at: row.parsed("created_at")?,
         source: row.text("source")?,
         rootfs_path: row.text("rootfs_path")?,
-        config: row.json("oci_json")?.unwrap_or_default(),
+        layers,
+        config,
     })
 }
 
@@ -75,6 +88,7 @@ pub(crate) fn put(
     let size = i64::try_from(image.size)
         .map_err(|_| WriteError::TooLarge { what: "the image's size", value: image.size })?;
     let before = take(conn, image.scope, &image.tag, at)?;
+    let oci = OciJson { config: image.config.clone(), layers: image.layers.clone() };
     conn.prepare_cached(
         "INSERT INTO images (scope, tag, digest, size, created_at, source, rootfs_path, oci_json,
                              updated_at)
@@ -88,7 +102,7 @@ pub(crate) fn put(
         stored(image.created_at),
         image.source,
         image.rootfs_path,
-        super::to_json("the image's config", &image.config)?,
+        super::to_json("the image's config", &oci)?,
         stored(at),
     ])?;
     conn.prepare_cached(
@@ -98,6 +112,64 @@ pub(crate) fn put(
     .execute(params![image.scope.name(), image.tag, rootfs_digest, FS_TYPE, size])?;
     count_refs(conn, rootfs_digest, FS_TYPE, at)?;
     before.map(|before| before.settled(conn)).transpose()
+}
+
+/// Gives an image another tag, of scope local; `None` if there is no such image.
+pub(crate) fn tag(
+    conn: &Connection,
+    source: &str,
+    tag: &str,
+    at: Timestamp,
+) -> Result<Option<TaggedImage>, WriteError> {
+    let Some(image) = find(conn, source)? else { return Ok(None) };
+    let local = ImageScope::Local;
+    if image.scope == local && image.tag == tag {
+        return Ok(Some(TaggedImage { record: image, replaced: None }));
+    }
+    let before = take(conn, local, tag, at)?;
+    let from = [image.scope.name(), &*image.tag];
+    conn.prepare_cached(
+        "INSERT INTO images (scope, tag, digest, size, created_at, source, rootfs_path, oci_json,
+                             updated_at)
+         SELECT ?3, ?4, digest, size, created_at, 'tag', rootfs_path, oci_json, ?5
+         FROM images WHERE scope = ?1 AND tag = ?2",
+    )?
+    .execute(params![from[0], from[1], local.name(), tag, stored(at)])?;
+    let layers = conn
+        .prepare_cached(
+            "INSERT INTO image_layers (scope, tag, ordinal, digest, fs_type, size)
+             SELECT ?3, ?4, ordinal, digest, fs_type, size
+             FROM image_layers WHERE scope = ?1 AND tag = ?2
+             RETURNING digest, fs_type",
+        )?
+        .query_map(params![from[0], from[1], local.name(), tag], |row| {
+            Ok((row.get(0)?, row.get(1)?))
+        })?
+        .collect::<rusqlite::Result<Vec<(String, String)>>>()?;
+    for (digest, fs_type) in &layers {
+        count_refs(conn, digest, fs_type, at)?;
+    }
+    let record =
+        ImageRecord { scope: local, tag: tag.to_owned(), source: "tag".to_owned(), ..image };
+    let replaced = before.map(|before| before.settled(conn)).transpose()?;
+    Ok(Some(TaggedImage { record, replaced }))
+}
+
+/// Removes an image if another one uses its blob; `None` if it is alone with it, or not there.
+pub(crate) fn remove_shared(
+    conn: &Connection,
+    scope: ImageScope,
+    tag: &str,
+    at: Timestamp,
+) -> Result<Option<RemovedImage>, WriteError> {
+    let shared: bool = conn
+        .prepare_cached(
+            "SELECT EXISTS (
+                 SELECT 1 FROM images AS i JOIN images AS o ON o.rootfs_path = i.rootfs_path
+                 WHERE i.scope = ?1 AND i.tag = ?2 AND (o.scope <> i.scope OR o.tag <> i.tag))",
+        )?
+        .query_row([scope.name(), tag], |row| row.get(0))?;
+    if shared { remove(conn, scope, tag, at) } else { Ok(None) }
 }
 
 /// Removes an image; `None` if there is none.

@@ -16,6 +16,7 @@ fn image(scope: ImageScope, tag: &str, blob: &str, millis: i64) -> ImageRecord {
         created_at: at(millis),
         source: "import".to_owned(),
         rootfs_path: format!("/images/blobs/{blob}.erofs"),
+        layers: vec![format!("sha256:layer-{blob}")],
         config: ImageConfig { cmd: vec!["/bin/sh".to_owned()], ..ImageConfig::default() },
     }
 }

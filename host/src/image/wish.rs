@@ -1,0 +1,228 @@
+//! What an import is asked for besides its archive: which image of it, under which name, and how a
+//! plain root filesystem is to be run.
+//!
+//! Nothing here reads an archive; what makes no sense is refused before one is looked at.
+
+use std::fmt;
+use std::str::FromStr;
+
+use matchlock_model::image::ImageConfig;
+use matchlock_model::signal;
+
+use super::config::host_architecture;
+
+/// What is wanted of an archive.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ImportWish {
+    /// The tag that the image gets; without one, each image of the archive gets its own names.
+    pub tag: Option<String>,
+    /// Which of the platforms of an index; this host's without one.
+    pub platform: Option<Platform>,
+    /// How a plain root filesystem is to be run, as `docker import --change` is told.
+    pub changes: Vec<Change>,
+}
+
+impl ImportWish {
+    /// One image of this host's platform, under this tag.
+    #[must_use]
+    pub fn of(tag: &str) -> Self {
+        Self { tag: Some(tag.to_owned()), ..Self::default() }
+    }
+}
+
+/// A wish that has no form of one; what is wrong, and what would be right.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct InvalidWish(String);
+
+/// A kind of machine, as OCI names it: `linux/amd64`, `linux/arm/v7`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Platform {
+    os: String,
+    architecture: String,
+    /// Empty for the plain one.
+    variant: String,
+}
+
+impl FromStr for Platform {
+    type Err = InvalidWish;
+
+    fn from_str(text: &str) -> Result<Self, InvalidWish> {
+        let good = |part: &&str| {
+            !part.is_empty()
+                && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        };
+        let parts: Vec<&str> = text.split('/').filter(good).collect();
+        let (os, architecture, variant) = match parts[..] {
+            [os, architecture] => (os, architecture, ""),
+            [os, architecture, variant] => (os, architecture, variant),
+            _ => ("", "", ""),
+        };
+        if os.is_empty() || parts.len() != text.split('/').count() {
+            let host = host_architecture();
+            let text = format!(
+                "{text:?} is no platform: use OS/ARCH or OS/ARCH/VARIANT, such as linux/{host}"
+            );
+            return Err(InvalidWish(text));
+        }
+        // As people write them.
+        let architecture = match architecture {
+            "x86_64" => "amd64",
+            "aarch64" => "arm64",
+            other => other,
+        };
+        let own = |text: &str| text.to_owned();
+        Ok(Self { os: own(os), architecture: own(architecture), variant: own(variant) })
+    }
+}
+
+impl fmt::Display for Platform {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.os, self.architecture)?;
+        if self.variant.is_empty() { Ok(()) } else { write!(f, "/{}", self.variant) }
+    }
+}
+
+impl Platform {
+    /// This host's.
+    #[must_use]
+    pub fn host() -> Self {
+        Self {
+            os: "linux".into(),
+            architecture: host_architecture().into(),
+            variant: String::new(),
+        }
+    }
+
+    /// Whether an image of that platform is one of this, but for the variant.
+    pub(super) fn has(&self, os: &str, architecture: &str) -> bool {
+        self.os == os && self.architecture == architecture
+    }
+
+    /// The variant, if one is asked for.
+    pub(super) fn variant(&self) -> Option<&str> {
+        (!self.variant.is_empty()).then_some(self.variant.as_str())
+    }
+}
+
+/// A line of a Dockerfile that says how an image is run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change(Setting);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Setting {
+    Cmd(Vec<String>),
+    Entrypoint(Vec<String>),
+    Env(String, String),
+    Label(String, String),
+    StopSignal(String),
+    User(String),
+    WorkingDir(String),
+}
+
+impl FromStr for Change {
+    type Err = InvalidWish;
+
+    fn from_str(text: &str) -> Result<Self, InvalidWish> {
+        let refused = |what: &str| Err(InvalidWish(format!("{text:?}: {what}")));
+        let (word, rest) = text.trim().split_once(char::is_whitespace).unwrap_or((text.trim(), ""));
+        let rest = rest.trim();
+        if rest.is_empty() || rest.contains('\0') {
+            return refused("a change is an instruction and what it sets, such as 'CMD [\"sh\"]'");
+        }
+        let pair = || match rest.split_once('=') {
+            Some((name, value)) if !name.is_empty() => {
+                Ok((name.to_owned(), value.trim_matches('"').to_owned()))
+            }
+            _ => Err(InvalidWish(format!("{text:?}: use {} NAME=VALUE", word.to_uppercase()))),
+        };
+        Ok(Self(match word.to_ascii_uppercase().as_str() {
+            "CMD" => Setting::Cmd(words(rest)),
+            "ENTRYPOINT" => Setting::Entrypoint(words(rest)),
+            "ENV" => pair().map(|(name, value)| Setting::Env(name, value))?,
+            "LABEL" => pair().map(|(name, value)| Setting::Label(name, value))?,
+            "STOPSIGNAL" if signal::number(rest).is_none() => {
+                return refused("there is no such signal");
+            }
+            "STOPSIGNAL" => Setting::StopSignal(rest.into()),
+            "USER" => Setting::User(rest.into()),
+            "WORKDIR" if !rest.starts_with('/') => return refused("use an absolute path"),
+            "WORKDIR" => Setting::WorkingDir(rest.into()),
+            _ => {
+                return refused(
+                    "only CMD, ENTRYPOINT, ENV, LABEL, STOPSIGNAL, USER and WORKDIR can be set",
+                );
+            }
+        }))
+    }
+}
+
+impl Change {
+    /// Sets in a config what it says.
+    pub(super) fn apply(&self, config: &mut ImageConfig) {
+        match self.0.clone() {
+            Setting::Cmd(words) => config.cmd = words,
+            Setting::Entrypoint(words) => config.entrypoint = words,
+            Setting::Env(name, value) => drop(config.env.insert(name, value)),
+            Setting::Label(name, value) => drop(config.labels.insert(name, value)),
+            Setting::StopSignal(name) => config.stop_signal = name,
+            Setting::User(user) => config.user = user,
+            Setting::WorkingDir(path) => config.working_dir = path,
+        }
+    }
+}
+
+/// A command as a Dockerfile writes it: a JSON list, or a line for the shell.
+fn words(text: &str) -> Vec<String> {
+    serde_json::from_str(text)
+        .unwrap_or_else(|_| vec!["/bin/sh".to_owned(), "-c".to_owned(), text.to_owned()])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn platforms_are_two_or_three_words() {
+        for (text, expected) in [
+            ("linux/amd64", Some("linux/amd64")),
+            ("linux/x86_64", Some("linux/amd64")),
+            ("linux/arm/v7", Some("linux/arm/v7")),
+            ("linux", None),
+            ("", None),
+            ("linux/", None),
+            ("/amd64", None),
+            ("linux//amd64", None),
+            ("linux/amd64/v2/x", None),
+            ("linux/amd 64", None),
+        ] {
+            let parsed = text.parse::<Platform>();
+            assert_eq!(parsed.map(|p| p.to_string()).ok().as_deref(), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn changes_set_how_an_image_is_run() {
+        let mut config = ImageConfig::default();
+        for text in [
+            "CMD [\"a\", \"b c\"]",
+            "entrypoint exec top -b",
+            "ENV A=b=c",
+            "ENV Q=\"two words\"",
+            "LABEL one=1",
+            "STOPSIGNAL SIGQUIT",
+            "USER 7:8",
+            "WORKDIR /srv/a b",
+        ] {
+            text.parse::<Change>().unwrap().apply(&mut config);
+        }
+        assert_eq!(config.cmd, ["a", "b c"]);
+        assert_eq!(config.entrypoint, ["/bin/sh", "-c", "exec top -b"]);
+        assert_eq!((config.env["A"].as_str(), config.env["Q"].as_str()), ("b=c", "two words"));
+        assert_eq!((config.labels["one"].as_str(), config.stop_signal.as_str()), ("1", "SIGQUIT"));
+        assert_eq!((config.user.as_str(), config.working_dir.as_str()), ("7:8", "/srv/a b"));
+        for bad in ["", "CMD", "ENV A", "ENV =x", "RUN ls", "STOPSIGNAL SIGNO", "WORKDIR rel"] {
+            assert!(bad.parse::<Change>().is_err(), "{bad}");
+        }
+    }
+}
