@@ -107,6 +107,7 @@ pub(crate) const ACTOR: Area = Area::before_only(
         "db_writer.write",
         "db_writer.thread_panicked",
         "images.import",
+        "images.pull",
         "images.remove",
         "images.sweep",
         "root.shutdown",
@@ -291,6 +292,7 @@ impl Point for ImagesMsg {
     fn point(&self) -> &'static str {
         match self {
             Self::Import { .. } => "images.import",
+            Self::Pull { .. } => "images.pull",
             Self::Remove { .. } => "images.remove",
             Self::Sweep { .. } => "images.sweep",
         }

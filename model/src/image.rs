@@ -24,6 +24,9 @@ pub struct ImageConfig {
     /// `Env`.
     #[serde(skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "null_as_default")]
     pub env: BTreeMap<String, String>,
+    /// What it is for, `linux/arm64`, if that is not this host's own platform; it cannot run then.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub platform: String,
 }
 
 fn null_as_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use matchlock_actors::fleet::{FleetMsg, RunningVm, VmHandle};
-use matchlock_actors::images::{ImagesMsg, ImportInput, RemovedImage};
+use matchlock_actors::images::{ImagesMsg, ImportInput, Pulled, RemovedImage};
 use matchlock_actors::reconciler::{ReconcilerMsg, Target, VmReport};
 use matchlock_actors::root::Services;
 use matchlock_actors::vm::{CreateVm, VmContext};
 use matchlock_host::guest_link::ExecSession;
-use matchlock_host::image::ImportedImage;
+use matchlock_host::image::{ImportedImage, PullRequest, TellPull};
 use matchlock_model::exec::ExecSpec;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::file::FileOp;
@@ -31,7 +31,7 @@ const CALL_LIMIT: Duration = Duration::from_secs(30);
 /// How long a reconciliation of everything may take.
 const RECONCILE_LIMIT: Duration = Duration::from_secs(600);
 
-/// How long an import may take.
+/// How long an import or a pull may take.
 const IMPORT_LIMIT: Duration = Duration::from_secs(4 * 3600);
 
 /// A VM's own command as it runs.
@@ -260,6 +260,22 @@ impl NodeClient {
         self.services
             .images
             .call(|reply| ImagesMsg::Import { input, tag, cancel, reply }, IMPORT_LIMIT)
+            .await?
+    }
+
+    /// Pulls an image from its registry.
+    ///
+    /// # Errors
+    /// What is wrong with its name, the registry, the image or this host.
+    pub async fn pull_image(
+        &self,
+        request: PullRequest,
+        tell: TellPull,
+        cancel: CancellationToken,
+    ) -> Result<Pulled, Failure> {
+        self.services
+            .images
+            .call(|reply| ImagesMsg::Pull { request, tell, cancel, reply }, IMPORT_LIMIT)
             .await?
     }
 

@@ -5,12 +5,14 @@ use std::io::Read;
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use matchlock_host::image::{ImageDirs, ImportLimits, ImportedImage};
+use matchlock_host::image::{ImageDirs, ImportLimits, ImportedImage, PullRequest, TellPull};
+use matchlock_host::registry::RegistrySettings;
 use matchlock_model::failure::Failure;
 use matchlock_model::image::ImageRecord;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio_util::sync::CancellationToken;
 
+use super::pull::{self, Pulled};
 use super::work;
 use crate::points;
 
@@ -29,6 +31,17 @@ pub enum ImagesMsg {
         cancel: CancellationToken,
         /// The image.
         reply: RpcReplyPort<Result<ImportedImage, Failure>>,
+    },
+    /// Pull an image from its registry.
+    Pull {
+        /// Which.
+        request: PullRequest,
+        /// Is told what it does.
+        tell: TellPull,
+        /// Cancels the pull.
+        cancel: CancellationToken,
+        /// The image.
+        reply: RpcReplyPort<Result<Pulled, Failure>>,
     },
     /// Remove a tag, and its blob if nothing else uses it.
     Remove {
@@ -57,6 +70,7 @@ impl fmt::Debug for ImagesMsg {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Import { .. } => "Import",
+            Self::Pull { .. } => "Pull",
             Self::Remove { .. } => "Remove",
             Self::Sweep { .. } => "Sweep",
         })
@@ -70,6 +84,8 @@ pub struct ImagesArgs {
     pub dirs: ImageDirs,
     /// How much an archive may ask for.
     pub limits: ImportLimits,
+    /// What the user said of registries.
+    pub registries: RegistrySettings,
     /// The time.
     pub now: fn() -> Timestamp,
 }
@@ -102,6 +118,9 @@ impl Actor for Images {
         match message {
             ImagesMsg::Import { input, tag, cancel, reply } => {
                 work::spawn(reply, move || work::import(&args, input, tag, &cancel));
+            }
+            ImagesMsg::Pull { request, tell, cancel, reply } => {
+                pull::spawn(args, request, tell, cancel, reply);
             }
             ImagesMsg::Remove { tag, reply } => {
                 work::spawn(reply, move || work::remove(&args, &tag));

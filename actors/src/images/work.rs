@@ -4,7 +4,9 @@ use std::ffi::OsStr;
 use std::path::Path;
 
 use matchlock_failpoints::mutated;
+use matchlock_host::image::content::Partials;
 use matchlock_host::image::{self, ImageError, ImportedImage};
+use matchlock_host::registry::RegistryError;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::image::{ImageRecord, ImageScope};
 use matchlock_store::{ImageConn, open_images};
@@ -12,6 +14,7 @@ use ractor::RpcReplyPort;
 use tokio_util::sync::CancellationToken;
 
 use super::actor::{ImagesArgs, ImportInput, RemovedImage};
+use super::pull::sweep_content;
 
 /// Runs blocking work beside the actor and answers its caller.
 pub(super) fn spawn<T: Send + 'static>(
@@ -25,15 +28,20 @@ pub(super) fn spawn<T: Send + 'static>(
     }));
 }
 
-fn image_failure(error: &ImageError) -> Failure {
+pub(super) fn image_failure(error: &ImageError) -> Failure {
     let kind = match error {
         ImageError::Cancelled => FailureKind::Cancelled,
+        ImageError::Registry(
+            RegistryError::NoImage { .. }
+            | RegistryError::NoTag { .. }
+            | RegistryError::Denied { .. },
+        ) => FailureKind::NotFound,
         _ => FailureKind::Host,
     };
     Failure::from_error(kind, error)
 }
 
-fn store_failure(error: &(dyn std::error::Error + 'static)) -> Failure {
+pub(super) fn store_failure(error: &(dyn std::error::Error + 'static)) -> Failure {
     Failure::from_error(FailureKind::Host, error).context("could not use the image metadata")
 }
 
@@ -92,7 +100,7 @@ pub(super) fn remove(args: &ImagesArgs, tag: &str) -> Result<RemovedImage, Failu
         if mutated("remove_blob_first") {
             return false;
         }
-        let row = metadata.remove_image(Some(record.scope), tag, (args.now)());
+        let row = metadata.remove_image(Some(record.scope), &record.tag, (args.now)());
         let unwanted = matches!(&row, Ok(Some(row)) if !row.blob_in_use);
         removed = Some(row);
         !unwanted
@@ -101,10 +109,13 @@ pub(super) fn remove(args: &ImagesArgs, tag: &str) -> Result<RemovedImage, Failu
     let row = match (removed, &blob) {
         (Some(row), _) => row,
         // The blob is gone already.
-        (None, Ok(_)) => metadata.remove_image(Some(record.scope), tag, (args.now)()),
+        (None, Ok(_)) => metadata.remove_image(Some(record.scope), &record.tag, (args.now)()),
         (None, Err(error)) => return Err(image_failure(error)),
     };
     row.map_err(|e| store_failure(&e))?.ok_or_else(not_found)?;
+    if record.scope == ImageScope::Registry {
+        sweep_content(args, Partials::Keep)?;
+    }
     Ok(RemovedImage { record, blob_removed: blob.map_err(|e| image_failure(&e))? })
 }
 
@@ -129,12 +140,12 @@ pub(super) fn sweep(args: &ImagesArgs) -> Result<usize, Failure> {
     match (blobs, unreadable) {
         (_, Some(failure)) => Err(failure),
         (Err(error), None) => Err(image_failure(&error)),
-        (Ok(blobs), None) => Ok(temporary + blobs),
+        (Ok(blobs), None) => Ok(temporary + blobs + sweep_content(args, Partials::Remove)?),
     }
 }
 
 /// Removes the blob of an image that has no row any more, unless another image uses it.
-fn remove_unwanted(
+pub(super) fn remove_unwanted(
     args: &ImagesArgs,
     metadata: &ImageConn,
     image: &ImageRecord,

@@ -28,12 +28,12 @@ use super::workspace::{DIRECTORY, failed, is_named};
 use super::{ImageDirs, ImageError, POINTS};
 
 /// Nothing is followed, nothing waits for the other end of a fifo.
-const FILE: OFlags =
+pub(super) const FILE: OFlags =
     OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::NONBLOCK).union(OFlags::CLOEXEC);
 
 /// An open file that is unlocked when it is dropped.
 #[derive(Debug)]
-struct Locked(OwnedFd);
+pub(super) struct Locked(pub(super) OwnedFd);
 
 impl Drop for Locked {
     fn drop(&mut self) {

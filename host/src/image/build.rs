@@ -47,12 +47,22 @@ pub fn import(
     progress: &dyn Fn(ImportProgress),
     cancelled: &dyn Fn() -> bool,
 ) -> Result<(ImportedImage, BlobLease), ImageError> {
-    if !rustix::process::geteuid().is_root() {
-        return Err(ImageError::NeedsRoot);
-    }
-    let images =
-        std::path::absolute(&dirs.images).map_err(|error| failed("find", &dirs.images, error))?;
-    let dirs = ImageDirs { images };
+    let context = Context { limits: *limits, progress, cancelled };
+    with_workspace(dirs, |dirs, workspace| in_workspace(input, dirs, workspace, &context))
+}
+
+/// Only root can give files their owners.
+pub(super) fn check_root() -> Result<(), ImageError> {
+    if rustix::process::geteuid().is_root() { Ok(()) } else { Err(ImageError::NeedsRoot) }
+}
+
+/// Works in a private directory, which is gone afterwards; `work` is given the absolute directories.
+pub(super) fn with_workspace<T>(
+    dirs: &ImageDirs,
+    work: impl FnOnce(&ImageDirs, &Workspace) -> Result<T, ImageError>,
+) -> Result<T, ImageError> {
+    check_root()?;
+    let dirs = dirs.absolute()?;
     make_private(&dirs.blobs())?;
     if let Err(error) = sweep_temporary(&dirs) {
         // It is in nobody's way; `gc` tries again and reports.
@@ -62,8 +72,7 @@ pub fn import(
     POINTS.before("make_workspace").map_err(at)?;
     let workspace = Workspace::create(&dirs)?;
     POINTS.after("make_workspace").map_err(at)?;
-    let context = Context { limits: *limits, progress, cancelled };
-    let imported = in_workspace(input, &dirs, &workspace, &context);
+    let done = work(&dirs, &workspace);
     if let Err(error) = remove(workspace) {
         // The answer stands; the directory is unlocked now and the next sweep takes it.
         tracing::warn!(
@@ -71,7 +80,7 @@ pub fn import(
             "could not remove what an import used"
         );
     }
-    imported
+    done
 }
 
 fn remove(workspace: Workspace) -> Result<(), ImageError> {
@@ -93,21 +102,38 @@ fn in_workspace(
     let archive = Archive::spool(input, workspace, context, &received)?;
     let selected = select::select(&archive, limits.max_layers)?;
     let parsed = config::parse(&archive.text(&selected.config)?)?;
+    check_count(&selected, &parsed)?;
+    assemble(&selected, parsed, dirs, workspace, context)
+}
+
+/// Each layer has its diff id.
+pub(super) fn check_count(selected: &Selected, parsed: &Parsed) -> Result<(), ImageError> {
     let (layers, ids) = (selected.layers.len(), parsed.diff_ids.len());
-    if layers != ids {
-        let what = format!("it has {layers} layers, and its config lists {ids}");
-        return Err(ImageError::Damaged { what });
+    if layers == ids {
+        return Ok(());
     }
+    let what = format!("it has {layers} layers, and its config lists {ids}");
+    Err(ImageError::Damaged { what })
+}
+
+/// Makes the blob of these layers, or finds it made.
+pub(super) fn assemble(
+    selected: &Selected,
+    parsed: Parsed,
+    dirs: &ImageDirs,
+    workspace: &Workspace,
+    context: &Context<'_>,
+) -> Result<(ImportedImage, BlobLease), ImageError> {
     let content = parsed.squashed();
     let blob = dirs.blobs().join(format!("sha256_{content}.erofs"));
     let lease = match BlobLease::take(&blob) {
         Ok(lease) => {
-            verify(&selected, &parsed, context)?;
+            verify(selected, &parsed, context)?;
             (context.progress)(ImportProgress::Reused);
             lease
         }
         Err(ImageError::NoBlob { .. }) => {
-            let tree = unpack(&selected, &parsed, workspace, context)?;
+            let tree = unpack(selected, &parsed, workspace, context)?;
             publish(&tree, &content, workspace, &blob, dirs, context)?
         }
         Err(error) => return Err(error),
@@ -117,7 +143,7 @@ fn in_workspace(
         rootfs_path: blob,
         rootfs_digest: format!("sha256:{content}"),
         size: lease.size(),
-        layers,
+        layers: selected.layers.len(),
         config: parsed.config,
     };
     Ok((image, lease))
@@ -185,7 +211,13 @@ fn publish(
     (context.progress)(ImportProgress::Building);
     // The layers are not needed any more, and the disk may be short.
     let spool = workspace.path().join("spool");
-    std::fs::remove_dir_all(&spool).map_err(|error| failed("remove", &spool, error))?;
+    match std::fs::remove_dir_all(&spool) {
+        // Pulled layers lie elsewhere.
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(failed("remove", &spool, error));
+        }
+        _ => {}
+    }
     let made = workspace.path().join("out.erofs");
     POINTS.before("build").map_err(|error| failed("make", &made, error))?;
     erofs::build(tree, &made, content, context)?;

@@ -9,16 +9,17 @@
 
 use std::collections::BTreeMap;
 
+use matchlock_model::platform::Platform as Wanted;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::ImageError;
 use super::archive::{Archive, Spooled};
-use super::config::{host_architecture, is_sha256, sha256_of, wrong_platform};
+use super::config::{host_platform, is_sha256, sha256_of, wrong_platform};
 use super::stream::plain;
 
 /// How deep an index may lie in another.
-const MAX_NESTING: usize = 4;
+pub(super) const MAX_NESTING: usize = 4;
 /// How many images are named in an error.
 const NAMED: usize = 10;
 
@@ -45,22 +46,22 @@ struct Layout {
 }
 
 #[derive(Deserialize)]
-struct Index {
+pub(super) struct Index {
     manifests: Option<Vec<Descriptor>>,
 }
 
 #[derive(Deserialize)]
-struct Manifest {
-    config: Descriptor,
-    layers: Option<Vec<Descriptor>>,
+pub(super) struct Manifest {
+    pub(super) config: Descriptor,
+    pub(super) layers: Option<Vec<Descriptor>>,
 }
 
 #[derive(Deserialize, Clone)]
 #[serde(rename_all = "camelCase")]
-struct Descriptor {
-    media_type: Option<String>,
-    digest: String,
-    size: u64,
+pub(super) struct Descriptor {
+    pub(super) media_type: Option<String>,
+    pub(super) digest: String,
+    pub(super) size: u64,
     platform: Option<Platform>,
     annotations: Option<BTreeMap<String, String>>,
 }
@@ -156,24 +157,24 @@ fn layout(archive: &Archive, index: &Spooled) -> Result<Selected, ImageError> {
         return Err(ImageError::NotAnArchive { what });
     }
     let index: Index = json(archive, index, "index.json")?;
-    let mut descriptor = choose(index)?;
+    let wanted = host_platform();
+    let mut descriptor = choose(index, &wanted)?;
     for _ in 0..=MAX_NESTING {
         let file = blob(archive, &descriptor)?;
-        if !is_index(&descriptor) {
+        if !descriptor.media_type.as_deref().is_some_and(is_index) {
             return manifest(archive, &file, &descriptor.digest);
         }
-        descriptor = choose(json(archive, &file, &descriptor.digest)?)?;
+        descriptor = choose(json(archive, &file, &descriptor.digest)?, &wanted)?;
     }
     Err(damaged("its indexes are nested too deeply"))
 }
 
-fn is_index(descriptor: &Descriptor) -> bool {
+/// Whether a media type is that of a list of manifests.
+pub(super) fn is_index(media_type: &str) -> bool {
     matches!(
-        descriptor.media_type.as_deref(),
-        Some(
-            "application/vnd.oci.image.index.v1+json"
-                | "application/vnd.docker.distribution.manifest.list.v2+json"
-        )
+        media_type,
+        "application/vnd.oci.image.index.v1+json"
+            | "application/vnd.docker.distribution.manifest.list.v2+json"
     )
 }
 
@@ -200,8 +201,8 @@ fn blob(archive: &Archive, descriptor: &Descriptor) -> Result<Spooled, ImageErro
     Ok(file.clone())
 }
 
-/// The one image of an index that this host can run.
-fn choose(index: Index) -> Result<Descriptor, ImageError> {
+/// The one image of an index that is for this platform.
+pub(super) fn choose(index: Index, wanted: &Wanted) -> Result<Descriptor, ImageError> {
     let mut images: Vec<Descriptor> = Vec::new();
     for descriptor in index.manifests.unwrap_or_default() {
         let known = images.iter().any(|image| image.digest == descriptor.digest);
@@ -213,7 +214,8 @@ fn choose(index: Index) -> Result<Descriptor, ImageError> {
         return Err(damaged("an index of it names no image"));
     }
     let names: Vec<String> = images.iter().filter_map(platform_name).collect();
-    let mut fitting: Vec<Descriptor> = images.into_iter().filter(fits).collect();
+    let mut fitting: Vec<Descriptor> =
+        images.into_iter().filter(|image| fits(image, wanted)).collect();
     if fitting.len() > 1 {
         // The plain one of several variants runs on every machine of the architecture.
         let plain = fitting.iter().filter(|image| is_plain(image)).count();
@@ -223,7 +225,7 @@ fn choose(index: Index) -> Result<Descriptor, ImageError> {
     }
     match (fitting.pop(), fitting.is_empty()) {
         (Some(image), true) => Ok(image),
-        (None, _) => Err(wrong_platform(names.join(", "))),
+        (None, _) => Err(wrong_platform(names.join(", "), wanted)),
         (Some(last), false) => {
             fitting.push(last);
             Err(several(fitting.iter().map(image_name).collect()))
@@ -240,12 +242,12 @@ fn platform_name(descriptor: &Descriptor) -> Option<String> {
     descriptor.platform.as_ref().map(|p| format!("{}/{}", p.os, p.architecture))
 }
 
-fn fits(descriptor: &Descriptor) -> bool {
+fn fits(descriptor: &Descriptor, wanted: &Wanted) -> bool {
     // Without a platform it may fit; its config will tell.
-    descriptor
-        .platform
-        .as_ref()
-        .is_none_or(|p| p.os == "linux" && p.architecture == host_architecture())
+    descriptor.platform.as_ref().is_none_or(|p| {
+        let variant = wanted.variant.is_none() || wanted.variant == p.variant;
+        p.os == "linux" && p.architecture == wanted.architecture && variant
+    })
 }
 
 fn is_plain(descriptor: &Descriptor) -> bool {
