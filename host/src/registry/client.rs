@@ -114,9 +114,23 @@ impl Session {
             };
             match read.await {
                 Ok(manifest) => return Ok(manifest),
+                Err(RegistryError::NoTag { image, registry, said }) => {
+                    // Some registries do not tell an unknown tag from an unknown repository.
+                    return Err(if self.has_repository(endpoint, &what).await {
+                        RegistryError::NoTag { image, registry, said }
+                    } else {
+                        RegistryError::NoImage { image, registry, said }
+                    });
+                }
                 Err(error) => attempts.again(error).await?,
             }
         }
+    }
+
+    /// Whether the repository is there, as far as the registry says.
+    async fn has_repository(&self, endpoint: &Endpoint, what: &str) -> bool {
+        let answer = self.get(endpoint, "tags/list?n=1", what, 0).await;
+        !matches!(answer, Err(RegistryError::NoImage { .. }))
     }
 
     /// Which endpoint is asked for blobs.

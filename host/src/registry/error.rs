@@ -186,10 +186,7 @@ impl RegistryError {
             if current.is::<Downgraded>() {
                 return Self::Downgrade { host };
             }
-            let inner = current.downcast_ref::<io::Error>().inspect(|e| io_kind = Some(e.kind()));
-            let inner = inner.and_then(io::Error::get_ref);
-            let tls = inner.and_then(|inner| inner.downcast_ref::<rustls::Error>());
-            match tls.or_else(|| current.downcast_ref::<rustls::Error>()) {
+            match current.downcast_ref::<rustls::Error>() {
                 Some(rustls::Error::InvalidCertificate(why)) => {
                     return Self::Certificate { host, why: line(&why.to_string()) };
                 }
@@ -197,7 +194,11 @@ impl RegistryError {
                 _ => {}
             }
             texts.push(current.to_string());
-            next = current.source();
+            let io = current.downcast_ref::<io::Error>();
+            io_kind = io.map(io::Error::kind).or(io_kind);
+            // What an I/O error wraps is not its source, but itself.
+            let wrapped = io.and_then(io::Error::get_ref).map(|inner| inner as &dyn Error);
+            next = wrapped.or_else(|| current.source());
         }
         // The last cause says it; those above only repeat that there was one.
         let why = line(texts.last().map_or("", String::as_str));
