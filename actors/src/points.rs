@@ -107,6 +107,7 @@ pub(crate) const ACTOR: Area = Area::before_only(
         "db_writer.write",
         "db_writer.thread_panicked",
         "images.import",
+        "images.pull",
         "images.remove",
         "images.tag",
         "images.sweep",
@@ -292,6 +293,7 @@ impl Point for ImagesMsg {
     fn point(&self) -> &'static str {
         match self {
             Self::Import { .. } => "images.import",
+            Self::Pull { .. } => "images.pull",
             Self::Remove { .. } => "images.remove",
             Self::Tag { .. } => "images.tag",
             Self::Sweep { .. } => "images.sweep",

@@ -12,7 +12,8 @@
 //! | [`vm_log`] | a VM's log: written with a cap, followed while it moves on |
 //! | [`hypervisor`] | launch, watch, kill: QEMU, and a fake |
 //! | [`guest_link`] | streams to the agent in the guest |
-//! | [`image`] | archives in, EROFS out |
+//! | [`image`] | archives and pulled layers in, EROFS out |
+//! | [`registry`] | manifests and blobs from image registries |
 //! | [`tap`] | a VM's link to the host, and what of the IPv4 space the host uses |
 //! | [`firewall`] | a VM's nftables tables: what its guest may reach |
 //! | [`netlock`] | one lock per network namespace, for choosing a subnet |
@@ -35,6 +36,7 @@ pub mod netlock;
 pub mod owner_lock;
 pub mod points;
 pub mod process;
+pub mod registry;
 pub mod rootfs;
 pub mod socket;
 pub mod tap;

@@ -19,4 +19,5 @@ pub const AREAS: &[Area] = &[
     process::SPAWN_POINTS,
     process::POINTS,
     image::POINTS,
+    image::content::POINTS,
 ];

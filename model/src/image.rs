@@ -30,6 +30,9 @@ pub struct ImageConfig {
     /// `StopSignal`, as the image writes it; [`crate::signal::number`] reads it.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub stop_signal: String,
+    /// What it is for, `linux/arm64`, if that is not this host's own platform; it cannot run then.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub platform: String,
 }
 
 fn null_as_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>

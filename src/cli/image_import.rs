@@ -5,9 +5,10 @@ use std::os::fd::AsFd;
 
 use clap::Args;
 use matchlock_actors::images::{ImportInput, TaggedImport};
-use matchlock_host::image::{Change, ImportWish, InvalidWish, Platform};
+use matchlock_host::image::{Change, ImportWish, InvalidWish};
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::image::check_tag;
+use matchlock_model::platform::{InvalidPlatform, Platform};
 use matchlock_model::vm::StopMode;
 use rustix::fs::FileType;
 use serde::Serialize;
@@ -49,7 +50,7 @@ pub(super) struct ImportArgs {
     json: bool,
 }
 
-fn platform(text: &str) -> Result<Platform, InvalidWish> {
+fn platform(text: &str) -> Result<Platform, InvalidPlatform> {
     text.parse()
 }
 

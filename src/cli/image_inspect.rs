@@ -61,12 +61,15 @@ struct Config {
     env: std::collections::BTreeMap<String, String>,
     labels: std::collections::BTreeMap<String, String>,
     stop_signal: String,
+    /// Empty if it is for this host.
+    platform: String,
 }
 
 impl From<ImageConfig> for Config {
     fn from(config: ImageConfig) -> Self {
-        let ImageConfig { user, working_dir, entrypoint, cmd, env, labels, stop_signal } = config;
-        Self { user, working_dir, entrypoint, cmd, env, labels, stop_signal }
+        let ImageConfig { user, working_dir, entrypoint, cmd, env, labels, stop_signal, platform } =
+            config;
+        Self { user, working_dir, entrypoint, cmd, env, labels, stop_signal, platform }
     }
 }
 
@@ -84,9 +87,12 @@ pub(super) async fn inspect(args: InspectArgs, config: NodeConfig) -> Result<u8,
     }
     let mut inspected = Vec::new();
     for tag in &args.tags {
-        // Those made here come first, and hide those that were pulled.
-        match all.iter().find(|image| image.tag == *tag) {
-            Some(image) => inspected.push(of(image, &all, &users)),
+        let found = match &images {
+            Some(images) => images.find(tag).map_err(|e| CliError::failure(&e))?,
+            None => None,
+        };
+        match found {
+            Some(image) => inspected.push(of(&image, &all, &users)),
             None => {
                 let error = CliError::message(format_args!("image not found: {tag:?}"));
                 tell_all_but_the_last(&mut failed, error);

@@ -17,8 +17,6 @@ pub(super) enum LaterVerb {
     #[command(hide = true)]
     PortForward(Anything),
     #[command(hide = true)]
-    Pull(Anything),
-    #[command(hide = true)]
     Setup(Anything),
     #[command(hide = true)]
     Volume(Anything),
@@ -38,7 +36,6 @@ impl LaterVerb {
             Self::AllowList(_) => "allow-list",
             Self::Build(_) => "build",
             Self::PortForward(_) => "port-forward",
-            Self::Pull(_) => "pull",
             Self::Setup(_) => "setup",
             Self::Volume(_) => "volume",
         };
@@ -60,8 +57,6 @@ pub(super) struct LaterRunFlags {
     network_intercept: bool,
     #[arg(short = 'p', long, hide = true)]
     publish: Vec<String>,
-    #[arg(long, hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "always")]
-    pull: Option<String>,
     #[arg(long, hide = true)]
     secret: Vec<String>,
     #[arg(short = 'v', long, hide = true)]
@@ -79,7 +74,6 @@ impl LaterRunFlags {
             ("--disk", !self.disk.is_empty()),
             ("--network-intercept", self.network_intercept),
             ("--publish", !self.publish.is_empty()),
-            ("--pull", self.pull.is_some()),
             ("--secret", !self.secret.is_empty()),
             ("--volume", !self.volume.is_empty()),
             ("--workspace", self.workspace.is_some()),

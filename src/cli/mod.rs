@@ -29,6 +29,7 @@ mod log;
 mod looking;
 mod number;
 mod progress;
+mod pull;
 mod render;
 mod rm;
 mod rpc;
@@ -82,6 +83,10 @@ Environment:
                             (default 10)
   MATCHLOCK_VM_LOG_FILES    files that are kept of a VM's log (default 3; 0
                             keeps no log)
+  DOCKER_CONFIG             directory of the config.json with logins to image
+                            registries (default ~/.docker)
+  SSL_CERT_FILE             certificates to trust instead of this host's own
+  HTTPS_PROXY, HTTP_PROXY   proxy to registries, but for hosts in NO_PROXY
   MATCHLOCK_LOG             what is logged on stderr: a level (off, error, warn,
                             info, debug, trace), or e.g.
                             warn,matchlock_host=debug (default warn);
@@ -89,7 +94,8 @@ Environment:
   NO_COLOR                  no colours in tables
 
 $MATCHLOCK_HOME/config.toml may set cache, kernel, boot_timeout, hang_timeout,
-history_days, subnet_pool, vm_log_size_mb and vm_log_files."
+history_days, subnet_pool, vm_log_size_mb and vm_log_files, and in [registry]
+insecure, ca_file and mirrors."
 )]
 struct Cli {
     #[command(flatten)]
@@ -130,6 +136,8 @@ Exit codes: 0; 1 when one could not be removed: its record is kept, the others a
     Rpc(rpc::RpcArgs),
     /// The same for many programs at once, over a unix socket
     Serve(serve::ServeArgs),
+    /// Pull an image from its registry
+    Pull(pull::PullArgs),
     /// Import, list, tag and remove images
     Image(image::ImageArgs),
     /// Check whether this host can run microVMs, and say what to do if not
@@ -225,6 +233,7 @@ fn dispatch(verb: Verb) -> Result<u8, CliError> {
             Verb::Gc(args) => gc::gc(args, config).await,
             Verb::Rpc(args) => rpc::rpc(args, config).await,
             Verb::Serve(args) => serve::serve(args, config).await,
+            Verb::Pull(args) => pull::pull(args, config).await,
             Verb::Image(args) => image::image(args, config).await,
             Verb::Version(_) | Verb::Diagnose(_) | Verb::Later(_) => Ok(0),
         }

@@ -19,13 +19,13 @@ use super::error::CliError;
 use super::later::LaterRunFlags;
 use super::number;
 use super::progress;
+use super::pull::{self, Wanted};
 use super::render;
 use super::timings::Stopwatch;
 use super::vm_life::in_vm;
 use crate::node::boot::Node;
 use crate::node::config::NodeConfig;
 use crate::node::detach::{self, Asker, Detached};
-use crate::node::images::find_image;
 use crate::node::signals::Interrupts;
 use crate::node::terminal;
 
@@ -39,6 +39,7 @@ the command's own code comes once the VM has been ended.
 
 Examples:
   matchlock run --image busybox -- sh -c 'exit 7'; echo $?
+  matchlock run --image debian:12 --pull -- cat /etc/os-release
   matchlock run --image busybox -e WHO=world -- sh -c 'echo hello $WHO'
   matchlock run --image busybox -w /tmp -u 1000 -- sh -c 'pwd; id -u'
   matchlock run -i --image busybox -- sha256sum < file
@@ -47,9 +48,12 @@ Examples:
   vm=$(matchlock run -d --image busybox -- sleep 1000)
   matchlock exec $vm -- ps; matchlock kill $vm")]
 pub(super) struct RunArgs {
-    /// Image to run: a tag that `matchlock image ls` lists
+    /// Image to run: a tag that `matchlock image ls` lists, or the name of an image in a registry,
+    /// which is pulled if it is not here: debian:12, ghcr.io/owner/name@sha256:...
     #[arg(long)]
     image: String,
+    #[command(flatten)]
+    pull: pull::RunFlags,
     /// Remove the VM when its command has ended; --rm=false keeps it until a signal [default: true,
     /// with --detach false]
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
@@ -168,8 +172,13 @@ pub(super) async fn run(args: RunArgs, config: NodeConfig) -> Result<u8, CliErro
     let asker = Asker::of_this_process()?;
     let mut interrupts = Interrupts::install().map_err(|e| CliError::failure(&e))?;
     let detach = args.detach && asker.is_none();
+    let mut config = config;
+    let policy = args.pull.take_in(&mut config, asker.is_some())?;
     let spec = check(args)?;
-    let image = find_image(&config, &spec.image)?;
+    let image = match pull::for_run(&config, &spec.image, policy, &mut interrupts).await? {
+        Wanted::Here(image) => image,
+        Wanted::Interrupted(which) => return Ok(which.exit_code()),
+    };
     let command = own_command(&spec, &image)?;
     let bundle = GuestBundle::find(&config.cache, config.kernel.clone())
         .map_err(|e| CliError::failure(&e))?;

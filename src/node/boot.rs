@@ -107,6 +107,7 @@ impl Opened {
             images: ImagesArgs {
                 dirs: ImageDirs::new(&config.cache),
                 limits: ImportLimits::default(),
+                registries: config.registries.clone(),
                 now: jiff::Timestamp::now,
             },
         };

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use matchlock_actors::fleet::{FleetMsg, RunningVm, VmHandle};
-use matchlock_actors::images::{ImagesMsg, ImportInput, RemovedImage, TaggedImport};
+use matchlock_actors::images::{ImagesMsg, ImportInput, Pulled, RemovedImage, TaggedImport};
 use matchlock_actors::reconciler::{ReconcilerMsg, Target, VmReport};
 use matchlock_actors::root::Services;
 use matchlock_actors::vm::{CreateVm, VmContext};
 use matchlock_host::guest_link::ExecSession;
-use matchlock_host::image::{Garbages, ImportWish};
+use matchlock_host::image::{Garbages, ImportWish, PullRequest, TellPull};
 use matchlock_model::exec::ExecSpec;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::file::FileOp;
@@ -32,7 +32,7 @@ const CALL_LIMIT: Duration = Duration::from_secs(30);
 /// How long a reconciliation of everything may take.
 const RECONCILE_LIMIT: Duration = Duration::from_secs(600);
 
-/// How long an import may take.
+/// How long an import or a pull may take.
 const IMPORT_LIMIT: Duration = Duration::from_secs(4 * 3600);
 
 /// A VM's own command as it runs.
@@ -271,6 +271,22 @@ impl NodeClient {
     /// When there is none, or it could not be written.
     pub async fn tag_image(&self, source: String, tag: String) -> Result<ImageRecord, Failure> {
         self.services.images.call(|reply| ImagesMsg::Tag { source, tag, reply }, CALL_LIMIT).await?
+    }
+
+    /// Pulls an image from its registry.
+    ///
+    /// # Errors
+    /// What is wrong with its name, the registry, the image or this host.
+    pub async fn pull_image(
+        &self,
+        request: PullRequest,
+        tell: TellPull,
+        cancel: CancellationToken,
+    ) -> Result<Pulled, Failure> {
+        self.services
+            .images
+            .call(|reply| ImagesMsg::Pull { request, tell, cancel, reply }, IMPORT_LIMIT)
+            .await?
     }
 
     /// Removes an image's tag, and its blob if nothing else uses it.

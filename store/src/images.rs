@@ -88,14 +88,13 @@ impl ImageConn {
     ) -> Result<Option<RemovedImage>, WriteError> {
         IMAGES.before("remove_image")?;
         let removed = self.write(|conn| {
-            let scope = match scope {
-                Some(scope) => scope,
-                None => match rows::find(conn, tag)? {
-                    Some(record) => record.scope,
-                    None => return Ok(None),
-                },
-            };
-            rows::remove(conn, scope, tag, at)
+            if let Some(scope) = scope {
+                return rows::remove(conn, scope, tag, at);
+            }
+            match rows::find(conn, tag)? {
+                Some(record) => rows::remove(conn, record.scope, &record.tag, at),
+                None => Ok(None),
+            }
         })?;
         IMAGES.after("remove_image")?;
         Ok(removed)

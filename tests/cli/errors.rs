@@ -200,7 +200,8 @@ fn a_wrong_variable_is_named_as_such() {
         assert_eq!(output.status.code(), Some(code), "the same: {args:?}: {output:?}");
     }
     // A flag goes first, and a verb that has no use for it is not stopped by it.
-    let with_flag = ["run", "--hypervisor", "qemu", "--image", "nothere", "--", "true"];
+    let with_flag =
+        ["run", "--pull=never", "--hypervisor", "qemu", "--image", "nothere", "--", "true"];
     for (args, code, wanted) in [(&with_flag[..], 125, "image not found"), (&["list"], 0, "")] {
         let mut command = installation.command(args).unwrap();
         let output = command.env("MATCHLOCK_HYPERVISOR", "bochs").output().unwrap();
@@ -211,7 +212,8 @@ fn a_wrong_variable_is_named_as_such() {
 
 #[test]
 fn an_unknown_image_says_what_to_do() {
-    let (code, line) = refused(&["run", "--no-network", "--image", "nothere", "--", "true"]);
+    let args = ["run", "--no-network", "--pull=never", "--image", "nothere", "--", "true"];
+    let (code, line) = refused(&args);
     assert_eq!(code, Some(125));
     assert!(
         line.contains("image not found: \"nothere\"") && line.contains("image import"),

@@ -100,10 +100,10 @@ fn whatever_is_no_request_is_answered_and_the_next_line_is_read() {
             "timeout_seconds",
         ),
         (
-            r#"{"jsonrpc":"2.0","id":18,"method":"create","params":{"image":"none-such"}}"#,
+            r#"{"jsonrpc":"2.0","id":18,"method":"create","params":{"image":"127.0.0.1:1/none-such"}}"#,
             json!(18),
             -32000,
-            "image not found",
+            "could not connect to 127.0.0.1:1",
         ),
     ] {
         let (got, said) = refusal(&mut session, line, &id);

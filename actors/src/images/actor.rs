@@ -5,12 +5,16 @@ use std::io::Read;
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use matchlock_host::image::{Garbages, ImageDirs, ImportLimits, ImportWish, ImportedImage};
+use matchlock_host::image::{
+    Garbages, ImageDirs, ImportLimits, ImportWish, ImportedImage, PullRequest, TellPull,
+};
+use matchlock_host::registry::RegistrySettings;
 use matchlock_model::failure::Failure;
 use matchlock_model::image::ImageRecord;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio_util::sync::CancellationToken;
 
+use super::pull::{self, Pulled};
 use super::work;
 use crate::points;
 
@@ -29,6 +33,17 @@ pub enum ImagesMsg {
         cancel: CancellationToken,
         /// The images, at least one.
         reply: RpcReplyPort<Result<Vec<TaggedImport>, Failure>>,
+    },
+    /// Pull an image from its registry.
+    Pull {
+        /// Which.
+        request: PullRequest,
+        /// Is told what it does.
+        tell: TellPull,
+        /// Cancels the pull.
+        cancel: CancellationToken,
+        /// The image.
+        reply: RpcReplyPort<Result<Pulled, Failure>>,
     },
     /// Remove a tag, and its blob if nothing else uses it.
     Remove {
@@ -77,6 +92,7 @@ impl fmt::Debug for ImagesMsg {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Import { .. } => "Import",
+            Self::Pull { .. } => "Pull",
             Self::Remove { .. } => "Remove",
             Self::Tag { .. } => "Tag",
             Self::Sweep { .. } => "Sweep",
@@ -91,6 +107,8 @@ pub struct ImagesArgs {
     pub dirs: ImageDirs,
     /// How much an archive may ask for.
     pub limits: ImportLimits,
+    /// What the user said of registries.
+    pub registries: RegistrySettings,
     /// The time.
     pub now: fn() -> Timestamp,
 }
@@ -123,6 +141,9 @@ impl Actor for Images {
         match message {
             ImagesMsg::Import { input, wish, cancel, reply } => {
                 work::spawn(reply, move || work::import(&args, input, &wish, &cancel));
+            }
+            ImagesMsg::Pull { request, tell, cancel, reply } => {
+                pull::spawn(args, request, tell, cancel, reply);
             }
             ImagesMsg::Remove { tag, reply } => {
                 work::spawn(reply, move || work::remove(&args, &tag));

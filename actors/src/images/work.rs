@@ -4,7 +4,9 @@ use std::ffi::OsStr;
 use std::path::Path;
 
 use matchlock_failpoints::mutated;
+use matchlock_host::image::content::Partials;
 use matchlock_host::image::{self, Garbages, ImageError, ImportWish, Imported, ImportedImage};
+use matchlock_host::registry::RegistryError;
 use matchlock_model::failure::{Failure, FailureKind, chain};
 use matchlock_model::image::{ImageRecord, ImageScope};
 use matchlock_store::{ImageConn, ImageReader, open_images};
@@ -12,6 +14,7 @@ use ractor::RpcReplyPort;
 use tokio_util::sync::CancellationToken;
 
 use super::actor::{ImagesArgs, ImportInput, RemovedImage, TaggedImport};
+use super::pull::sweep_content;
 
 /// Runs blocking work beside the actor and answers its caller.
 pub(super) fn spawn<T: Send + 'static>(
@@ -25,15 +28,20 @@ pub(super) fn spawn<T: Send + 'static>(
     }));
 }
 
-fn image_failure(error: &ImageError) -> Failure {
+pub(super) fn image_failure(error: &ImageError) -> Failure {
     let kind = match error {
         ImageError::Cancelled => FailureKind::Cancelled,
+        ImageError::Registry(
+            RegistryError::NoImage { .. }
+            | RegistryError::NoTag { .. }
+            | RegistryError::Denied { .. },
+        ) => FailureKind::NotFound,
         _ => FailureKind::Host,
     };
     Failure::from_error(kind, error)
 }
 
-fn store_failure(error: &(dyn std::error::Error + 'static)) -> Failure {
+pub(super) fn store_failure(error: &(dyn std::error::Error + 'static)) -> Failure {
     Failure::from_error(FailureKind::Host, error).context("could not use the image metadata")
 }
 
@@ -62,6 +70,16 @@ pub(super) fn import(
     let told =
         imported.into_iter().map(|Imported { image, tags, .. }| TaggedImport { tags, image });
     Ok(told.collect())
+}
+
+/// What a sweep beside other work could not do; `gc` tries again.
+pub(super) fn report(found: &Garbages) {
+    for error in &found.errors {
+        tracing::warn!(
+            error = error as &dyn std::error::Error,
+            "downloads of a removed image stay for now"
+        );
+    }
 }
 
 /// Writes the row of an imported image.
@@ -130,7 +148,7 @@ pub(super) fn remove(args: &ImagesArgs, tag: &str) -> Result<RemovedImage, Failu
     let mut metadata = open_images(&args.dirs.images).map_err(|e| store_failure(&e))?;
     let record = metadata.find(tag).map_err(|e| store_failure(&e))?.ok_or_else(not_found)?;
     // Of an image that has another tag nothing is lost, also not for a VM that runs from it.
-    let shared = metadata.remove_shared_image(record.scope, tag, (args.now)());
+    let shared = metadata.remove_shared_image(record.scope, &record.tag, (args.now)());
     if shared.map_err(|e| store_failure(&e))?.is_some() {
         return Ok(RemovedImage { record, blob_removed: false });
     }
@@ -141,7 +159,7 @@ pub(super) fn remove(args: &ImagesArgs, tag: &str) -> Result<RemovedImage, Failu
         if mutated("remove_blob_first") {
             return false;
         }
-        let row = metadata.remove_image(Some(record.scope), tag, (args.now)());
+        let row = metadata.remove_image(Some(record.scope), &record.tag, (args.now)());
         let unwanted = matches!(&row, Ok(Some(row)) if !row.blob_in_use);
         removed = Some(row);
         !unwanted
@@ -150,28 +168,25 @@ pub(super) fn remove(args: &ImagesArgs, tag: &str) -> Result<RemovedImage, Failu
     let row = match (removed, &blob) {
         (Some(row), _) => row,
         // The blob is gone already.
-        (None, Ok(_)) => metadata.remove_image(Some(record.scope), tag, (args.now)()),
+        (None, Ok(_)) => metadata.remove_image(Some(record.scope), &record.tag, (args.now)()),
         (None, Err(error)) => return Err(image_failure(error)),
     };
     row.map_err(|e| store_failure(&e))?.ok_or_else(not_found)?;
+    if record.scope == ImageScope::Registry {
+        report(&sweep_content(args, Partials::Keep, false));
+    }
     Ok(RemovedImage { record, blob_removed: blob.map_err(|e| image_failure(&e))? })
 }
 
 pub(super) fn sweep(args: &ImagesArgs, dry_run: bool) -> Garbages {
     let mut found = image::sweep_workspaces(&args.dirs, dry_run);
-    found.add(sweep_content(args, dry_run));
+    found.add(sweep_content(args, Partials::Remove, dry_run));
     match matchlock_store::read_images(&args.dirs.images) {
         Ok(Some(metadata)) => found.add(sweep_unnamed(args, &metadata, dry_run)),
         Ok(None) => found.errors.extend(nameless(args)),
         Err(error) => found.errors.push(unreadable(args, chain(&error))),
     }
     found
-}
-
-/// What was downloaded for images that are not there any more. Nothing is downloaded yet: here
-/// `host::image::content::sweep` is to be called.
-fn sweep_content(_args: &ImagesArgs, _dry_run: bool) -> Garbages {
-    Garbages::default()
 }
 
 /// Blobs that no row names.
@@ -192,7 +207,7 @@ fn sweep_unnamed(args: &ImagesArgs, metadata: &ImageReader, dry_run: bool) -> Ga
     found
 }
 
-fn unreadable(args: &ImagesArgs, why: String) -> ImageError {
+pub(super) fn unreadable(args: &ImagesArgs, why: String) -> ImageError {
     ImageError::File {
         doing: "read",
         path: args.dirs.metadata(),
@@ -215,7 +230,7 @@ fn nameless(args: &ImagesArgs) -> Option<ImageError> {
 }
 
 /// Removes the blob of an image that has no row any more, unless another image uses it.
-fn remove_unwanted(
+pub(super) fn remove_unwanted(
     args: &ImagesArgs,
     metadata: &ImageConn,
     image: &ImageRecord,

@@ -15,6 +15,7 @@ use matchlock_actors::root::{Root, RootArgs, RootMsg, Services, Slots};
 use matchlock_actors::subnet_allocator::SubnetHandle;
 use matchlock_actors::vm::CreateVm;
 use matchlock_host::image::{ImageDirs, ImportLimits};
+use matchlock_host::registry::RegistrySettings;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::id::VmId;
 use matchlock_model::image::ImageConfig;
@@ -108,6 +109,7 @@ impl Node {
             images: ImagesArgs {
                 dirs: ImageDirs::new(&sim.home),
                 limits: ImportLimits::default(),
+                registries: RegistrySettings::default(),
                 now,
             },
         };

@@ -23,6 +23,7 @@ use matchlock_host::image::{ImageDirs, ImportLimits};
 use matchlock_host::netlock::{FakeNetworkLocks, NetworkLocks};
 use matchlock_host::owner_lock::FakeOwnerLocks;
 use matchlock_host::process::{FakeProcesses, Processes as _};
+use matchlock_host::registry::RegistrySettings;
 use matchlock_host::rootfs::{FakeRootfs, VmPaths};
 use matchlock_host::tap::FakeTaps;
 use matchlock_model::failure::Failure;
@@ -178,6 +179,7 @@ impl World {
             images: ImagesArgs {
                 dirs: ImageDirs::new(home.path()),
                 limits: ImportLimits::default(),
+                registries: RegistrySettings::default(),
                 now: jiff::Timestamp::now,
             },
         };

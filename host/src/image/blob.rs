@@ -28,12 +28,12 @@ use super::workspace::{DIRECTORY, failed, is_named};
 use super::{Garbage, GarbageKind, Garbages, ImageDirs, ImageError, POINTS};
 
 /// Nothing is followed, nothing waits for the other end of a fifo.
-const FILE: OFlags =
+pub(super) const FILE: OFlags =
     OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::NONBLOCK).union(OFlags::CLOEXEC);
 
 /// An open file that is unlocked when it is dropped.
 #[derive(Debug)]
-struct Locked(OwnedFd);
+pub(super) struct Locked(pub(super) OwnedFd);
 
 impl Drop for Locked {
     fn drop(&mut self) {
@@ -225,7 +225,7 @@ fn sweep_blob(
 }
 
 /// The bytes that a file takes on disk.
-fn on_disk(stat: &Stat) -> u64 {
+pub(super) fn on_disk(stat: &Stat) -> u64 {
     u64::try_from(stat.st_blocks).unwrap_or_default() * 512
 }
 

@@ -13,6 +13,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use matchlock_model::image::{InvalidTag, check_tag};
+use matchlock_model::platform::Platform;
 use rustix::fs::{Mode, RenameFlags, renameat_with};
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
@@ -24,7 +25,7 @@ use super::layer::Layers;
 use super::select::{self, Selected};
 use super::stream::{Budget, Context, Stream, plain};
 use super::tree::Tree;
-use super::wish::{ImportWish, Platform};
+use super::wish::ImportWish;
 use super::workspace::{DIRECTORY, Workspace, empty, failed, make_private, sweep_temporary};
 use super::{ImageDirs, ImageError, ImportLimits, ImportProgress, ImportedImage, POINTS, erofs};
 
@@ -63,12 +64,22 @@ pub fn import(
     progress: &dyn Fn(ImportProgress),
     cancelled: &dyn Fn() -> bool,
 ) -> Result<Vec<Imported>, ImageError> {
-    if !rustix::process::geteuid().is_root() {
-        return Err(ImageError::NeedsRoot);
-    }
-    let images =
-        std::path::absolute(&dirs.images).map_err(|error| failed("find", &dirs.images, error))?;
-    let dirs = ImageDirs { images };
+    let context = Context { limits: *limits, progress, cancelled };
+    with_workspace(dirs, |dirs, workspace| in_workspace(input, dirs, workspace, wish, &context))
+}
+
+/// Only root can give files their owners.
+pub(super) fn check_root() -> Result<(), ImageError> {
+    if rustix::process::geteuid().is_root() { Ok(()) } else { Err(ImageError::NeedsRoot) }
+}
+
+/// Works in a private directory, which is gone afterwards; `work` is given the absolute directories.
+pub(super) fn with_workspace<T>(
+    dirs: &ImageDirs,
+    work: impl FnOnce(&ImageDirs, &Workspace) -> Result<T, ImageError>,
+) -> Result<T, ImageError> {
+    check_root()?;
+    let dirs = dirs.absolute()?;
     make_private(&dirs.blobs())?;
     if let Err(error) = sweep_temporary(&dirs) {
         // It is in nobody's way; `gc` tries again and reports.
@@ -78,8 +89,7 @@ pub fn import(
     POINTS.before("make_workspace").map_err(at)?;
     let workspace = Workspace::create(&dirs)?;
     POINTS.after("make_workspace").map_err(at)?;
-    let context = Context { limits: *limits, progress, cancelled };
-    let imported = in_workspace(input, &dirs, &workspace, wish, &context);
+    let done = work(&dirs, &workspace);
     if let Err(error) = remove(workspace) {
         // The answer stands; the directory is unlocked now and the next sweep takes it.
         tracing::warn!(
@@ -87,7 +97,7 @@ pub fn import(
             "could not remove what an import used"
         );
     }
-    imported
+    done
 }
 
 fn remove(workspace: Workspace) -> Result<(), ImageError> {
@@ -157,14 +167,11 @@ fn of_archive(
                     which say themselves how they are run";
         return Err(ImageError::Wish { what: what.into() });
     }
+    let platform = wish.platform.clone().unwrap_or_else(Platform::host);
     let mut all = Vec::new();
     for Selected { config, layers, names } in select::select(archive, wish, limits.max_layers)? {
-        let parsed = config::parse(&archive.text(&config)?)?;
-        let (found, listed) = (layers.len(), parsed.diff_ids.len());
-        if found != listed {
-            let what = format!("it has {found} layers, and its config lists {listed}");
-            return Err(ImageError::Damaged { what });
-        }
+        let parsed = config::parse_for(&archive.text(&config)?, &platform)?;
+        check_count(layers.len(), &parsed)?;
         let tags = wish.tag.clone().map_or(names, |tag| vec![tag]);
         for tag in &tags {
             let what = |error: InvalidTag| plain(&error.to_string());
@@ -173,6 +180,34 @@ fn of_archive(
         all.push(Picked { parsed, digest: format!("sha256:{}", config.sha256), layers, tags });
     }
     Ok(all)
+}
+
+/// Each layer has its diff id.
+pub(super) fn check_count(layers: usize, parsed: &Parsed) -> Result<(), ImageError> {
+    let ids = parsed.diff_ids.len();
+    if layers == ids {
+        return Ok(());
+    }
+    let what = format!("it has {layers} layers, and its config lists {ids}");
+    Err(ImageError::Damaged { what })
+}
+
+/// Makes the root filesystem of an image whose layers are here, or finds it made.
+pub(super) fn assemble(
+    config_sha256: &str,
+    parsed: Parsed,
+    layers: Vec<Spooled>,
+    dirs: &ImageDirs,
+    workspace: &Workspace,
+    context: &Context<'_>,
+) -> Result<(ImportedImage, BlobLease), ImageError> {
+    check_count(layers.len(), &parsed)?;
+    let digest = format!("sha256:{config_sha256}");
+    let picked = Picked { parsed, digest, layers, tags: Vec::new() };
+    let place = Place { workspace, dirs, index: 0, is_last: true };
+    let Imported { image, lease, .. } =
+        place.one(picked, &Budgets::new(&context.limits), context)?;
+    Ok((image, lease))
 }
 
 fn of_rootfs(layer: Spooled, wish: &ImportWish) -> Result<Picked, ImageError> {
@@ -258,7 +293,13 @@ impl Place<'_> {
         if self.is_last {
             // The layers are not needed any more, and the disk may be short.
             let spool = self.workspace.path().join("spool");
-            std::fs::remove_dir_all(&spool).map_err(|error| failed("remove", &spool, error))?;
+            match std::fs::remove_dir_all(&spool) {
+                // Pulled layers lie elsewhere.
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(failed("remove", &spool, error));
+                }
+                _ => {}
+            }
         }
         let made = self.workspace.path().join("out.erofs");
         POINTS.before("build").map_err(|error| failed("make", &made, error))?;

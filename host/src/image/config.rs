@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use matchlock_model::image::ImageConfig;
+use matchlock_model::platform::{Platform, host_architecture};
 use matchlock_model::signal;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
@@ -64,18 +65,13 @@ fn damaged(what: impl Into<String>) -> ImageError {
     ImageError::Damaged { what: what.into() }
 }
 
-/// This machine, as OCI names it.
-pub(super) fn host_architecture() -> &'static str {
-    match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64",
-        other => other,
-    }
-}
-
 /// The error for an image of another platform.
-pub(super) fn wrong_platform(image: String) -> ImageError {
-    ImageError::Platform { image: plain(&image), host: format!("linux/{}", host_architecture()) }
+pub(super) fn wrong_platform(image: String, wanted: &Platform) -> ImageError {
+    let image = plain(&image);
+    if *wanted == Platform::host() {
+        return ImageError::Platform { image, host: wanted.to_string() };
+    }
+    ImageError::NoSuchPlatform { image, wanted: wanted.to_string() }
 }
 
 /// The hex digits of a digest that we can check.
@@ -93,14 +89,19 @@ pub(super) fn is_sha256(hex: &str) -> bool {
 
 /// Reads a config; refuses one for another machine.
 pub(super) fn parse(text: &[u8]) -> Result<Parsed, ImageError> {
+    parse_for(text, &Platform::host())
+}
+
+/// Reads a config; refuses one that is not for this platform.
+pub(super) fn parse_for(text: &[u8], wanted: &Platform) -> Result<Parsed, ImageError> {
     let document: Document = serde_json::from_slice(text)
         .map_err(|error| damaged(plain(&format!("the image's config: {error}"))))?;
     let os = document.os.filter(|os| !os.is_empty()).unwrap_or_else(|| "linux".into());
     let architecture = document.architecture.filter(|name| !name.is_empty());
     let architecture =
         architecture.ok_or_else(|| damaged("the image's config names no architecture"))?;
-    if os != "linux" || architecture != host_architecture() {
-        return Err(wrong_platform(format!("{os}/{architecture}")));
+    if os != "linux" || architecture != wanted.architecture {
+        return Err(wrong_platform(format!("{os}/{architecture}"), wanted));
     }
     let diff_ids = document.rootfs.and_then(|rootfs| rootfs.diff_ids).unwrap_or_default();
     for id in &diff_ids {
@@ -118,6 +119,11 @@ pub(super) fn parse(text: &[u8]) -> Result<Parsed, ImageError> {
         env: environment(run.env.unwrap_or_default())?,
         labels: run.labels.unwrap_or_default(),
         stop_signal: run.stop_signal.unwrap_or_default(),
+        platform: if architecture == host_architecture() {
+            String::new()
+        } else {
+            wanted.to_string()
+        },
     };
     if !config.stop_signal.is_empty() && signal::number(&config.stop_signal).is_none() {
         let text = format!("the StopSignal {:?} of the image's config is none", config.stop_signal);

@@ -14,6 +14,9 @@
 //!   images/tmp/<random>/out.erofs ─► images/blobs/sha256_<hex>.erofs (synced, then renamed)
 //! ```
 //!
+//! [`pull`] gets the layers from a registry instead: `images/content/`, described there, in the place of
+//! the spool; the rest of the way is the same.
+//!
 //! [`import`] is synchronous and long: call it on a thread for blocking work.
 //!
 //! # Invariants
@@ -39,15 +42,20 @@ use std::path::{Path, PathBuf};
 use matchlock_failpoints::Area;
 use matchlock_model::image::ImageConfig;
 
+use crate::registry::RegistryError;
+
 mod archive;
 mod attributes;
 mod blob;
 mod build;
 mod config;
+pub mod content;
 mod erofs;
 mod fields;
 mod garbage;
 mod layer;
+mod pull;
+mod roots;
 mod select;
 mod sparse;
 mod stream;
@@ -59,7 +67,9 @@ mod workspace;
 pub use blob::{BlobLease, remove_blob, sweep_blobs};
 pub use build::{Imported, import};
 pub use garbage::{Garbage, GarbageKind, Garbages};
-pub use wish::{Change, ImportWish, InvalidWish, Platform};
+pub use pull::{PullProgress, PullRequest, PulledImage, TellPull, pull};
+pub use roots::blobs_of;
+pub use wish::{Change, ImportWish, InvalidWish};
 pub use workspace::{Swept, sweep_temporary, sweep_workspaces};
 
 /// What a crash may come between.
@@ -207,6 +217,40 @@ pub enum ImageError {
         /// What this host runs.
         host: String,
     },
+    /// The image is not for the platform that was asked for.
+    #[error("the image is for {image}, not for {wanted}")]
+    NoSuchPlatform {
+        /// What the image is for.
+        image: String,
+        /// What was asked for.
+        wanted: String,
+    },
+    /// The registry did not give it.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// It does not fit on the disk.
+    #[error(
+        "no space in {path}: the layers that are missing have {needed} bytes, and {free} are free"
+    )]
+    NoSpace {
+        /// Where it was to be put.
+        path: PathBuf,
+        /// How much.
+        needed: u64,
+        /// How much there is.
+        free: u64,
+    },
+    /// What is in the registry is no image for containers.
+    #[error("{what} is not a container image: {why}")]
+    NotAnImage {
+        /// What was pulled.
+        what: String,
+        /// Why it is none.
+        why: String,
+    },
+    /// The work was given up by the thread that did it.
+    #[error("the work on the image ended unexpectedly: {0}")]
+    Lost(String),
     /// The caller cancelled the import.
     #[error("the import was cancelled")]
     Cancelled,
@@ -258,6 +302,19 @@ impl ImageDirs {
     #[must_use]
     pub fn tmp(&self) -> PathBuf {
         self.images.join("tmp")
+    }
+
+    /// `images/content/`: what was downloaded.
+    #[must_use]
+    pub fn content(&self) -> PathBuf {
+        self.images.join("content")
+    }
+
+    /// The same, independent of the working directory.
+    pub(crate) fn absolute(&self) -> Result<Self, ImageError> {
+        let images = std::path::absolute(&self.images);
+        let images = images.map_err(|error| workspace::failed("find", &self.images, error))?;
+        Ok(Self { images })
     }
 
     /// `images/metadata.db`.

@@ -10,6 +10,7 @@
 
 use std::collections::BTreeMap;
 
+use matchlock_model::platform::Platform as Wanted;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -17,10 +18,10 @@ use super::ImageError;
 use super::archive::{Archive, Spooled};
 use super::config::{is_sha256, sha256_of, wrong_platform};
 use super::stream::plain;
-use super::wish::{self, ImportWish};
+use super::wish::ImportWish;
 
 /// How deep an index may lie in another.
-const MAX_NESTING: usize = 4;
+pub(super) const MAX_NESTING: usize = 4;
 /// How many images are named in an error.
 const NAMED: usize = 10;
 
@@ -49,22 +50,28 @@ struct Layout {
 }
 
 #[derive(Deserialize)]
-struct Index {
+pub(super) struct Index {
     manifests: Option<Vec<Descriptor>>,
 }
 
+impl Index {
+    pub(super) fn images(self) -> Vec<Descriptor> {
+        self.manifests.unwrap_or_default()
+    }
+}
+
 #[derive(Deserialize)]
-struct Manifest {
-    config: Descriptor,
-    layers: Option<Vec<Descriptor>>,
+pub(super) struct Manifest {
+    pub(super) config: Descriptor,
+    pub(super) layers: Option<Vec<Descriptor>>,
 }
 
 #[derive(Deserialize, Clone)]
 #[serde(rename_all = "camelCase")]
-struct Descriptor {
-    media_type: Option<String>,
-    digest: String,
-    size: u64,
+pub(super) struct Descriptor {
+    pub(super) media_type: Option<String>,
+    pub(super) digest: String,
+    pub(super) size: u64,
     platform: Option<Platform>,
     annotations: Option<BTreeMap<String, String>>,
 }
@@ -209,7 +216,7 @@ fn layout(
         return Err(ImageError::NotAnArchive { what });
     }
     let index: Index = json(archive, index, "index.json")?;
-    let platform = wish.platform.clone().unwrap_or_else(wish::Platform::host);
+    let platform = wish.platform.clone().unwrap_or_else(Wanted::host);
     let groups = by_name(index);
     if groups.is_empty() {
         return Err(damaged("an index of it names no image"));
@@ -264,15 +271,11 @@ fn by_name(index: Index) -> Vec<Group> {
     groups
 }
 
-fn layout_one(
-    archive: &Archive,
-    group: Group,
-    platform: &wish::Platform,
-) -> Result<Selected, ImageError> {
+fn layout_one(archive: &Archive, group: Group, platform: &Wanted) -> Result<Selected, ImageError> {
     let mut descriptor = choose(group.images, platform)?;
     for _ in 0..=MAX_NESTING {
         let file = blob(archive, &descriptor)?;
-        if !is_index(&descriptor) {
+        if !descriptor.media_type.as_deref().is_some_and(is_index) {
             return manifest(archive, &file, &descriptor.digest, group.names);
         }
         let inner: Index = json(archive, &file, &descriptor.digest)?;
@@ -281,13 +284,12 @@ fn layout_one(
     Err(damaged("its indexes are nested too deeply"))
 }
 
-fn is_index(descriptor: &Descriptor) -> bool {
+/// Whether a media type is that of a list of manifests.
+pub(super) fn is_index(media_type: &str) -> bool {
     matches!(
-        descriptor.media_type.as_deref(),
-        Some(
-            "application/vnd.oci.image.index.v1+json"
-                | "application/vnd.docker.distribution.manifest.list.v2+json"
-        )
+        media_type,
+        "application/vnd.oci.image.index.v1+json"
+            | "application/vnd.docker.distribution.manifest.list.v2+json"
     )
 }
 
@@ -320,9 +322,9 @@ fn blob(archive: &Archive, descriptor: &Descriptor) -> Result<Spooled, ImageErro
 }
 
 /// The one image of an index that is for this platform.
-fn choose(
+pub(super) fn choose(
     descriptors: Vec<Descriptor>,
-    platform: &wish::Platform,
+    platform: &Wanted,
 ) -> Result<Descriptor, ImageError> {
     let mut images: Vec<Descriptor> = Vec::new();
     for descriptor in descriptors {
@@ -337,7 +339,7 @@ fn choose(
     let names: Vec<String> = images.iter().filter_map(platform_name).collect();
     let mut fitting: Vec<Descriptor> =
         images.into_iter().filter(|image| fits(image, platform)).collect();
-    if platform.variant().is_none() && fitting.len() > 1 {
+    if platform.variant.is_none() && fitting.len() > 1 {
         // The plain one of several variants runs on every machine of the architecture.
         let plain = fitting.iter().filter(|image| is_plain(image)).count();
         if plain == 1 {
@@ -346,13 +348,7 @@ fn choose(
     }
     match (fitting.pop(), fitting.is_empty()) {
         (Some(image), true) => Ok(image),
-        (None, _) if *platform == wish::Platform::host() => Err(wrong_platform(names.join(", "))),
-        (None, _) => {
-            let list = plain(&names.join(", "));
-            Err(ImageError::Wish {
-                what: format!("the archive has no image for {platform}: it has {list}"),
-            })
-        }
+        (None, _) => Err(wrong_platform(names.join(", "), platform)),
         (Some(last), false) => {
             // Of one platform.
             fitting.push(last);
@@ -374,11 +370,11 @@ fn platform_name(descriptor: &Descriptor) -> Option<String> {
     })
 }
 
-fn fits(descriptor: &Descriptor, platform: &wish::Platform) -> bool {
+fn fits(descriptor: &Descriptor, platform: &Wanted) -> bool {
     // Without a platform it may fit; its config will tell.
     descriptor.platform.as_ref().is_none_or(|of| {
-        let variant = platform.variant().is_none_or(|wanted| of.variant.as_deref() == Some(wanted));
-        variant && platform.has(&of.os, &of.architecture)
+        let variant = platform.variant.is_none() || platform.variant == of.variant;
+        of.os == "linux" && of.architecture == platform.architecture && variant
     })
 }
 

@@ -3,13 +3,11 @@
 //!
 //! Nothing here reads an archive; what makes no sense is refused before one is looked at.
 
-use std::fmt;
 use std::str::FromStr;
 
 use matchlock_model::image::ImageConfig;
+use matchlock_model::platform::Platform;
 use matchlock_model::signal;
-
-use super::config::host_architecture;
 
 /// What is wanted of an archive.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -34,76 +32,6 @@ impl ImportWish {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct InvalidWish(String);
-
-/// A kind of machine, as OCI names it: `linux/amd64`, `linux/arm/v7`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Platform {
-    os: String,
-    architecture: String,
-    /// Empty for the plain one.
-    variant: String,
-}
-
-impl FromStr for Platform {
-    type Err = InvalidWish;
-
-    fn from_str(text: &str) -> Result<Self, InvalidWish> {
-        let good = |part: &&str| {
-            !part.is_empty()
-                && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
-        };
-        let parts: Vec<&str> = text.split('/').filter(good).collect();
-        let (os, architecture, variant) = match parts[..] {
-            [os, architecture] => (os, architecture, ""),
-            [os, architecture, variant] => (os, architecture, variant),
-            _ => ("", "", ""),
-        };
-        if os.is_empty() || parts.len() != text.split('/').count() {
-            let host = host_architecture();
-            let text = format!(
-                "{text:?} is no platform: use OS/ARCH or OS/ARCH/VARIANT, such as linux/{host}"
-            );
-            return Err(InvalidWish(text));
-        }
-        // As people write them.
-        let architecture = match architecture {
-            "x86_64" => "amd64",
-            "aarch64" => "arm64",
-            other => other,
-        };
-        let own = |text: &str| text.to_owned();
-        Ok(Self { os: own(os), architecture: own(architecture), variant: own(variant) })
-    }
-}
-
-impl fmt::Display for Platform {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.os, self.architecture)?;
-        if self.variant.is_empty() { Ok(()) } else { write!(f, "/{}", self.variant) }
-    }
-}
-
-impl Platform {
-    /// This host's.
-    #[must_use]
-    pub fn host() -> Self {
-        Self {
-            os: "linux".into(),
-            architecture: host_architecture().into(),
-            variant: String::new(),
-        }
-    }
-
-    /// Whether an image of that platform is one of this, but for the variant.
-    pub(super) fn has(&self, os: &str, architecture: &str) -> bool {
-        self.os == os && self.architecture == architecture
-    }
-
-    /// The variant, if one is asked for.
-    pub(super) fn variant(&self) -> Option<&str> {
-        (!self.variant.is_empty()).then_some(self.variant.as_str())
-    }
-}
 
 /// A line of a Dockerfile that says how an image is run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -181,25 +109,6 @@ fn words(text: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn platforms_are_two_or_three_words() {
-        for (text, expected) in [
-            ("linux/amd64", Some("linux/amd64")),
-            ("linux/x86_64", Some("linux/amd64")),
-            ("linux/arm/v7", Some("linux/arm/v7")),
-            ("linux", None),
-            ("", None),
-            ("linux/", None),
-            ("/amd64", None),
-            ("linux//amd64", None),
-            ("linux/amd64/v2/x", None),
-            ("linux/amd 64", None),
-        ] {
-            let parsed = text.parse::<Platform>();
-            assert_eq!(parsed.map(|p| p.to_string()).ok().as_deref(), expected, "{text:?}");
-        }
-    }
 
     #[test]
     fn changes_set_how_an_image_is_run() {

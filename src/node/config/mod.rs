@@ -11,11 +11,14 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use matchlock_host::registry::RegistrySettings;
 use matchlock_host::vm_log::LogLimits;
 use matchlock_model::subnet::{InvalidPool, SubnetPool};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Deserializer};
+
+pub mod registries;
 
 /// The environment variable of the state directory.
 pub const HOME_VARIABLE: &str = "MATCHLOCK_HOME";
@@ -57,6 +60,8 @@ pub struct NodeConfig {
     pub subnet_pool: Result<SubnetPool, BadPool>,
     /// How much of what a VM's command prints is kept.
     pub vm_log: LogLimits,
+    /// What is said of image registries.
+    pub registries: RegistrySettings,
 }
 
 /// A subnet pool that is none.
@@ -89,6 +94,7 @@ struct FileConfig {
     vm_log_size_mb: Option<u64>,
     #[serde(deserialize_with = "number")]
     vm_log_files: Option<u64>,
+    registry: registries::Section,
 }
 
 /// A whole number, refused in words for whoever wrote the file.
@@ -140,6 +146,14 @@ pub enum ConfigError {
         value: OsString,
         /// What is counted.
         unit: &'static str,
+    },
+    /// A text names no host.
+    #[error("{setting} is {value:?}: write HOST or HOST:PORT, without a scheme and a path")]
+    Host {
+        /// Which setting, and where it stands.
+        setting: String,
+        /// Its value.
+        value: String,
     },
     /// The file cannot be read.
     #[error("cannot read {}", path.display())]
@@ -286,6 +300,7 @@ impl NodeConfig {
         Ok(Self {
             subnet_pool,
             vm_log: from.log_limits(&file)?,
+            registries: registries::settings(&from, file.registry.clone())?,
             boot_timeout: from.seconds(BOOT_TIMEOUT_VARIABLE, "boot_timeout", file.boot_timeout)?,
             hang_timeout: from.seconds(HANG_TIMEOUT_VARIABLE, "hang_timeout", file.hang_timeout)?,
             history_days: history_days.unwrap_or(DEFAULT_HISTORY_DAYS),

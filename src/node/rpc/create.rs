@@ -13,7 +13,7 @@ use matchlock_host::facts;
 use matchlock_host::guest_bundle::GuestBundle;
 use matchlock_host::image::BlobLease;
 use matchlock_model::failure::{Failure, FailureKind};
-use matchlock_model::image::ImageConfig;
+use matchlock_model::image::{ImageConfig, ImageRecord};
 use matchlock_model::signal;
 use matchlock_model::spec::{EnvVar, NetworkInput, VmSpec, VmSpecInput, parse_env};
 use serde::Deserialize;
@@ -21,7 +21,6 @@ use serde::de::IgnoredAny;
 
 use super::protocol::{Code, RpcError};
 use crate::node::config::NodeConfig;
-use crate::node::images::find_image;
 
 const DEFAULT_CPUS: f64 = 1.0;
 const DEFAULT_MEMORY_MB: u64 = 512;
@@ -375,9 +374,11 @@ fn merged(mut image: ImageConfig, given: ImageConfig) -> ImageConfig {
 ///
 /// # Errors
 /// What is missing.
-pub(super) fn prepare(config: &NodeConfig, wanted: Wanted) -> Result<CreateVm, RpcError> {
-    let vm_failed = |failure: Failure| RpcError::failure(Code::Vm, &failure);
-    let image = find_image(config, &wanted.spec.image).map_err(vm_failed)?;
+pub(super) fn prepare(
+    config: &NodeConfig,
+    wanted: Wanted,
+    image: ImageRecord,
+) -> Result<CreateVm, RpcError> {
     let kernel = wanted.kernel.or_else(|| config.kernel.clone());
     let bundle = GuestBundle::find(&config.cache, kernel).map_err(|e| host(&e))?;
     let lease = BlobLease::take(image.rootfs_path.as_ref()).map_err(|e| host(&e))?;

@@ -37,6 +37,7 @@ use super::vms::{Coming, SessionVm, Which, ended, told};
 use crate::node::client::{NodeClient, OwnCommand, not_cleaned_up, running, settled};
 use crate::node::config::{CACHE_VARIABLE, HOME_VARIABLE, NodeConfig};
 use crate::node::detach::start_for_session;
+use crate::node::images::find_or_pull;
 use crate::node::output_log::{self, Audience};
 use crate::node::owner::{self, KillRequest};
 
@@ -63,11 +64,17 @@ pub(super) async fn create(
     let arguments = if asked.detached { Some(asked.run_arguments()?) } else { None };
     let wanted = asked.check()?;
     let coming = session.vms.coming()?;
+    let config = session.host.config.clone();
+    let image =
+        find_or_pull(config.clone(), &session.host.client, &wanted.spec.image, cancel).await;
+    let image = image.map_err(|failure| match failure.kind {
+        FailureKind::Cancelled => RpcError::cancelled(),
+        _ => vm_failed(&failure),
+    })?;
     if let Some(arguments) = arguments {
         return create_detached(session, coming, wanted, arguments, begun).await;
     }
-    let config = session.host.config.clone();
-    let prepared = tokio::task::spawn_blocking(move || prepare(&config, wanted));
+    let prepared = tokio::task::spawn_blocking(move || prepare(&config, wanted, image));
     let create = prepared.await.map_err(|e| RpcError::new(Code::Internal, e.to_string()))??;
     let checked = session.host.deps.hypervisor.check();
     checked.map_err(|e| vm_failed(&Failure::from_error(FailureKind::Host, &e)))?;

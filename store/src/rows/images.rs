@@ -7,6 +7,7 @@
 
 use jiff::Timestamp;
 use matchlock_model::image::{ImageConfig, ImageRecord, ImageScope};
+use matchlock_model::reference::ImageReference;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use serde::{Deserialize, Serialize};
 
@@ -19,8 +20,19 @@ const FS_TYPE: &str = "erofs";
 const SELECT: &str = "
     SELECT scope, tag, digest, size, created_at, source, rootfs_path, oci_json FROM images";
 
-/// The image that this tag means: one made here hides one that was pulled.
+/// The image that this tag means, as it stands or completed as the name of an image in a registry: one
+/// made here hides one that was pulled.
 pub(crate) fn find(conn: &Connection, tag: &str) -> rusqlite::Result<Option<ImageRecord>> {
+    if let Some(record) = find_exact(conn, tag)? {
+        return Ok(Some(record));
+    }
+    match tag.parse::<ImageReference>().map(|reference| reference.to_string()) {
+        Ok(complete) if complete != tag => find_exact(conn, &complete),
+        _ => Ok(None),
+    }
+}
+
+fn find_exact(conn: &Connection, tag: &str) -> rusqlite::Result<Option<ImageRecord>> {
     for scope in [ImageScope::Local, ImageScope::Registry] {
         if let Some(record) = find_in(conn, scope, tag)? {
             return Ok(Some(record));

@@ -8,6 +8,7 @@
 mod host;
 mod installation;
 pub mod netns;
+pub mod registry;
 mod running;
 mod session;
 mod terminal;

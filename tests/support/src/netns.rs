@@ -238,7 +238,7 @@ impl TestNet {
 }
 
 /// Makes something in a namespace, on a thread that goes there and ends.
-fn in_namespace<T: Send + 'static>(
+pub(crate) fn in_namespace<T: Send + 'static>(
     namespace: &Namespace,
     make: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
