@@ -132,6 +132,8 @@ async fn own(
     EXEC.after("relay").map_err(injected)?;
     watch.exec = Some(watch.elapsed() - started);
     watch.command_ended = Some(Stopwatch::now());
+    // What it is told to have ended with where nobody took its output any more.
+    let code = code.or_else(|| closed_pipe(&ending));
     // One that goes with its command is asked by nobody afterwards.
     if let Some(code) = code
         && !spec.ephemeral
@@ -154,8 +156,21 @@ async fn record_exit(node: &Node, vm: &VmContext, code: u8) {
     }
 }
 
+/// The code of a command whose output nobody takes any more, as if the pipe were its own.
+fn closed_pipe(ending: &Ending) -> Option<u8> {
+    match ending {
+        Ending::OutputClosed(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+            Some(exit::by_signal(SIGPIPE))
+        }
+        _ => None,
+    }
+}
+
 /// The exit code that an ending has.
 pub(super) fn exit_code(ending: Ending, timeout: Option<Duration>) -> Result<u8, CliError> {
+    if let Some(code) = closed_pipe(&ending) {
+        return Ok(code);
+    }
     match ending {
         Ending::Exited(status) => Ok(status.shell_code()),
         Ending::Interrupted(which) => Ok(which.exit_code()),
@@ -167,9 +182,6 @@ pub(super) fn exit_code(ending: Ending, timeout: Option<Duration>) -> Result<u8,
             let limit = humantime::format_duration(limit);
             let text = format!("the command took longer than --timeout {limit}");
             Err(CliError::message(text).with_code(exit::TIMEOUT))
-        }
-        Ending::OutputClosed(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
-            Ok(exit::by_signal(SIGPIPE))
         }
         Ending::OutputClosed(error) => {
             Err(CliError::message(format_args!("could not write the command's output: {error}")))
