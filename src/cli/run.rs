@@ -14,6 +14,7 @@ use matchlock_model::exec::{ExecSpec, Terminal};
 use matchlock_model::image::ImageRecord;
 use matchlock_model::spec::{EnvVar, NetworkInput, VmSpec, VmSpecInput, env_file_lines, parse_env};
 use matchlock_model::vm::StopMode;
+use tokio::time::timeout;
 
 use super::error::CliError;
 use super::later::LaterRunFlags;
@@ -27,6 +28,7 @@ use crate::node::config::NodeConfig;
 use crate::node::detach::{self, Asker, Detached};
 use crate::node::images::find_image;
 use crate::node::owner::{self, KillRequest};
+use crate::node::relay::SOON;
 use crate::node::signals::Interrupts;
 use crate::node::terminal;
 
@@ -182,10 +184,17 @@ pub(super) async fn run(args: RunArgs, config: NodeConfig) -> Result<u8, CliErro
         config.subnet_pool.as_ref().map_err(|e| CliError::failure(e))?;
     }
     // The database may be somebody else's for a while, and nothing is made yet.
-    let booting = tokio::spawn(Node::boot(config));
+    let mut booting = tokio::spawn(Node::boot(config));
     let node = tokio::select! {
-        node = booting => node.map_err(|e| CliError::failure(&e))??,
-        which = interrupts.next() => return Ok(which.exit_code()),
+        node = &mut booting => node.map_err(|e| CliError::failure(&e))??,
+        which = interrupts.next() => {
+            // It may be half-way through making the database.
+            if let Ok(node) = timeout(SOON, booting).await {
+                let node = node.map_err(|e| CliError::failure(&e))??;
+                node.shutdown(StopMode::Force).await?;
+            }
+            return Ok(which.exit_code());
+        }
     };
     node.deps().hypervisor.check().map_err(|e| CliError::failure(&e))?;
     watch.image = Some(watch.elapsed());

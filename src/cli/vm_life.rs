@@ -15,11 +15,11 @@ use matchlock_actors::fleet::VmHandle;
 use matchlock_actors::vm::{CreateVm, VmContext};
 use matchlock_model::exec::ExecSpec;
 use matchlock_model::exit;
-use matchlock_model::failure::FailureKind;
+use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::spec::VmSpec;
 use matchlock_model::view::VmView;
 use matchlock_model::vm::StopMode;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use super::error::CliError;
 use super::progress;
@@ -43,9 +43,12 @@ pub(super) async fn in_vm(
     interrupts: &mut Interrupts,
     watch: &mut Stopwatch,
 ) -> Result<(u8, VmView), CliError> {
-    let client = node.client();
     let before = watch.elapsed();
-    let mut vm = client.create_vm(create).await?;
+    let (mut vm, interrupt) = created(node, create, interrupts).await?;
+    if let Some(which) = interrupt {
+        let view = stop_interruptibly(node, &vm, StopMode::Force, interrupts).await?;
+        return Ok((which.exit_code(), view));
+    }
     let booting = format!("booting {}", vm.id);
     let up = tokio::select! {
         up = progress::waiting(&booting, running(&mut vm)) => up,
@@ -91,6 +94,29 @@ pub(super) async fn in_vm(
         return Ok((code.unwrap_or(Ok(0))?, view?));
     }
     keep(node, &vm, spec, code, interrupts).await
+}
+
+/// Creates the VM; and who has interrupted that.
+async fn created(
+    node: &Node,
+    create: CreateVm,
+    interrupts: &mut Interrupts,
+) -> Result<(VmHandle, Option<Interrupt>), Failure> {
+    let mut creating = Box::pin(node.client().create_vm(create));
+    tokio::select! {
+        created = &mut creating => Ok((created?, None)),
+        which = interrupts.next() => match timeout(SOON, creating).await {
+            Ok(created) => Ok((created?, Some(which))),
+            Err(_) => leave(which),
+        },
+    }
+}
+
+/// Ends this process: another one has the database and keeps it. What it may let us write in this last
+/// moment is a VM that has nothing yet.
+fn leave(which: Interrupt) -> ! {
+    render::note("the database is in use by another process; `matchlock gc` finishes what is left");
+    super::finish(which.exit_code())
 }
 
 /// Where the words of an owner go that nobody listens to.
