@@ -32,7 +32,11 @@ impl CliError {
             }
             verb => format!("matchlock {verb} --help"),
         };
-        Self { usage: true, message: format!("{point}; see `{help}`"), code: None }
+        let similar = match error.get(clap::error::ContextKind::SuggestedArg) {
+            Some(clap::error::ContextValue::String(flag)) => format!(" (did you mean {flag}?)"),
+            _ => String::new(),
+        };
+        Self { usage: true, message: format!("{point}{similar}; see `{help}`"), code: None }
     }
 
     /// The arguments cannot be what they are.

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
+use std::time::Duration;
 
 use clap::Args;
 use matchlock_model::exec::ExecSpec;
@@ -9,6 +10,7 @@ use matchlock_model::id::VmId;
 use matchlock_model::phase::Phase;
 use matchlock_model::signal;
 use matchlock_model::spec::{DEFAULT_GRACE, check_user, check_workdir};
+use tokio::time::Instant;
 
 use super::error::CliError;
 use super::later::refuse_later;
@@ -18,7 +20,7 @@ use super::run::{environment, own_terminal};
 use super::vm_life::exit_code;
 use crate::node::config::NodeConfig;
 use crate::node::owner;
-use crate::node::relay::{Ours, RelayLimits, relay};
+use crate::node::relay::{Ending, Ours, RelayLimits, relay};
 use crate::node::signals::Interrupts;
 
 /// The arguments of `exec`.
@@ -89,7 +91,42 @@ pub(super) async fn exec(args: ExecArgs, config: NodeConfig) -> Result<u8, CliEr
     let limits =
         RelayLimits { timeout: None, grace: DEFAULT_GRACE, stop_signal: signal::TERM, again };
     let relayed = relay(session, ours, limits, &mut interrupts).await;
+    if let Ending::Lost(lost) = &relayed.ending
+        && let Some(why) = why_lost(&config, args.id).await
+    {
+        tracing::debug!(%lost, "the guest was lost");
+        return Err(CliError::message(format_args!(
+            "VM {} ended while the command ran: {why}",
+            args.id
+        )));
+    }
     exit_code(relayed.ending, None)
+}
+
+/// How long a VM whose guest was lost may take to say why.
+const REASON_LIMIT: Duration = Duration::from_secs(3);
+const REASON_POLL: Duration = Duration::from_millis(50);
+
+/// Why a VM ended, if its row says so soon. What keeps us from looking is no reason: the command was
+/// lost all the same, and that is said.
+async fn why_lost(config: &NodeConfig, id: VmId) -> Option<String> {
+    let deadline = Instant::now() + REASON_LIMIT;
+    loop {
+        match status_of(config, id).await {
+            Ok(Some(vm)) if vm.record.phase == Phase::Running && vm.is_owned => {}
+            Ok(Some(vm)) if vm.record.last_error.is_empty() => return None,
+            Ok(Some(vm)) => return Some(vm.record.last_error),
+            Ok(None) => return Some("it was removed".into()),
+            Err(error) => {
+                tracing::debug!(%error, "why a guest was lost could not be looked at");
+                return None;
+            }
+        }
+        if Instant::now() >= deadline {
+            return None;
+        }
+        tokio::time::sleep(REASON_POLL).await;
+    }
 }
 
 async fn require_running(config: &NodeConfig, id: VmId) -> Result<(), CliError> {

@@ -189,7 +189,10 @@ impl Report {
         // Where nothing was to be done, nothing is said.
         let mut lines: Vec<String> = (total > 0).then_some(line).into_iter().collect();
         if self.forgotten > 0 {
-            lines.push(format!("{forgot} the history of {} removed VMs", self.forgotten));
+            lines.push(format!(
+                "{forgot} the history of {}",
+                render::count(self.forgotten, "removed VM")
+            ));
         }
         if self.swept > 0 {
             let what = "remains of interrupted image imports or removals";

@@ -10,6 +10,26 @@ const VERBS: &[(&str, &str)] = &[
     ("rmi", "image rm"),
     ("load", "image import"),
     ("start", "run -d"),
+    ("create", "run -d"),
+    ("import", "image import"),
+    ("tag", "image tag"),
+];
+
+/// Verbs that have no other name here, and what to do.
+const OTHERWISE: &[(&str, &str)] = &[
+    ("wait", "`matchlock get ID` has the exit_code once the command has ended"),
+    ("cp", "use `matchlock exec -i ID -- tar x < FILE.tar`, or write_file of `matchlock rpc`"),
+    (
+        "attach",
+        "`matchlock log -f ID` follows the output, `matchlock exec -it ID -- sh` is a shell",
+    ),
+    ("top", "use `matchlock exec ID -- ps`"),
+    ("stats", "use `matchlock exec ID -- top -bn1`"),
+    ("restart", "a microVM runs once: `matchlock kill ID`, then `matchlock run -d`"),
+    ("pause", "microVMs are not paused"),
+    ("system", "use `matchlock gc`, and `matchlock prune` for stopped microVMs"),
+    ("container", "its verbs are ours without it, e.g. `matchlock list`"),
+    ("info", "use `matchlock diagnose` or `matchlock version`"),
 ];
 
 /// Flags of `run` there, and what to do here.
@@ -18,6 +38,16 @@ const FLAGS: &[(&str, &str)] = &[
     ("--name", "microVMs have ids, no names: `matchlock run -d` prints one, `matchlock list` all"),
     ("--network", "each microVM has a network of its own; --no-network leaves it out"),
 ];
+
+/// What was probably meant.
+fn similar(error: &clap::Error) -> Option<String> {
+    let similar = match error.get(ContextKind::SuggestedSubcommand)? {
+        ContextValue::Strings(names) => names.last()?,
+        ContextValue::String(name) => name,
+        _ => return None,
+    };
+    Some(format!("did you mean `{similar}`?"))
+}
 
 /// The line that helps with this refusal, if there is one.
 pub(super) fn instead(error: &clap::Error, verb: &str) -> Option<String> {
@@ -28,8 +58,31 @@ pub(super) fn instead(error: &clap::Error, verb: &str) -> Option<String> {
     match error.kind() {
         ErrorKind::InvalidSubcommand => {
             let given = named(ContextKind::InvalidSubcommand)?;
-            let (_, ours) = VERBS.iter().find(|(theirs, _)| *theirs == given)?;
-            Some(format!("there is no `matchlock {given}`; use `matchlock {ours}`"))
+            if verb == "image" {
+                let similar = similar(error);
+                let instead = match given {
+                    "pull" | "build" => format!("use `matchlock {given}`"),
+                    "prune" => "use `matchlock image gc`".to_owned(),
+                    _ => similar.unwrap_or_else(|| "see `matchlock image --help`".to_owned()),
+                };
+                return Some(format!("there is no `matchlock image {given}`; {instead}"));
+            }
+            if let Some((_, ours)) = VERBS.iter().find(|(theirs, _)| *theirs == given) {
+                return Some(format!("there is no `matchlock {given}`; use `matchlock {ours}`"));
+            }
+            let otherwise = OTHERWISE.iter().find(|(theirs, _)| *theirs == given);
+            let instead = otherwise.map(|(_, instead)| (*instead).to_owned());
+            let instead = instead.or_else(|| similar(error))?;
+            Some(format!("there is no `matchlock {given}`; {instead}"))
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => {
+            Some(if verb == "image" {
+                "which? See `matchlock image --help`".to_owned()
+            } else {
+                "what is to be done? E.g. `matchlock run --image busybox -- sh`; see \
+                 `matchlock --help`"
+                    .to_owned()
+            })
         }
         ErrorKind::UnknownArgument if verb == "run" => {
             let given = named(ContextKind::InvalidArg)?;

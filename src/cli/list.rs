@@ -27,6 +27,8 @@ Status:
   stopped   it holds nothing any more but its logs
   removing  `matchlock rm` has not come to its end: `matchlock gc` finishes
 
+EXIT is the exit code of the command of `matchlock run`, once it has ended (--rm=false, -d).
+
 Exit codes: 0; 1 also when the row of some VM cannot be read: the others are listed.")]
 pub(super) struct ListArgs {
     /// All VMs, which is what is listed anyway
@@ -58,8 +60,9 @@ const COLUMNS: &[Column] = &[
     Column::whole("ID"),
     Column::whole("STATUS"),
     Column::cut("IMAGE", 8),
-    Column::cut("CREATED", 10),
+    Column::cut("CREATED (UTC)", 10),
     Column::whole("PID"),
+    Column::whole("EXIT"),
 ];
 
 pub(super) async fn list(args: ListArgs, config: NodeConfig) -> Result<u8, CliError> {
@@ -125,5 +128,6 @@ fn row(vm: &Shown<VmSummary>) -> Vec<Cell> {
         vm.record.image.clone().into(),
         vm.record.created_at.strftime("%Y-%m-%d %H:%M").to_string().into(),
         pid.into(),
+        vm.record.exit_code.map_or_else(|| "-".to_owned(), |code| code.to_string()).into(),
     ]
 }

@@ -19,8 +19,8 @@ use crate::node::wiring;
 /// The arguments of `log`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Prints what the command of `matchlock run` printed, stdout and stderr as they came, with -t
-what stood on its terminal; not what `matchlock exec` ran. The log is there until the VM is
+Prints what the command of `matchlock run` printed, stdout and stderr each in its order (as they
+are two pipes, not in their common one); with -t what stood on its terminal; not what `matchlock exec` ran. The log is there until the VM is
 removed. It is cut: 30 MB are kept, or as configured.
 
 Exit codes: 0, also when Ctrl-C ends --follow; 1 when there is no such VM, or it cannot be read.")]

@@ -14,6 +14,7 @@ use matchlock_model::exec::{ExecSpec, Terminal};
 use matchlock_model::image::ImageRecord;
 use matchlock_model::spec::{EnvVar, NetworkInput, VmSpec, VmSpecInput, env_file_lines, parse_env};
 use matchlock_model::vm::StopMode;
+use tokio::time::timeout;
 
 use super::error::CliError;
 use super::later::LaterRunFlags;
@@ -26,6 +27,8 @@ use super::vm_life::in_vm;
 use crate::node::boot::Node;
 use crate::node::config::NodeConfig;
 use crate::node::detach::{self, Asker, Detached};
+use crate::node::owner::{self, KillRequest};
+use crate::node::relay::SOON;
 use crate::node::signals::Interrupts;
 use crate::node::terminal;
 
@@ -184,12 +187,24 @@ pub(super) async fn run(args: RunArgs, config: NodeConfig) -> Result<u8, CliErro
         .map_err(|e| CliError::failure(&e))?;
     let lease = BlobLease::take(image.rootfs_path.as_ref()).map_err(|e| CliError::failure(&e))?;
     if detach {
-        return detached(&mut interrupts).await;
+        return detached(&config, &mut interrupts).await;
     }
     if spec.network.is_some() {
         config.subnet_pool.as_ref().map_err(|e| CliError::failure(e))?;
     }
-    let node = Node::boot(config).await?;
+    // The database may be somebody else's for a while, and nothing is made yet.
+    let mut booting = tokio::spawn(Node::boot(config));
+    let node = tokio::select! {
+        node = &mut booting => node.map_err(|e| CliError::failure(&e))??,
+        which = interrupts.next() => {
+            // It may be half-way through making the database.
+            if let Ok(node) = timeout(SOON, booting).await {
+                let node = node.map_err(|e| CliError::failure(&e))??;
+                node.shutdown(StopMode::Force).await?;
+            }
+            return Ok(which.exit_code());
+        }
+    };
     node.deps().hypervisor.check().map_err(|e| CliError::failure(&e))?;
     watch.image = Some(watch.elapsed());
     let create = CreateVm {
@@ -220,14 +235,30 @@ pub(super) async fn run(args: RunArgs, config: NodeConfig) -> Result<u8, CliErro
     Ok(code)
 }
 
+/// How long the owner of a VM of which nobody knows may take to hear that it is to go, and to end it.
+const HEARS: Duration = Duration::from_secs(5);
+const ENDS: Duration = Duration::from_secs(30);
+
 /// Has another process own the VM; prints its id once the command runs.
-async fn detached(interrupts: &mut Interrupts) -> Result<u8, CliError> {
+async fn detached(config: &NodeConfig, interrupts: &mut Interrupts) -> Result<u8, CliError> {
     let started = progress::waiting("starting a VM", detach::start(interrupts)).await?;
     match started {
-        Detached::Started(id) => {
-            render::lines([id.to_string()])?;
-            Ok(0)
-        }
+        Detached::Started(id) => match render::line_for_somebody(&id.to_string()) {
+            Ok(()) => Ok(0),
+            // Nobody would know of it.
+            Err(error) => {
+                let how = KillRequest { force: true, heard: Some(HEARS), done: Some(ENDS) };
+                let ended = match owner::kill(&config.vms_dir(), id, how).await {
+                    Ok(()) => "it was taken down again".to_owned(),
+                    Err(failure) => {
+                        format!("it could not be taken down: {failure}; run `matchlock kill {id}`")
+                    }
+                };
+                Err(CliError::message(format_args!(
+                    "could not print the id of VM {id}: {error}; {ended}"
+                )))
+            }
+        },
         Detached::Ended(status) => Ok(detach::exit_code(status, interrupts.first())?),
     }
 }

@@ -15,12 +15,12 @@ use matchlock_actors::fleet::VmHandle;
 use matchlock_actors::vm::{CreateVm, VmContext};
 use matchlock_model::exec::ExecSpec;
 use matchlock_model::exit;
-use matchlock_model::failure::FailureKind;
+use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::signal;
 use matchlock_model::spec::VmSpec;
 use matchlock_model::view::VmView;
 use matchlock_model::vm::StopMode;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use super::error::CliError;
 use super::progress;
@@ -44,9 +44,12 @@ pub(super) async fn in_vm(
     interrupts: &mut Interrupts,
     watch: &mut Stopwatch,
 ) -> Result<(u8, VmView), CliError> {
-    let client = node.client();
     let before = watch.elapsed();
-    let mut vm = client.create_vm(create).await?;
+    let (mut vm, interrupt) = created(node, create, interrupts).await?;
+    if let Some(which) = interrupt {
+        let view = stop_interruptibly(node, &vm, StopMode::Force, interrupts).await?;
+        return Ok((which.exit_code(), view));
+    }
     let booting = format!("booting {}", vm.id);
     let up = tokio::select! {
         up = progress::waiting(&booting, running(&mut vm)) => up,
@@ -94,6 +97,29 @@ pub(super) async fn in_vm(
     keep(node, &vm, spec, code, interrupts).await
 }
 
+/// Creates the VM; and who has interrupted that.
+async fn created(
+    node: &Node,
+    create: CreateVm,
+    interrupts: &mut Interrupts,
+) -> Result<(VmHandle, Option<Interrupt>), Failure> {
+    let mut creating = Box::pin(node.client().create_vm(create));
+    tokio::select! {
+        created = &mut creating => Ok((created?, None)),
+        which = interrupts.next() => match timeout(SOON, creating).await {
+            Ok(created) => Ok((created?, Some(which))),
+            Err(_) => leave(which),
+        },
+    }
+}
+
+/// Ends this process: another one has the database and keeps it. What it may let us write in this last
+/// moment is a VM that has nothing yet.
+fn leave(which: Interrupt) -> ! {
+    render::note("the database is in use by another process; `matchlock gc` finishes what is left");
+    super::finish(which.exit_code())
+}
+
 /// Where the words of an owner go that nobody listens to.
 fn owner_log(node: &Node, vm: &VmHandle) -> PathBuf {
     node.deps().paths(vm.id).owner_log()
@@ -134,6 +160,8 @@ async fn own(
     EXEC.after("relay").map_err(injected)?;
     watch.exec = Some(watch.elapsed() - started);
     watch.command_ended = Some(Stopwatch::now());
+    // What it is told to have ended with where nobody took its output any more.
+    let code = code.or_else(|| closed_pipe(&ending));
     // One that goes with its command is asked by nobody afterwards.
     if let Some(code) = code
         && !spec.ephemeral
@@ -156,8 +184,21 @@ async fn record_exit(node: &Node, vm: &VmContext, code: u8) {
     }
 }
 
+/// The code of a command whose output nobody takes any more, as if the pipe were its own.
+fn closed_pipe(ending: &Ending) -> Option<u8> {
+    match ending {
+        Ending::OutputClosed(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+            Some(exit::by_signal(SIGPIPE))
+        }
+        _ => None,
+    }
+}
+
 /// The exit code that an ending has.
 pub(super) fn exit_code(ending: Ending, timeout: Option<Duration>) -> Result<u8, CliError> {
+    if let Some(code) = closed_pipe(&ending) {
+        return Ok(code);
+    }
     match ending {
         Ending::Exited(status) => Ok(status.shell_code()),
         Ending::Interrupted(which) => Ok(which.exit_code()),
@@ -169,9 +210,6 @@ pub(super) fn exit_code(ending: Ending, timeout: Option<Duration>) -> Result<u8,
             let limit = humantime::format_duration(limit);
             let text = format!("the command took longer than --timeout {limit}");
             Err(CliError::message(text).with_code(exit::TIMEOUT))
-        }
-        Ending::OutputClosed(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
-            Ok(exit::by_signal(SIGPIPE))
         }
         Ending::OutputClosed(error) => {
             Err(CliError::message(format_args!("could not write the command's output: {error}")))

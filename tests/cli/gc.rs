@@ -93,7 +93,7 @@ fn a_dry_run_says_what_gc_then_does_and_touches_nothing() {
              vm-00000002: would clean sockets_remove, rootfs_remove, state_dir_remove, record_remove\n\
              vm-00000007: would clean sockets_remove, rootfs_remove\n\
              Would reconcile 3 VMs\n\
-             Would forget the history of 1 removed VMs\n"
+             Would forget the history of 1 removed VM\n"
         ),
         "{err}"
     );
@@ -111,7 +111,7 @@ fn a_dry_run_says_what_gc_then_does_and_touches_nothing() {
              vm-00000002: cleaned sockets_remove, rootfs_remove, state_dir_remove\n\
              vm-00000007: cleaned sockets_remove, rootfs_remove\n\
              Reconciled 3 VMs\n\
-             Forgot the history of 1 removed VMs\n",
+             Forgot the history of 1 removed VM\n",
             stranger
         )
     );

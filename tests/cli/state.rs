@@ -188,7 +188,7 @@ fn a_removed_vm_is_inspected_until_its_history_is_forgotten() {
     stored.ok(&["gc", "vm-00000003"]);
     assert!(stored.ok(&["inspect", "vm-00000002"]).contains("cleaned"));
     let said = stored.ok(&["gc"]);
-    assert!(said.contains("Forgot the history of 1 removed VMs\n"), "{said}");
+    assert!(said.contains("Forgot the history of 1 removed VM\n"), "{said}");
     assert_eq!(stored.refused(&["inspect", "vm-00000002"]).0, 1);
     assert_eq!(stored.json(&["inspect", "vm-00000001"])["vm"], Value::Null);
     // A VM that still has its row keeps its history, however old.
@@ -197,7 +197,7 @@ fn a_removed_vm_is_inspected_until_its_history_is_forgotten() {
     let config = stored.installation.home().join("config.toml");
     fs::write(config, "history_days = 28\n").unwrap();
     assert!(!stored.ok(&["gc", "--history-days", "30"]).contains("Forgot"));
-    assert!(stored.ok(&["gc"]).contains("Forgot the history of 1 removed VMs\n"));
+    assert!(stored.ok(&["gc"]).contains("Forgot the history of 1 removed VM\n"));
     assert_eq!(stored.refused(&["inspect", "vm-00000001"]).0, 1);
     let (code, line) = stored.refused(&["gc", "--history-days", "3", "vm-00000003"]);
     assert_eq!(code, 2, "{line}");
@@ -413,7 +413,7 @@ fn what_cannot_be_removed_keeps_its_record_and_keeps_no_other() {
     assert_eq!((&shown[0]["id"], &shown[0]["status"]), (&"vm-00000002".into(), &"removing".into()));
     fs::remove_file(stored.installation.home().join("vms/vm-00000002")).unwrap();
     assert_eq!(stored.ok(&["prune"]), "Pruned vm-00000002\nPruned 1 VMs\n");
-    assert_eq!(stored.ok(&["list"]), "ID  STATUS  IMAGE  CREATED  PID\n");
+    assert_eq!(stored.ok(&["list"]), "ID  STATUS  IMAGE  CREATED (UTC)  PID  EXIT\n");
 }
 
 #[test]
@@ -428,9 +428,9 @@ fn lists_for_scripts_and_for_people() {
     assert_eq!(stored.ok(&["list", "--running", "--quiet"]), "");
     assert_eq!(
         stored.ok(&["list"]),
-        "ID           STATUS   IMAGE    CREATED           PID\n\
-         vm-00000001  crashed  busybox  2026-01-02 03:04  -\n\
-         vm-00000002  crashed  busybox  2026-01-02 03:04  -\n"
+        "ID           STATUS   IMAGE    CREATED (UTC)     PID  EXIT\n\
+         vm-00000001  crashed  busybox  2026-01-02 03:04  -    -\n\
+         vm-00000002  crashed  busybox  2026-01-02 03:04  -    -\n"
     );
     let both = stored.json(&["inspect", "vm-00000002", "vm-00000003"]);
     assert_eq!((&both[0]["vm"]["id"], &both[1]["vm"]), (&"vm-00000002".into(), &Value::Null));

@@ -162,7 +162,7 @@ fn a_client_that_is_gone_ends_it_with_its_output_unread() {
 #[test]
 fn a_client_that_asks_without_end_and_reads_nothing_is_gone() {
     let installation = Installation::new().unwrap();
-    let mut child = unread(&installation, &[]);
+    let mut child = unread(&installation, &["--stall-timeout", "3"]);
     let mut input = child.stdin.take().unwrap();
     let mut sent = 0;
     // Each answer repeats what was sent: the pipe is full soon.
@@ -173,7 +173,7 @@ fn a_client_that_asks_without_end_and_reads_nothing_is_gone() {
     }
     let (code, said) = ended(child);
     assert_eq!(code, Some(1));
-    assert!(said.contains("the client reads no more"), "{said}");
+    assert!(said.contains("the client has read nothing for 3s"), "{said}");
     installation.assert_nothing_left().unwrap();
 }
 
@@ -247,4 +247,32 @@ fn a_commands_time_runs_while_nobody_takes_its_output() {
     drop(child.stdin.take());
     assert_eq!(ended(child).0, Some(0));
     installation.assert_nothing_left().unwrap();
+}
+
+#[test]
+fn thousands_of_lines_in_one_write_are_answered_each() {
+    const LINES: u64 = 3000;
+
+    let installation = Installation::new().unwrap();
+    let mut session = rpc(&installation, &[]);
+    session.create_vm().unwrap();
+    let line = |id: u64, method: &str| {
+        let params = if method == "cancel" { json!({ "id": 5 }) } else { json!({}) };
+        json!({ "jsonrpc": "2.0", "id": 1000 + id, "method": method, "params": params }).to_string()
+    };
+    let methods = ["cancel", "nothing", "list"];
+    let lines: Vec<String> =
+        (0..LINES).zip(methods.iter().cycle()).map(|(n, m)| line(n, m)).collect();
+    session.send_line(lines.join("\n").as_bytes()).unwrap();
+    for n in 0..LINES {
+        match (n % 3, session.answer(1000 + n).unwrap()) {
+            (0, answer) => assert_eq!(answer, Ok(json!({ "cancelled": false }))),
+            (1, answer) => assert_eq!(answer.unwrap_err().0, -32601),
+            // More at once than a session may have are refused.
+            (_, answer) => assert!(answer.map_or_else(|e| e.0 == -32004, |v| v["vms"].is_array())),
+        }
+    }
+    let done = session.call("exec", &json!({ "command": "echo up" })).unwrap();
+    assert_eq!(super::text(&done["stdout"]), "up\n");
+    super::close(session, &installation);
 }

@@ -39,7 +39,7 @@ fn whatever_is_no_request_is_answered_and_the_next_line_is_read() {
             r#"{"jsonrpc":"2.0","id":5,"method":"port_forward","params":{"forwards":[]}}"#,
             json!(5),
             -32601,
-            "port_forward is not available in this version yet: it needs port forwarding",
+            "port_forward is not available in this version yet",
         ),
         (
             r#"{"jsonrpc":"2.0","id":6,"method":"allow_list_add","params":{"hosts":["x"]}}"#,
@@ -85,6 +85,18 @@ fn whatever_is_no_request_is_answered_and_the_next_line_is_read() {
             json!(14),
             -32602,
             "is not a VM id",
+        ),
+        (
+            r#"{"jsonrpc":"2.0","id":19,"method":"create","params":{"image":"x","resources":{"memory_mb":"1"}}}"#,
+            json!(19),
+            -32602,
+            "resources.memory_mb: invalid type",
+        ),
+        (
+            r#"{"jsonrpc":"2.0","id":20,"method":"create","params":{"image":"x","image_config":{"env":{"A\nB":"1"}}}}"#,
+            json!(20),
+            -32602,
+            "image_config: env:",
         ),
         (r#"{"jsonrpc":"2.0","id":15,"method":"cancel"}"#, json!(15), -32602, "missing field `id`"),
         (

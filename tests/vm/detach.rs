@@ -2,6 +2,7 @@
 //! meanwhile, nothing is left.
 
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::time::Duration;
 
 use matchlock_test_support::{Installation, Running, wait_until};
@@ -129,4 +130,25 @@ fn an_owner_that_is_killed_before_its_command_starts_is_told() {
     let collected = installation.output(&["gc"]).unwrap();
     assert_eq!(collected.status.code(), Some(0), "{}", stderr(&collected));
     wait_and_remove(&installation);
+}
+
+#[test]
+fn a_vm_whose_id_cannot_be_printed_is_taken_down() {
+    let installation = Installation::new().unwrap();
+    let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let (reader, nobody) = std::io::pipe().unwrap();
+    drop(reader);
+    for stdout in [Stdio::from(full()), Stdio::from(nobody)] {
+        let args = ["run", "-d", "--no-network", "--image", "busybox", "--", "sleep", "1000"];
+        let mut command = installation.command(&args).unwrap();
+        let output = command.stdout(stdout).stderr(Stdio::piped()).spawn().unwrap();
+        let output = output.wait_with_output().unwrap();
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(125), "{said}");
+        assert!(said.contains("it was taken down again"), "{said}");
+        let (vm, status) = installation.list().unwrap().remove(0);
+        assert!(said.contains(&vm) && status == "stopped", "{said}: {status}");
+        assert!(installation.output(&["rm", &vm]).unwrap().status.success());
+    }
+    installation.assert_nothing_left().unwrap();
 }

@@ -1,5 +1,7 @@
 //! How a VM's own command ended is known for as long as the VM is kept.
 
+use std::process::Stdio;
+
 use matchlock_test_support::{Installation, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -51,6 +53,10 @@ fn it_outlives_an_owner_that_is_killed() {
     assert_eq!(code(&installation, &vm), 137);
     ok(&installation, &["gc"]);
     assert_eq!(code(&installation, &vm), 137);
+    // Nobody was left to say how its life ended but whoever found it.
+    let why = format!("select last_error from vm_lifecycle where vm_id='{vm}' and phase='cleaned'");
+    let told = installation.sql(&why).unwrap();
+    assert!(told.contains("was gone; the VM was running"), "{told}");
     ok(&installation, &["rm", &vm]);
     installation.assert_nothing_left().unwrap();
 }
@@ -74,4 +80,21 @@ fn it_is_the_commands_own_when_run_is_interrupted() {
         ok(&installation, &["rm", &vm]);
         installation.assert_nothing_left().unwrap();
     }
+}
+
+/// It is told to have ended as by SIGPIPE, and so it is kept.
+#[test]
+fn it_is_known_of_a_command_whose_output_nobody_takes() {
+    let installation = Installation::new().unwrap();
+    let mut command = installation
+        .command(&["run", "--rm=false", "--no-network", "--image", "busybox", "--", "yes"])
+        .unwrap();
+    let mut run = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let vm = installation.wait_for_status("running").unwrap();
+    drop(run.stdout.take());
+    wait_for_code(&installation, &vm, 141);
+    ok(&installation, &["kill", &vm]);
+    assert_eq!(run.wait().unwrap().code(), Some(141));
+    ok(&installation, &["rm", &vm]);
+    installation.assert_nothing_left().unwrap();
 }

@@ -217,6 +217,20 @@ fn a_guest_that_panics_is_one_clear_line() {
 }
 
 #[test]
+fn whoever_runs_a_further_command_is_told_why_its_guest_is_gone() {
+    let installation = Installation::new().unwrap();
+    let run = installation.start_run(&[], &["sleep", "1000"]).unwrap();
+    let vm = installation.wait_for_status("running").unwrap();
+    let script = "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger; sleep 100";
+    let output = installation.output(&["exec", &vm, "--", "sh", "-c", script]).unwrap();
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(125), "{said}");
+    assert!(said.contains("ended while the command ran") && said.contains("panic"), "{said}");
+    assert_eq!(run.wait(PATIENCE).unwrap().status.code(), Some(125));
+    installation.assert_nothing_left().unwrap();
+}
+
+#[test]
 fn an_owner_that_is_killed_leaves_what_gc_removes() {
     let installation = Installation::new().unwrap();
     let run = installation.start_run(&[], &["sleep", "1000"]).unwrap();

@@ -1,6 +1,7 @@
 //! Signals and limits: whenever they come, the guest's command gets them first and nothing is
 //! left.
 
+use std::io::Write as _;
 use std::time::Duration;
 
 use matchlock_test_support::{Installation, wait_until};
@@ -167,8 +168,12 @@ fn pass(delay: Duration) {
 
 /// Whether this process, and so what it starts, ignores a signal.
 fn is_ignored_here(signal: Signal) -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+    is_in_mask("/proc/self/status", "SigIgn:", signal)
+}
+
+fn is_in_mask(status: &str, name: &str, signal: Signal) -> bool {
+    let status = std::fs::read_to_string(status).unwrap();
+    let mask = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
     let mask = u64::from_str_radix(mask.trim(), 16).unwrap();
     (mask >> (signal.as_raw() - 1)) & 1 == 1
 }
@@ -289,4 +294,33 @@ fn a_signal_to_the_owner_of_a_detached_vm_takes_it_down_in_order() {
         assert_eq!(installation.output(&["rm", &vm]).unwrap().status.code(), Some(0));
         installation.assert_nothing_left().unwrap();
     }
+}
+
+/// Another process has the database; nothing is made yet that would have to be waited for.
+#[test]
+fn a_run_that_waits_for_the_database_ends_with_the_first_signal() {
+    let installation = Installation::new().unwrap();
+    installation.output(&["list"]).unwrap();
+    assert!(installation.output(&["gc"]).unwrap().status.success());
+    let database = installation.home().join("state.db");
+    let mut holder = std::process::Command::new("sqlite3")
+        .arg(&database)
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = holder.stdin.take().unwrap();
+    input.write_all(b"begin exclusive;\n").unwrap();
+    let held = || Ok(installation.sql("begin immediate; rollback").is_err());
+    wait_until(PATIENCE, "the lock", held).unwrap();
+    let run = installation.start_run(&[], &["true"]).unwrap();
+    let pid = run.pid().unwrap().as_raw_nonzero();
+    let waits = || Ok(is_in_mask(&format!("/proc/{pid}/status"), "SigCgt:", Signal::TERM));
+    wait_until(PATIENCE, "its handlers", waits).unwrap();
+    run.signal(Signal::TERM).unwrap();
+    let output = run.wait(PATIENCE).unwrap();
+    assert_eq!(output.status.code(), Some(143), "{}", stderr(&output));
+    assert!(holder.try_wait().unwrap().is_none(), "the database is held still");
+    drop(input);
+    holder.wait().unwrap();
+    installation.assert_nothing_left().unwrap();
 }

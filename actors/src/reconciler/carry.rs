@@ -48,6 +48,8 @@ pub(super) struct Work<'a> {
     removed: Vec<String>,
     /// Why the VM's owner gave it up; the rows say it from then on.
     cause: Option<String>,
+    /// How the VM was found, where nobody was left to say why its life ended.
+    found: Option<String>,
     cleanup: Vec<(String, CleanupEntry)>,
 }
 
@@ -62,6 +64,7 @@ impl<'a> Work<'a> {
             phase: recorded.unwrap_or(Phase::Creating),
             removed: Vec::new(),
             cause: None,
+            found: None,
             cleanup: Vec::new(),
         }
     }
@@ -91,6 +94,24 @@ impl<'a> Work<'a> {
                 return;
             }
         }
+    }
+
+    /// Says in the next record how the life of a VM ended that nobody ended: its owner is gone, or
+    /// did not answer. What an owner has recorded on its way down says more, and stays.
+    pub(super) fn found_without_owner(&mut self, by_force: bool) {
+        if !matches!(
+            self.phase,
+            Phase::Creating | Phase::Created | Phase::Starting | Phase::Running
+        ) {
+            return;
+        }
+        let owner = self.maker.as_ref().map(|maker| format!(" (process {})", maker.pid));
+        let (owner, phase) = (owner.unwrap_or_default(), self.phase);
+        self.found = Some(if by_force {
+            format!("it was taken by force from its owner{owner}, which did not answer")
+        } else {
+            format!("its owner{owner} was gone; the VM was {phase}")
+        });
     }
 
     /// After a removal that failed the others are tried all the same, so that as much as possible is
@@ -159,10 +180,10 @@ impl<'a> Work<'a> {
         let paths = self.deps.paths(self.vm);
         let rootfs = &self.deps.rootfs;
         match action {
-            Action::RecordCleaning => self.record(Phase::Cleaning, None).await,
+            Action::RecordCleaning => self.record(Phase::Cleaning, self.found.clone()).await,
             Action::RecordCleaned => {
                 if !self.phase.may_become(Phase::Cleaned) {
-                    self.record(Phase::Cleaning, None).await?;
+                    self.record(Phase::Cleaning, self.found.clone()).await?;
                 }
                 self.record(Phase::Cleaned, None).await
             }

@@ -234,6 +234,8 @@ async fn clean(
     }
     if let Some(cause) = given.cause {
         work.give_up(cause).await;
+    } else {
+        work.found_without_owner(given.from_owner);
     }
     Ok((work.carry_out(&actions).await, Some(finding)))
 }

@@ -423,6 +423,10 @@ pub fn parse_env(
     if name.is_empty() || text.contains('\0') {
         return Err(refused("use NAME=VALUE or NAME"));
     }
+    // `export A=1`, `A = 1`: the variable that was meant would not be set.
+    if name.contains(|c: char| c.is_whitespace() || c.is_control() || c == '"' || c == '\'') {
+        return Err(refused("a name has no blanks and no quotes; use NAME=VALUE"));
+    }
     let secret = value.is_none();
     let value = match value {
         Some(value) => value,

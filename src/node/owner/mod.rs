@@ -277,6 +277,9 @@ fn unasked() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, "more stdin was taken than sent")
 }
 
+/// How [`LinkError::Lost`] begins.
+const LOST: &str = "the link to the guest was lost: ";
+
 /// What a frame of the owner means, and whether it is the last.
 fn to_event(frame: Frame) -> (Result<ExecEvent, LinkError>, bool) {
     match frame {
@@ -286,7 +289,9 @@ fn to_event(frame: Frame) -> (Result<ExecEvent, LinkError>, bool) {
         Frame::Ended(Ended::Exited(status)) => (Ok(ExecEvent::Exited(status)), true),
         Frame::Ended(Ended::Refused(refusal)) => (Ok(ExecEvent::Refused(refusal)), true),
         Frame::Ended(Ended::Failed(failure)) => {
-            (Err(LinkError::Lost { cause: failure.message }), true)
+            // Its words for what ours say already.
+            let cause = failure.message.trim_start_matches(LOST).to_owned();
+            (Err(LinkError::Lost { cause }), true)
         }
         other => (Err(LinkError::Protocol { what: format!("it sent {other:?}") }), true),
     }

@@ -15,7 +15,9 @@ use matchlock_host::image::BlobLease;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::image::{ImageConfig, ImageRecord};
 use matchlock_model::signal;
-use matchlock_model::spec::{EnvVar, NetworkInput, VmSpec, VmSpecInput, parse_env};
+use matchlock_model::spec::{
+    EnvVar, NetworkInput, VmSpec, VmSpecInput, check_user, check_workdir, parse_env,
+};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
@@ -240,6 +242,8 @@ impl CreateParams {
             return Err(RpcError::params(text));
         }
         let kernel = self.kernel.map(kernel_of).transpose()?.flatten();
+        let image_config = self.image_config.unwrap_or_default();
+        check_image_config(&image_config)?;
         let resources = self.resources.unwrap_or_default();
         let network = self.network.unwrap_or_default();
         let or = |given: u64, default: u64| if given > 0 { given } else { default };
@@ -281,15 +285,28 @@ impl CreateParams {
             host_cpus: u32::try_from(host_cpus).unwrap_or(u32::MAX),
         };
         let spec = VmSpec::check(input).map_err(|e| RpcError::params(in_our_words(&e)))?;
-        let image_config = self.image_config.unwrap_or_default();
-        let signal = &image_config.stop_signal;
-        if !signal.is_empty() && signal::number(signal).is_none() {
-            return Err(RpcError::params(format!(
-                "image_config.stop_signal {signal:?}: there is no such signal"
-            )));
-        }
         Ok(Wanted { spec, image_config, kernel })
     }
+}
+
+/// What an image could say is checked where it is imported; this was said by a client.
+fn check_image_config(given: &ImageConfig) -> Result<(), RpcError> {
+    let refused = |e: &dyn std::fmt::Display| RpcError::params(format!("image_config: {e}"));
+    variables(given.env.clone()).map_err(|e| refused(&e.message))?;
+    if !given.user.is_empty() {
+        check_user(&given.user).map_err(|e| refused(&in_our_words(&e)))?;
+    }
+    if !given.working_dir.is_empty() {
+        check_workdir(&given.working_dir).map_err(|e| refused(&in_our_words(&e)))?;
+    }
+    let signal = &given.stop_signal;
+    if !signal.is_empty() && signal::number(signal).is_none() {
+        return Err(refused(&format_args!("stop_signal {signal:?}: there is no such signal")));
+    }
+    if given.entrypoint.iter().chain(&given.cmd).any(|word| word.contains('\0')) {
+        return Err(refused(&"entrypoint and cmd cannot hold a NUL"));
+    }
+    Ok(())
 }
 
 /// The specification speaks of the command line's flags.
@@ -402,6 +419,11 @@ pub(super) struct RunArguments {
 }
 
 fn env_file_line(name: &str, value: &str) -> Result<String, RpcError> {
+    if name.starts_with('#') {
+        return Err(RpcError::params(format!(
+            "env {name}: of a detached VM a name cannot begin with #"
+        )));
+    }
     if value.contains('\n') || value.trim_end() != value {
         return Err(RpcError::params(format!(
             "env {name}: of a detached VM a value cannot hold a line break or end with a blank"

@@ -39,7 +39,7 @@ pub(super) const MAX_OUTPUT_BYTES: usize = 32 * 1024 * 1024;
 pub(super) const COPIES: usize = 4;
 
 /// How long a cancelled command has after SIGTERM.
-pub(super) const CANCEL_GRACE: Duration = Duration::from_secs(2);
+pub(super) const CANCEL_GRACE: Duration = Duration::from_millis(800);
 
 /// How long a VM whose guest was lost may take to say why.
 const REASON_LIMIT: Duration = Duration::from_secs(10);

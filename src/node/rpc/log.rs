@@ -80,17 +80,22 @@ impl Log {
 pub(super) async fn read(session: &Session, line: &[u8]) -> Result<Done, RpcError> {
     let vm = vm_of(session, line)?;
     let mut held = session.host.budget.hold();
-    held.take(MAX_LOG_BYTES * COPIES)?;
     let mut log = Log::of(session, vm.id());
-    let mut content = Vec::new();
+    let (mut content, mut counted) = (Vec::new(), 0_usize);
     loop {
         let (next, piece) = log.next().await?;
         log = next;
         if piece.is_empty() {
             break;
         }
+        // What was cut away is not given back: it is at most as much again.
+        if content.len() < 2 * MAX_LOG_BYTES - PIECE_BYTES {
+            let needed = content.len() + piece.len();
+            held.take(needed.saturating_sub(counted) * COPIES)?;
+            counted = counted.max(needed);
+        }
         content.extend(piece);
-        if content.len() >= 2 * MAX_LOG_BYTES {
+        if content.len() >= 2 * MAX_LOG_BYTES - PIECE_BYTES {
             content.drain(..content.len() - MAX_LOG_BYTES);
         }
     }

@@ -52,8 +52,8 @@ pub(super) fn input(name: &str) -> Option<InputKind> {
 /// # Errors
 /// That there is none, or which feature it belongs to that is not there yet.
 pub(super) fn find(name: &str) -> Result<Method, RpcError> {
-    let later = |what: &str| {
-        let text = format!("{name} is not available in this version yet: {what}");
+    let later = || {
+        let text = format!("{name} is not available in this version yet");
         Err(RpcError::new(Code::MethodNotFound, text))
     };
     Ok(match name {
@@ -70,8 +70,7 @@ pub(super) fn find(name: &str) -> Result<Method, RpcError> {
         "list" => Method::List,
         "wait" => Method::Wait,
         "kill" => Method::Kill,
-        "allow_list_add" | "allow_list_delete" => return later("it needs network allow-lists"),
-        "port_forward" => return later("it needs port forwarding"),
+        "allow_list_add" | "allow_list_delete" | "port_forward" => return later(),
         _ => {
             let shown: String = name.chars().take(100).collect();
             let text = format!("Method not found: {shown:?}");

@@ -10,8 +10,8 @@
 //! ```
 //!
 //! # Invariants
-//! 1. The reader waits for its client's next line and for nothing else: `cancel` and `close` are always
-//!    seen.
+//! 1. The reader waits for its client's next line, and for a client that has tens of thousands of lines
+//!    answered and reads none of it; for nothing else: `cancel` and `close` are always seen.
 //! 2. Everything is bounded: lines, requests in flight, bytes held ([`Budget`]), VMs, lines that wait to
 //!    be written. A slow client slows commands down and makes nothing grow.
 //! 3. A session's VMs end with it, however it ends: `close`, the end of its input, a signal, a client

@@ -4,23 +4,25 @@
 //!   calls, events ─► bounded queue ──┬─► writer task ─► client
 //!        (wait while it is full)     │       │ an error, or nothing taken for too long
 //!   reader ─► its own answers ───────┘       └─► lost
-//!        (never waits: full means lost)
+//!        (waits behind REPLY_BYTES of them)
 //! ```
 //!
 //! # Invariants
 //! 1. At most [`QUEUE`] lines wait. Whoever sends waits for room, and with it what it reads from: a
-//!    client that reads slowly blocks commands, and makes nothing grow. The reader of requests does not
-//!    wait: a client that has it answer [`REPLIES`] times and reads none of it is lost.
+//!    client that reads slowly blocks commands, and makes nothing grow. The reader of requests has
+//!    room of its own, [`REPLY_BYTES`]: it waits only for a client that asks and asks, and reads none
+//!    of the answers.
 //! 2. Lines of one sender keep their order.
 //! 3. What a line holds of the budget it holds until it was written.
 //! 4. A client that takes nothing for [`Outbox::open`]'s limit is lost, as one that is gone.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -30,8 +32,11 @@ use super::budget::Held;
 /// How many lines wait.
 const QUEUE: usize = 64;
 
-/// How many of the reader's own answers wait; each is short.
-const REPLIES: usize = 256;
+/// How much of the reader's own answers waits. Each is short: these are tens of thousands.
+const REPLY_BYTES: usize = 8 * 1024 * 1024;
+
+/// What keeping the shortest answer costs.
+const LEAST_REPLY: usize = 128;
 
 /// How much is written at once. A client that takes as much within the limit is not lost.
 const WRITE_BYTES: usize = 64 * 1024;
@@ -39,11 +44,15 @@ const WRITE_BYTES: usize = 64 * 1024;
 /// A line, and the part of the budget that it holds.
 type Outgoing = (Bytes, Option<Held>);
 
+/// An answer of the reader's own, and its room.
+type Reply = (Bytes, OwnedSemaphorePermit);
+
 /// Sends lines.
 #[derive(Debug, Clone)]
 pub(super) struct Outbox {
     lines: mpsc::Sender<Outgoing>,
-    replies: mpsc::Sender<Bytes>,
+    replies: mpsc::UnboundedSender<Reply>,
+    room: Arc<Semaphore>,
     lost: CancellationToken,
 }
 
@@ -58,10 +67,12 @@ impl Outbox {
         W: AsyncWrite + Unpin + Send + 'static,
     {
         let (lines, waiting) = mpsc::channel(QUEUE);
-        let (replies, answered) = mpsc::channel(REPLIES);
+        let (replies, answered) = mpsc::unbounded_channel();
         let lost = CancellationToken::new();
-        let writer = tokio::spawn(write(waiting, answered, to, stalled, lost.clone()));
-        (Self { lines, replies, lost }, writer)
+        let room = Arc::new(Semaphore::new(REPLY_BYTES));
+        let written = write(waiting, answered, to, stalled, lost.clone(), Arc::clone(&room));
+        let writer = tokio::spawn(written);
+        (Self { lines, replies, room, lost }, writer)
     }
 
     /// Sends a line once there is room for it.
@@ -72,11 +83,15 @@ impl Outbox {
         self.lines.send((line, held)).await.map_err(|_| Lost)
     }
 
-    /// Sends a short line without waiting. A client that lets too many of them wait is lost.
-    pub(super) fn reply(&self, line: Bytes) {
-        if self.replies.try_send(line).is_err() {
-            self.lost.cancel();
-        }
+    /// Sends a short line; waits only behind [`REPLY_BYTES`] of them.
+    ///
+    /// # Errors
+    /// When nobody will read it.
+    pub(super) async fn reply(&self, line: Bytes) -> Result<(), Lost> {
+        let cost = line.len().clamp(LEAST_REPLY, REPLY_BYTES);
+        let cost = u32::try_from(cost).unwrap_or(u32::MAX);
+        let room = Arc::clone(&self.room).acquire_many_owned(cost).await.map_err(|_| Lost)?;
+        self.replies.send((line, room)).map_err(|_| Lost)
     }
 
     /// Waits until the client is lost.
@@ -85,30 +100,47 @@ impl Outbox {
     }
 }
 
+/// Nobody waits for room that will not come.
+struct CloseOnDrop(Arc<Semaphore>);
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
 async fn write<W: AsyncWrite + Unpin>(
     mut waiting: mpsc::Receiver<Outgoing>,
-    mut answered: mpsc::Receiver<Bytes>,
+    mut answered: mpsc::UnboundedReceiver<Reply>,
     mut to: W,
     stalled: Duration,
     lost: CancellationToken,
+    room: Arc<Semaphore>,
 ) -> io::Result<()> {
     // Also when this task is dropped or panics.
     let _lost = lost.drop_guard();
+    let _room = CloseOnDrop(room);
     loop {
-        let next = tokio::select! {
+        let first = tokio::select! {
             biased;
-            Some(line) = answered.recv() => Some((line, None)),
-            line = waiting.recv() => line,
+            Some((line, room)) = answered.recv() => (line, Some(room), None),
+            Some((line, held)) = waiting.recv() => (line, None, held),
+            else => return Ok(()),
         };
-        let Some((mut rest, held)) = next else { return Ok(()) };
-        let mut held = Vec::from_iter(held);
+        let (mut rest, room, held) = first;
+        let (mut rooms, mut held) = (Vec::from_iter(room), Vec::from_iter(held));
         if rest.len() < WRITE_BYTES {
             let mut batch = BytesMut::from(rest);
-            while batch.len() < WRITE_BYTES
-                && let Ok((line, more)) = waiting.try_recv()
-            {
-                batch.extend_from_slice(&line);
-                held.extend(more);
+            while batch.len() < WRITE_BYTES {
+                if let Ok((line, room)) = answered.try_recv() {
+                    batch.extend_from_slice(&line);
+                    rooms.push(room);
+                } else if let Ok((line, more)) = waiting.try_recv() {
+                    batch.extend_from_slice(&line);
+                    held.extend(more);
+                } else {
+                    break;
+                }
             }
             rest = batch.freeze();
         }
@@ -124,7 +156,7 @@ async fn write<W: AsyncWrite + Unpin>(
                 Err(io::Error::new(io::ErrorKind::TimedOut, text))
             })?;
         }
-        drop(held);
+        drop((rooms, held));
     }
 }
 
@@ -195,21 +227,42 @@ mod tests {
         budget.hold().take(30).unwrap();
     }
 
-    #[tokio::test]
-    async fn replies_overtake_what_waits_and_wait_for_nobody() {
-        let (ours, mut theirs) = tokio::io::duplex(1 << 20);
+    #[tokio::test(start_paused = true)]
+    async fn replies_have_room_of_their_own_and_are_waited_for_behind_it() {
+        let (ours, mut theirs) = tokio::io::duplex(8);
         let (outbox, writer) = Outbox::open(ours, SOON);
-        outbox.reply(Bytes::from_static(b"reply\n"));
+        // The way of the others is full.
+        while timeout(Duration::from_millis(1), outbox.send(Bytes::from_static(b"line\n"), None))
+            .await
+            .is_ok()
+        {}
+        let mut sent = 0;
+        while timeout(Duration::from_millis(1), outbox.reply(Bytes::from_static(b"reply\n")))
+            .await
+            .is_ok()
+        {
+            sent += 1;
+        }
+        assert!((60_000..=REPLY_BYTES / LEAST_REPLY + 1).contains(&sent), "{sent}");
+        let waiting = outbox.clone();
+        let waiting = tokio::spawn(async move { waiting.reply(Bytes::from_static(b"!\n")).await });
         drop(outbox);
-        writer.await.unwrap().unwrap();
         let mut read = String::new();
         tokio::io::AsyncReadExt::read_to_string(&mut theirs, &mut read).await.unwrap();
-        assert_eq!(read, "reply\n");
+        assert_eq!(waiting.await.unwrap(), Ok(()));
+        writer.await.unwrap().unwrap();
+        assert_eq!(read.matches("reply\n").count(), sent);
+        assert_eq!(read.matches("!\n").count(), 1);
+    }
 
+    #[tokio::test(start_paused = true)]
+    async fn whoever_waits_to_reply_learns_that_the_client_is_lost() {
         let (ours, _theirs) = tokio::io::duplex(8);
         let (outbox, _writer) = Outbox::open(ours, SOON);
-        for _ in 0..REPLIES * 2 {
-            outbox.reply(Bytes::from_static(b"nobody reads it\n"));
+        let mut sent = 0;
+        while outbox.reply(Bytes::from_static(b"nobody reads it\n")).await.is_ok() {
+            sent += 1;
+            assert!(sent <= REPLY_BYTES, "it is kept for ever");
         }
         timeout(SOON, outbox.lost()).await.unwrap();
     }

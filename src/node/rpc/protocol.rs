@@ -212,11 +212,27 @@ pub(super) fn params<'a, P: Deserialize<'a>>(line: &'a [u8]) -> Result<P, RpcErr
     struct Envelope<P> {
         params: Option<Named<P>>,
     }
-    let wrong =
-        |error: serde_json::Error| RpcError::params(format!("params: {}", without_place(&error)));
-    let envelope: Envelope<P> = serde_json::from_slice(line).map_err(wrong)?;
+    let mut deserializer = serde_json::Deserializer::from_slice(line);
+    let envelope: Envelope<P> = serde_path_to_error::deserialize(&mut deserializer)
+        .map_err(|error| wrong_param(&error.path().to_string(), error.inner()))?;
     let given = envelope.params.map(|Named(params)| params);
-    given.map_or_else(|| serde_json::from_str("{}").map_err(wrong), Ok)
+    given.map_or_else(|| serde_json::from_str("{}").map_err(|e| wrong_param("params", &e)), Ok)
+}
+
+/// Which parameter is wrong, and what it should be, in words that are not Rust's.
+fn wrong_param(path: &str, error: &serde_json::Error) -> RpcError {
+    let name = path.strip_prefix("params.").unwrap_or("params");
+    let text = without_place(error);
+    let words = [
+        ("u64", "a whole number"),
+        ("u32", "a whole number"),
+        ("u16", "a whole number below 65536"),
+        ("f64", "a number"),
+    ];
+    let text = words.iter().fold(text, |text, (rust, word)| {
+        text.replace(&format!("expected {rust}"), &format!("expected {word}"))
+    });
+    RpcError::params(format!("{name}: {text}"))
 }
 
 /// What has its fields by their names: a list would be taken for them in their order.

@@ -169,15 +169,20 @@ impl Session {
                 Ok(None) => return (Why::EndOfInput, None),
                 Err(error) => return (Why::Lost(error.to_string()), None),
             };
-            // Without waiting for anything: the next line may be what ends it all.
-            if let Some(close) = self.take(line, held) {
-                return (Why::Closed, Some(close));
+            let close = tokio::select! {
+                biased;
+                () = stop.cancelled() => return (Why::Stopped, None),
+                () = self.outbox.lost() => return (lost(), None),
+                close = self.take(line, held) => close,
+            };
+            if close.is_some() {
+                return (Why::Closed, close);
             }
         }
     }
 
     /// Takes a line; begins what takes longer.
-    fn take(&self, line: Line, held: Held) -> Option<Close> {
+    async fn take(&self, line: Line, held: Held) -> Option<Close> {
         let line = match line {
             Line::Whole(line) if line.iter().all(u8::is_ascii_whitespace) => return None,
             Line::Whole(line) => line,
@@ -186,34 +191,34 @@ impl Session {
                     "a line of {length} bytes is over the limit of {MAX_LINE_BYTES}: send files in pieces (write_file with offset)"
                 );
                 let error = Err(RpcError::new(Code::InvalidRequest, text));
-                self.reply(id_in(&head).as_ref(), &error);
+                self.reply(id_in(&head).as_ref(), &error).await;
                 return None;
             }
             Line::NoRoom { head, error } => {
-                self.reply(id_in(&head).as_ref(), &Err(error));
+                self.reply(id_in(&head).as_ref(), &Err(error)).await;
                 return None;
             }
         };
         let Header { id, method } = match header(&line) {
             Ok(header) => header,
             Err(Refused { id, error }) => {
-                self.reply(id.as_ref(), &Err(error));
+                self.reply(id.as_ref(), &Err(error)).await;
                 return None;
             }
         };
         match &*method {
             "close" => match params::<CloseParams>(&line).and_then(|params| params.limit()) {
                 Ok(limit) => return Some(Close { id, limit }),
-                Err(error) => self.reply_to(id.as_ref(), Err(error)),
+                Err(error) => self.reply_to(id.as_ref(), Err(error)).await,
             },
-            "cancel" => self.reply_to(id.as_ref(), self.cancel(&line)),
+            "cancel" => self.reply_to(id.as_ref(), self.cancel(&line)).await,
             _ => match methods::input(&method) {
                 Some(kind) => {
                     if let Err(error) = self.take_input(kind, &line) {
-                        self.reply_to(id.as_ref(), Err(error));
+                        self.reply_to(id.as_ref(), Err(error)).await;
                     }
                 }
-                None => self.begin(id, &method, line, held),
+                None => self.begin(id, &method, line, held).await,
             },
         }
         None
@@ -254,7 +259,7 @@ impl Session {
     }
 
     /// Begins a request.
-    fn begin(&self, id: Option<Id>, name: &str, line: Bytes, held: Held) {
+    async fn begin(&self, id: Option<Id>, name: &str, line: Bytes, held: Held) {
         let (input, queue) = methods::find(name)
             .ok()
             .filter(|method| method.takes_input())
@@ -264,7 +269,7 @@ impl Session {
             .and_then(|method| Ok((method, self.calls.begin(id.as_ref(), input)?)));
         let (method, begun) = match begun {
             Ok(begun) => begun,
-            Err(error) => return self.reply_to(id.as_ref(), Err(error)),
+            Err(error) => return self.reply_to(id.as_ref(), Err(error)).await,
         };
         let session = self.clone();
         self.running.spawn(async move {
@@ -288,15 +293,17 @@ impl Session {
         Spool { directory: self.host.config.home.clone(), budget: self.host.spool.clone() }
     }
 
-    /// Answers what the reader answers itself: it waits for nobody.
-    fn reply(&self, id: Option<&Id>, result: &RpcResult) {
-        self.outbox.reply(response(id, result));
+    /// Answers what the reader answers itself.
+    async fn reply(&self, id: Option<&Id>, result: &RpcResult) {
+        if self.outbox.reply(response(id, result)).await.is_err() {
+            tracing::debug!("an answer had nobody to read it");
+        }
     }
 
     /// The same, but for a notification.
-    fn reply_to(&self, id: Option<&Id>, result: RpcResult) {
+    async fn reply_to(&self, id: Option<&Id>, result: RpcResult) {
         if id.is_some() {
-            self.reply(id, &result);
+            self.reply(id, &result).await;
         } else if let Err(error) = result {
             tracing::debug!(?error, "a notification failed");
         }

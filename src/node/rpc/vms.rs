@@ -153,10 +153,14 @@ impl SessionVms {
         if let (Some(asked), Some(view)) = (which.generation, vm.view())
             && asked != view.generation.0
         {
-            let text = format!(
-                "VM {} is in generation {} by now, not {asked}: its actor was restarted",
-                view.id, view.generation.0
-            );
+            let (id, now) = (view.id, view.generation.0);
+            let text = if asked < now {
+                format!(
+                    "VM {id} is in generation {now} by now, not {asked}: its actor was restarted"
+                )
+            } else {
+                format!("VM {id} is in generation {now}; there is no {asked} yet")
+            };
             return Err(RpcError::new(Code::Vm, text));
         }
         Ok(vm.clone())
