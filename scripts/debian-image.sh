@@ -13,6 +13,7 @@ suite=bookworm
 mirror=${MATCHLOCK_DEBIAN_MIRROR:-http://deb.debian.org/debian}
 need debootstrap debootstrap
 need tar tar
+need unshare util-linux
 is_root || die "debootstrap sets owners and devices: run scripts/debian-image.sh as root"
 
 stamp="$suite $(sha256 "$root/scripts/debian-image.sh")"
@@ -25,7 +26,8 @@ say "image: making ${out##*/} from $mirror"
 mkdir -p -- "$(dirname -- "$out")"
 work=$(mktemp -d "$out.work.XXXXXX")
 trap 'rm -rf -- "$work"' EXIT
-debootstrap --variant=minbase --include=python3-minimal "$suite" "$work/rootfs" "$mirror" \
+# What it mounts goes with its namespace, however it ends.
+unshare --mount -- debootstrap --variant=minbase --include=python3-minimal "$suite" "$work/rootfs" "$mirror" \
 	>"$work/log" 2>&1 || {
 	tail -n 20 "$work/log" >&2
 	die "debootstrap failed; its last lines are above"
