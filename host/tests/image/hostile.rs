@@ -148,13 +148,15 @@ fn devices_are_made_and_never_opened() {
     assert_eq!(view["fifo"].kind, Kind::File(b"f".to_vec()));
     assert_eq!(view["null"].kind, Kind::File(b"n".to_vec()));
     assert_eq!(view["null2"].kind, Kind::Char(rustix::fs::makedev(1, 3)));
-    let error = world.refused(&one_layer(&[
-        entry(EntryType::Fifo, "p"),
-        file("p/x", ""),
-        file("p/.wh..wh..opq", ""),
-        hard_link("p/x/y", "p"),
-    ]));
-    assert!(matches!(error, ImageError::Damaged { .. }), "{error}");
+    for parent in [entry(EntryType::Fifo, "p"), device(EntryType::Block, "p", 8, 0)] {
+        for below in [file("p/x", ""), file("p/x/y", ""), dir("p/x"), hard_link("p/x", "f")] {
+            let error = world.refused(&one_layer(&[file("f", ""), parent.clone(), below]));
+            assert!(error.to_string().contains(r#"below "p", a device"#), "{error}");
+        }
+        // With a whiteout there is nothing to hide.
+        let hidden = file("p/.wh..wh..opq", "");
+        assert_eq!(world.unpacked(&Image::of(&[&[parent, hidden]])).len(), 2);
+    }
 }
 
 #[test]
