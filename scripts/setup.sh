@@ -38,6 +38,9 @@ requirements=(
 	"iproute2          command ip"
 	"python3           command python3"
 	"python3-venv      python_venv"
+	"umoci             command umoci"
+	"libarchive-tools  command bsdtar"
+	"debootstrap       command debootstrap"
 	"ca-certificates   file /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt"
 )
 

@@ -12,6 +12,7 @@ export MATCHLOCK_TEST_CACHE=$target/test-cache
 export MATCHLOCK_TEST_PYTHON=$target/python-sdk/bin/python
 "$root/scripts/install-bundle.sh" "$MATCHLOCK_TEST_CACHE"
 "$root/scripts/python-sdk.sh" "$target/python-sdk"
+"$root/scripts/debian-image.sh" "$(dirname -- "$1")/debian.tar"
 
 say "building the tests"
 cd "$root"

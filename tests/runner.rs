@@ -12,6 +12,8 @@ mod cli_errors;
 mod cli_gc;
 #[path = "cli/help.rs"]
 mod cli_help;
+#[path = "cli/image_verbs.rs"]
+mod cli_image_verbs;
 #[path = "cli/images.rs"]
 mod cli_images;
 #[path = "cli/progress.rs"]
@@ -20,6 +22,9 @@ mod cli_progress;
 mod cli_state;
 #[path = "cli/upgrade.rs"]
 mod cli_upgrade;
+
+/// How long a program without a VM may take on a loaded machine before a test gives up.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(120);
 
 /// A test file that nobody includes would never run.
 #[test]

@@ -33,8 +33,9 @@ Exit codes: 0; 1 when the archive is refused: then nothing of it is an image; 2 
 Examples:
   docker save busybox | matchlock image import busybox
   docker save alpine:3 debian:12 | matchlock image import
-  docker export $(docker create busybox) | matchlock image import mine -c 'CMD [\"sh\"]'
-  debootstrap --variant=minbase stable root && tar -C root -c . | matchlock image import debian")]
+  docker export my-container | matchlock image import mine -c 'CMD [\"sh\"]'
+  debootstrap --variant=minbase stable root
+  tar -C root -c . | matchlock image import debian")]
 pub(super) struct ImportArgs {
     /// Tag that the image gets
     tag: Option<String>,

@@ -27,6 +27,11 @@ fn help_of_everything() {
         &["serve", "--help"],
         &["image", "--help"],
         &["image", "import", "--help"],
+        &["image", "ls", "--help"],
+        &["image", "inspect", "--help"],
+        &["image", "tag", "--help"],
+        &["image", "rm", "--help"],
+        &["image", "gc", "--help"],
     ];
     for args in verbs {
         insta::assert_snapshot!(args.join("_").replace("--", ""), help(args));

@@ -22,12 +22,12 @@ fn import(installation: &Installation, tag: &str, archive: &[u8]) -> Output {
     child.wait_with_output().unwrap()
 }
 
-fn import_busybox(installation: &Installation, tag: &str) -> Output {
+pub(crate) fn import_busybox(installation: &Installation, tag: &str) -> Output {
     let archive = File::open(busybox_archive().unwrap()).unwrap();
     installation.command(&["image", "import", tag]).unwrap().stdin(archive).output().unwrap()
 }
 
-fn text(bytes: &[u8]) -> String {
+pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 

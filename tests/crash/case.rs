@@ -10,12 +10,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use matchlock_test_support::netns::Namespace;
-use matchlock_test_support::{
-    Installation, Running, busybox_archive, modes_of, open_terminal, wait_until,
-};
+use matchlock_test_support::{Installation, Running, modes_of, open_terminal, wait_until};
 use rustix::process::Signal;
 
 use super::host::{self, Lines};
+use super::images;
 use super::props::Props;
 use super::scenario::{Scenario, Side, scenario};
 
@@ -110,7 +109,7 @@ impl Case {
         }
     }
 
-    fn failpoints(&self) -> String {
+    pub(super) fn failpoints(&self) -> String {
         let action = self.fault.action();
         match self.passes {
             0 => format!("{}={action}", self.point),
@@ -152,7 +151,7 @@ pub(crate) struct Stage<'a> {
     /// What was seen while the process stood still at the point.
     seen: Mutex<Seen>,
     /// Whether the case makes images, in a cache of its own.
-    has_own_cache: AtomicBool,
+    pub(super) has_own_cache: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -199,26 +198,6 @@ impl<'a> Stage<'a> {
         command
     }
 
-    /// A cache of the case's own, where it has one: images are made in it, and the shared one is others'
-    /// too.
-    pub(crate) fn cache(&self) -> std::path::PathBuf {
-        self.installation.home().with_file_name("cache")
-    }
-
-    /// Gives the case a cache of its own.
-    fn own_cache(&self) -> Result<()> {
-        fs::create_dir(self.cache())?;
-        self.has_own_cache.store(true, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// `image import`, begun.
-    fn import(&self, failpoints: &str) -> Result<Running> {
-        let mut command = self.command(failpoints, &["image", "import", "again"]);
-        command.stdin(fs::File::open(busybox_archive()?)?);
-        Running::start(&mut command)
-    }
-
     pub(crate) fn start(&self, failpoints: &str, args: &[&str]) -> Result<Running> {
         Running::start(&mut self.command(failpoints, args))
     }
@@ -241,7 +220,7 @@ impl<'a> Stage<'a> {
     }
 
     /// Waits for the end of the process that has the point, and does from outside what the fault says.
-    fn finish(&self, armed: Running, case: &Case) -> Result<(ExitStatus, String)> {
+    pub(super) fn finish(&self, armed: Running, case: &Case) -> Result<(ExitStatus, String)> {
         let fault = case.fault;
         if fault.stops() {
             let stat = format!("/proc/{}/stat", armed.pid()?.as_raw_pid());
@@ -302,33 +281,6 @@ impl<'a> Stage<'a> {
             }
         }
         Ok((took, wrong))
-    }
-}
-
-impl Stage<'_> {
-    /// Removes the images of the case's own cache. Each must be whole, and there must be nothing beside
-    /// them: what is wrong.
-    fn remove_images(&self) -> Result<Vec<String>> {
-        let cache = self.cache();
-        if !self.has_own_cache.load(Ordering::Relaxed) {
-            return Ok(Vec::new());
-        }
-        let listed = self.start("", &["image", "ls", "--json"])?.wait(PATIENCE)?;
-        ensure!(listed.status.success(), "{}", String::from_utf8_lossy(&listed.stderr));
-        let images: serde_json::Value = serde_json::from_slice(&listed.stdout)?;
-        let images = images.as_array().context("image ls --json printed no array")?;
-        let blobs = host::blobs(&cache)?;
-        let mut wrong = Vec::new();
-        if blobs.len() != images.len() {
-            wrong.push(format!("images {images:?}, and blobs {blobs:?}"));
-        }
-        for _ in images {
-            let removed = self.start("", &["image", "rm", "again"])?.wait(PATIENCE)?;
-            if !removed.status.success() {
-                wrong.push(format!("image rm: {}", String::from_utf8_lossy(&removed.stderr)));
-            }
-        }
-        Ok(wrong)
     }
 }
 
@@ -446,21 +398,11 @@ fn lead(stage: &Stage<'_>, case: &Case, props: &mut Props) -> Result<(ExitStatus
         }
         Scenario::Kill(side) => asked(stage, side, case, &["kill"], &[]),
         Scenario::Exec(side) => asked(stage, side, case, &["exec"], &["--", "true"]),
-        Scenario::ImageImport => {
-            stage.own_cache()?;
-            finish(stage.import(&armed)?)
-        }
-        Scenario::ImageRemove => {
-            stage.own_cache()?;
-            ensure!(stage.import("")?.wait(PATIENCE)?.status.success(), "it cannot be imported");
-            finish(stage.start(&armed, &["image", "rm", "again"])?)
-        }
-        Scenario::ImageSweep => {
-            stage.own_cache()?;
-            let left = stage.import("image.build.after=return(kill)")?.wait(PATIENCE)?;
-            ensure!(left.status.signal() == Some(9), "{}", String::from_utf8_lossy(&left.stderr));
-            finish(stage.start(&armed, &["gc"])?)
-        }
+        Scenario::ImageImport
+        | Scenario::ImageRemove
+        | Scenario::ImageUntag
+        | Scenario::ImageTag
+        | Scenario::ImageSweep => images::lead(stage, case),
     }
 }
 

@@ -16,6 +16,7 @@ mod fleet;
 mod forced;
 mod frozen;
 mod host;
+mod images;
 mod mutants;
 mod props;
 mod random;

@@ -29,6 +29,10 @@ pub(crate) enum Scenario {
     ImageImport,
     /// `image rm` of an image that is there.
     ImageRemove,
+    /// `image rm` of one of two tags of an image.
+    ImageUntag,
+    /// `image tag` of an image whose new tag is another one's.
+    ImageTag,
     /// `gc` after an import that was killed.
     ImageSweep,
 }
@@ -66,6 +70,8 @@ pub(crate) fn boots(point: &str) -> bool {
         | Scenario::Rm
         | Scenario::ImageImport
         | Scenario::ImageRemove
+        | Scenario::ImageUntag
+        | Scenario::ImageTag
         | Scenario::ImageSweep => false,
     }
 }
@@ -127,11 +133,14 @@ const SPECIAL: &[(&str, Scenario)] = &[
     ("actor.reconciler.want_removal", Scenario::Rm),
     ("actor.images.import", Scenario::ImageImport),
     ("actor.images.remove", Scenario::ImageRemove),
+    ("actor.images.tag", Scenario::ImageTag),
     ("actor.images.sweep", Scenario::ImageSweep),
     ("image.remove_blob", Scenario::ImageRemove),
     ("image.sweep", Scenario::ImageSweep),
     ("image.", Scenario::ImageImport),
     ("images_db.put_image", Scenario::ImageImport),
+    ("images_db.tag_image", Scenario::ImageTag),
+    ("images_db.remove_shared", Scenario::ImageUntag),
     ("images_db.remove_image", Scenario::ImageRemove),
     // An owner that stands still keeps the tables of a VM that is taken from it.
     ("firewall.take", Scenario::TakeOver),

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod files;
+mod image_config;
 mod lifetimes;
 mod protocol;
 mod sdk;

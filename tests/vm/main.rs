@@ -8,6 +8,8 @@ mod commands;
 mod detach;
 mod errors;
 mod exit_code;
+mod image_config;
+mod image_use;
 mod images;
 mod inside;
 mod lifecycle;

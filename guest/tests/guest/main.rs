@@ -7,6 +7,7 @@ mod commands;
 mod files;
 mod network;
 mod sessions;
+mod stop;
 mod streams;
 mod support;
 mod terminals;

@@ -10,7 +10,7 @@
 //!
 //! # Invariants
 //! 1. What describes a member is capped ([`MAX_DESCRIPTION`], [`MAX_RUNS`]) before it is held.
-//! 2. A stream that ends inside a member is an error, always.
+//! 2. A stream that ends inside a member's content or description is an error, always.
 
 use std::collections::VecDeque;
 
@@ -181,18 +181,26 @@ impl<'s, 'a> Reader<'s, 'a> {
 
     /// Leaves what was not read of the current member.
     fn skip(&mut self) -> Result<(), ImageError> {
-        // Sizes are below 2^63, so the sum is a u64.
-        let mut left = self.pending + self.padding;
+        let (content, padding) = (self.pending, self.padding);
         self.expect(0);
-        let mut buffer = vec![0; 32 * 1024];
+        if self.pass(content)? > 0 {
+            return Err(self.damaged("it is cut off within a file"));
+        }
+        // The last one may lack its padding, with all that would follow: so `umoci insert` writes it.
+        self.pass(padding).map(drop)
+    }
+
+    /// Reads so many bytes, or up to the end of the stream; how many were missing then.
+    fn pass(&mut self, mut left: u64) -> Result<u64, ImageError> {
+        let mut buffer = vec![0; if left > 0 { 32 * 1024 } else { 0 }];
         while left > 0 {
             let wanted = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
             match self.stream.read(&mut buffer[..wanted])? {
-                0 => return Err(self.damaged("it is cut off within a file")),
+                0 => break,
                 count => left -= count as u64,
             }
         }
-        Ok(())
+        Ok(left)
     }
 
     /// The next header whose checksum is right; none at the end.

@@ -165,7 +165,15 @@ impl<'a> Tree<'a> {
                     return Err(ImageError::Damaged { what });
                 }
                 // What a higher layer puts below a file hides the file.
-                Some(_) => self.remove(&current, last, before)?,
+                Some(stat) if is(&stat, FileType::RegularFile) => {
+                    self.remove(&current, last, before)?;
+                }
+                Some(_) => {
+                    let below = shown(&path[..depth].join(&b'/'));
+                    let what =
+                        format!("a layer puts something below {below}, a device or the like");
+                    return Err(ImageError::Hostile { what });
+                }
                 None => {}
             }
             self.entries.spend(1)?;

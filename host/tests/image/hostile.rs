@@ -148,13 +148,15 @@ fn devices_are_made_and_never_opened() {
     assert_eq!(view["fifo"].kind, Kind::File(b"f".to_vec()));
     assert_eq!(view["null"].kind, Kind::File(b"n".to_vec()));
     assert_eq!(view["null2"].kind, Kind::Char(rustix::fs::makedev(1, 3)));
-    let error = world.refused(&one_layer(&[
-        entry(EntryType::Fifo, "p"),
-        file("p/x", ""),
-        file("p/.wh..wh..opq", ""),
-        hard_link("p/x/y", "p"),
-    ]));
-    assert!(matches!(error, ImageError::Damaged { .. }), "{error}");
+    for parent in [entry(EntryType::Fifo, "p"), device(EntryType::Block, "p", 8, 0)] {
+        for below in [file("p/x", ""), file("p/x/y", ""), dir("p/x"), hard_link("p/x", "f")] {
+            let error = world.refused(&one_layer(&[file("f", ""), parent.clone(), below]));
+            assert!(error.to_string().contains(r#"below "p", a device"#), "{error}");
+        }
+        // With a whiteout there is nothing to hide.
+        let hidden = file("p/.wh..wh..opq", "");
+        assert_eq!(world.unpacked(&Image::of(&[&[parent, hidden]])).len(), 2);
+    }
 }
 
 #[test]
@@ -217,13 +219,6 @@ fn limits_are_named() {
     // Nothing ever comes out of this one, and it has no end.
     let endless = gzip(b"").repeat(1 << 16);
     assert_eq!(limit(&world, &endless, &small), "1 MiB of archive");
-    // A sparse file of 1 TiB in one block.
-    let mut sparse = Entry { kind: b'S', ..file("sparse", "") }.header();
-    sparse.as_gnu_mut().unwrap().set_real_size(1 << 40);
-    sparse.set_cksum();
-    let layer = [sparse.as_bytes().to_vec(), tar(&[])].concat();
-    assert_eq!(limit(&world, &Image::new(&[layer]).saved(), &standard), "64 GiB of unpacked files");
-
     let few = ImportLimits { max_entries: 10, ..standard };
     let many: Vec<_> = (0..11).map(|n| file(format!("f{n}"), "")).collect();
     assert_eq!(limit(&world, &one_layer(&many), &few), "10 files in the image");
@@ -250,6 +245,28 @@ fn limits_are_named() {
     let mut files: Vec<_> = (0..16_400).map(|n| file(n.to_string(), "")).collect();
     files.push(file("manifest.json", "[]"));
     assert_eq!(limit(&world, &tar(&files), &standard), "16384 files in the archive");
+}
+
+#[test]
+fn files_that_are_mostly_holes_are_counted_in_full() {
+    let Some(world) = World::new() else { return };
+    let standard = ImportLimits::default();
+    // A sparse file of 1 TiB in one block.
+    let mut sparse = Entry { kind: b'S', ..file("sparse", "") }.header();
+    sparse.as_gnu_mut().unwrap().set_real_size(1 << 40);
+    sparse.set_cksum();
+    let layer = [sparse.as_bytes().to_vec(), tar(&[])].concat();
+    assert_eq!(limit(&world, &Image::new(&[layer]).saved(), &standard), "64 GiB of unpacked files");
+
+    // The same as PAX writes it down, and one whose map goes on and on.
+    let map = |text: &str| format!("{text:\0<512}");
+    let pax = |map: String| {
+        let size = (1_u64 << 40).to_string();
+        let file = file("sparse", map).pax("GNU.sparse.major", "1").pax("GNU.sparse.minor", "0");
+        one_layer(&[file.pax("GNU.sparse.realsize", size)])
+    };
+    assert_eq!(limit(&world, &pax(map("0\n")), &standard), "64 GiB of unpacked files");
+    assert_eq!(limit(&world, &pax(map("70000\n")), &standard), "65536 pieces of a file");
 }
 
 #[test]

@@ -299,6 +299,10 @@ fn a_layer_is_hashed_to_its_very_end() {
     let global = Entry { kind: b'g', ..file("pax_global_header", b"20 comment=a-commit\n") };
     let mut padded = tar(&[global, file("b", "2")]);
     padded.resize(100 * 1024, 0);
-    let view = world.unpacked(&Image::new(&[bare, padded]).packed(gzip));
-    assert_eq!(names(&view), ["a", "b"]);
+    // Not even the padding of its last file: `umoci insert` does that.
+    let mut cut = members(&[file("c", "3")]);
+    cut.truncate(513);
+    let view = world.unpacked(&Image::new(&[bare, padded, cut]).packed(gzip));
+    assert_eq!(names(&view), ["a", "b", "c"]);
+    assert_eq!(text(&view, "c"), "3");
 }

@@ -1,7 +1,9 @@
 //! Images: who has which tag, and which blobs are still needed.
 
 use matchlock_model::image::{ImageConfig, ImageRecord, ImageScope};
-use matchlock_store::{BlobInUse, IMAGES_DB, ImageConn, RemovedImage, open_images, read_images};
+use matchlock_store::{
+    BlobInUse, IMAGES_DB, ImageConn, RemovedImage, TaggedImage, open_images, read_images,
+};
 use rusqlite::Connection;
 use tempfile::TempDir;
 
@@ -139,4 +141,47 @@ fn images_of_the_reference_are_read() {
     let removed = conn.remove_image(None, "alpine", at(0)).unwrap().unwrap();
     assert!(!removed.blob_in_use);
     assert!(refs(&dir).is_empty());
+}
+
+#[test]
+fn a_further_tag_is_a_local_one_of_the_same_blob() {
+    let (dir, mut conn) = images();
+    let pulled = image(ImageScope::Registry, "alpine", "a", 5);
+    let other = image(ImageScope::Local, "mine", "b", 6);
+    conn.put_image(&pulled, "sha256:a", at(0)).unwrap();
+    conn.put_image(&other, "sha256:b", at(0)).unwrap();
+    assert_eq!(conn.tag_image("missing", "mine", at(1)).unwrap(), None);
+    let record = ImageRecord {
+        scope: ImageScope::Local,
+        tag: "mine".to_owned(),
+        source: "tag".to_owned(),
+        ..pulled.clone()
+    };
+    let replaced = Some(RemovedImage { record: other, blob_in_use: false });
+    let tagged = conn.tag_image("alpine", "mine", at(1)).unwrap().unwrap();
+    assert_eq!(tagged, TaggedImage { record: record.clone(), replaced });
+    assert_eq!(conn.find("mine").unwrap(), Some(record));
+    assert_eq!(refs(&dir), [("sha256:a".to_owned(), 2)]);
+    // Its own tag changes nothing.
+    let again = conn.tag_image("mine", "mine", at(2)).unwrap().unwrap();
+    assert_eq!((again.record.tag.as_str(), again.replaced), ("mine", None));
+    assert_eq!(refs(&dir), [("sha256:a".to_owned(), 2)]);
+    // The local one hides the pulled one from now on.
+    conn.tag_image("mine", "alpine", at(3)).unwrap().unwrap();
+    assert_eq!(conn.find("alpine").unwrap().unwrap().scope, ImageScope::Local);
+    assert_eq!(refs(&dir), [("sha256:a".to_owned(), 3)]);
+}
+
+#[test]
+fn only_a_shared_image_is_removed_as_such() {
+    let (dir, mut conn) = images();
+    let local = ImageScope::Local;
+    conn.put_image(&image(local, "one", "a", 0), "sha256:a", at(0)).unwrap();
+    assert_eq!(conn.remove_shared_image(local, "one", at(1)).unwrap(), None);
+    assert_eq!(conn.remove_shared_image(local, "missing", at(1)).unwrap(), None);
+    conn.put_image(&image(ImageScope::Registry, "one", "a", 0), "sha256:a", at(0)).unwrap();
+    let removed = conn.remove_shared_image(local, "one", at(1)).unwrap().unwrap();
+    assert!(removed.blob_in_use && removed.record.scope == local);
+    assert_eq!(refs(&dir), [("sha256:a".to_owned(), 1)]);
+    assert_eq!(conn.remove_shared_image(ImageScope::Registry, "one", at(1)).unwrap(), None);
 }

@@ -34,6 +34,16 @@ pub fn busybox_archive() -> Result<PathBuf> {
     variable("MATCHLOCK_TEST_BUSYBOX")
 }
 
+/// The files of a small Debian, packed; it lies beside the busybox image.
+///
+/// # Errors
+/// When it was not made.
+pub fn debian_archive() -> Result<File> {
+    let path = busybox_archive()?.with_file_name("debian.tar");
+    File::open(&path)
+        .with_context(|| format!("{0}: run scripts/debian-image.sh {0}", path.display()))
+}
+
 /// An installation of a test's own: its state directory, and the shared cache.
 #[derive(Debug)]
 pub struct Installation {

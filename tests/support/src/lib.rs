@@ -14,7 +14,7 @@ mod session;
 mod terminal;
 
 pub use host::Remains;
-pub use installation::{Installation, busybox_archive, program};
+pub use installation::{Installation, busybox_archive, debian_archive, program};
 pub use running::{Running, wait_until};
 pub use session::{Session, small_vm};
 pub use terminal::{Terminal, modes_of, open_terminal};
