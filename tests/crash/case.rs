@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use matchlock_test_support::netns::Namespace;
+use matchlock_test_support::registry::FakeRegistry;
 use matchlock_test_support::{
     Installation, Running, busybox_archive, modes_of, open_terminal, wait_until,
 };
@@ -219,6 +220,12 @@ impl<'a> Stage<'a> {
         Running::start(&mut command)
     }
 
+    /// `pull`, begun.
+    fn pull(&self, registry: &FakeRegistry, failpoints: &str) -> Result<Running> {
+        let name = registry.name("a:1");
+        self.start(failpoints, &["pull", "--insecure-registry", &registry.host(), &name])
+    }
+
     pub(crate) fn start(&self, failpoints: &str, args: &[&str]) -> Result<Running> {
         Running::start(&mut self.command(failpoints, args))
     }
@@ -322,8 +329,9 @@ impl Stage<'_> {
         if blobs.len() != images.len() {
             wrong.push(format!("images {images:?}, and blobs {blobs:?}"));
         }
-        for _ in images {
-            let removed = self.start("", &["image", "rm", "again"])?.wait(PATIENCE)?;
+        for image in images {
+            let tag = image["tag"].as_str().context("an image has no tag")?;
+            let removed = self.start("", &["image", "rm", tag])?.wait(PATIENCE)?;
             if !removed.status.success() {
                 wrong.push(format!("image rm: {}", String::from_utf8_lossy(&removed.stderr)));
             }
@@ -450,6 +458,18 @@ fn lead(stage: &Stage<'_>, case: &Case, props: &mut Props) -> Result<(ExitStatus
             stage.own_cache()?;
             finish(stage.import(&armed)?)
         }
+        Scenario::Pull => {
+            stage.own_cache()?;
+            let registry = filled(stage.net)?;
+            finish(stage.pull(&registry, &armed)?)
+        }
+        Scenario::ContentSweep => {
+            stage.own_cache()?;
+            let registry = filled(stage.net)?;
+            let left = stage.pull(&registry, "image.build.before=return(kill)")?.wait(PATIENCE)?;
+            ensure!(left.status.signal() == Some(9), "{}", String::from_utf8_lossy(&left.stderr));
+            finish(stage.start(&armed, &["gc"])?)
+        }
         Scenario::ImageRemove => {
             stage.own_cache()?;
             ensure!(stage.import("")?.wait(PATIENCE)?.status.success(), "it cannot be imported");
@@ -462,6 +482,13 @@ fn lead(stage: &Stage<'_>, case: &Case, props: &mut Props) -> Result<(ExitStatus
             finish(stage.start(&armed, &["gc"])?)
         }
     }
+}
+
+/// A registry in the case's namespace with an image of two empty layers.
+fn filled(net: &Namespace) -> Result<FakeRegistry> {
+    let registry = FakeRegistry::inside(net)?;
+    registry.image("a", "1", "amd64", &[vec![0; 10_240], vec![0; 20_480]]);
+    Ok(registry)
 }
 
 /// A VM whose owner was killed when all but the hypervisor was there; its id.

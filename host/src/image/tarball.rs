@@ -183,12 +183,16 @@ impl<'s, 'a> Reader<'s, 'a> {
     /// Leaves what was not read of the current member.
     fn skip(&mut self) -> Result<(), ImageError> {
         // Sizes are below 2^63, so the sum is a u64.
-        let mut left = self.pending + self.padding;
+        let padding = self.padding;
+        let mut left = self.pending + padding;
         self.expect(0);
         let mut buffer = vec![0; 32 * 1024];
         while left > 0 {
             let wanted = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
             match self.stream.read(&mut buffer[..wanted])? {
+                // Some programs (umoci) leave the last padding away, with the end mark. Nothing of a
+                // file is missing then.
+                0 if left <= padding => return Ok(()),
                 0 => return Err(self.damaged("it is cut off within a file")),
                 count => left -= count as u64,
             }
