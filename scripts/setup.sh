@@ -38,6 +38,10 @@ requirements=(
 	"iproute2          command ip"
 	"python3           command python3"
 	"python3-venv      python_venv"
+	"docker-registry   command docker-registry"
+	"skopeo            command skopeo"
+	"umoci             command umoci"
+	"openssl           command openssl"
 	"ca-certificates   file /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt"
 )
 

@@ -35,6 +35,7 @@ fn image() -> ImageConfig {
         entrypoint: vec!["/entry".into()],
         cmd: vec!["default".into()],
         env: [("A".to_owned(), "image".to_owned())].into(),
+        ..ImageConfig::default()
     }
 }
 
