@@ -102,13 +102,13 @@ fn in_workspace(
     let archive = Archive::spool(input, workspace, context, &received)?;
     let selected = select::select(&archive, limits.max_layers)?;
     let parsed = config::parse(&archive.text(&selected.config)?)?;
-    check_count(&selected, &parsed)?;
+    check_count(selected.layers.len(), &parsed)?;
     assemble(&selected, parsed, dirs, workspace, context)
 }
 
 /// Each layer has its diff id.
-pub(super) fn check_count(selected: &Selected, parsed: &Parsed) -> Result<(), ImageError> {
-    let (layers, ids) = (selected.layers.len(), parsed.diff_ids.len());
+pub(super) fn check_count(layers: usize, parsed: &Parsed) -> Result<(), ImageError> {
+    let ids = parsed.diff_ids.len();
     if layers == ids {
         return Ok(());
     }

@@ -195,6 +195,7 @@ impl Pull<'_> {
         let config = self.fetch(&manifest.config).await?;
         let hex = sha256_of(&manifest.config.digest)?;
         let parsed = config::parse_for(&content::read(&config, hex)?, &self.platform)?;
+        check_count(layers.len(), &parsed)?;
         Ok(Resolved {
             digest,
             parsed,
@@ -330,7 +331,6 @@ impl Pull<'_> {
         };
         let Resolved { digest, parsed, config, layers, content } = resolved;
         let selected = self.selected(&config, &layers)?;
-        check_count(&selected, &parsed)?;
         let (dirs, limits) = (self.dirs.clone(), self.limits);
         let (tell, cancel) = (Arc::clone(self.tell), cancel.clone());
         let build = move || {
