@@ -62,13 +62,13 @@ impl FromStr for Platform {
     type Err = InvalidPlatform;
 
     fn from_str(text: &str) -> Result<Self, InvalidPlatform> {
-        let good = |part: &&str| {
+        let good = |part: &str| {
             !part.is_empty()
                 && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
         };
         let parts: Vec<&str> = text.split('/').collect();
         let refused = || InvalidPlatform { text: text.to_owned() };
-        match (parts.as_slice(), parts.iter().all(|part| good(&part))) {
+        match (parts.as_slice(), parts.iter().copied().all(good)) {
             (["linux", architecture], true) => Ok(Self::linux(usual(architecture))),
             (["linux", architecture, variant], true) => Ok(Self {
                 architecture: usual(architecture).to_owned(),

@@ -150,26 +150,18 @@ pub(super) async fn pull(args: PullArgs, mut config: NodeConfig) -> Result<u8, C
     Ok(0)
 }
 
-/// What became of the wish for an image.
-pub(super) enum Wanted {
-    /// It is here.
-    Here(ImageRecord),
-    /// Its pull was interrupted.
-    Interrupted(Interrupt),
-}
-
-/// The image of a `run`, pulled if it has to be.
+/// The image of a `run`, pulled if it has to be; or what interrupted that.
 pub(super) async fn for_run(
     config: &NodeConfig,
     name: &str,
     policy: Policy,
     interrupts: &mut Interrupts,
-) -> Result<Wanted, CliError> {
+) -> Result<Result<ImageRecord, Interrupt>, CliError> {
     match policy {
-        Policy::Never => return Ok(Wanted::Here(find_image(config, name)?)),
+        Policy::Never => return Ok(Ok(find_image(config, name)?)),
         Policy::Missing => {
             if let Some(image) = look_up(config, name)? {
-                return Ok(Wanted::Here(image));
+                return Ok(Ok(image));
             }
         }
         Policy::Always => {}
@@ -177,8 +169,8 @@ pub(super) async fn for_run(
     let image = name.parse().map_err(CliError::input)?;
     let request = PullRequest { image, platform: None };
     Ok(match one(config.clone(), request, interrupts).await? {
-        Ok(pulled) => Wanted::Here(runnable(pulled.record)?),
-        Err(which) => Wanted::Interrupted(which),
+        Ok(pulled) => Ok(runnable(pulled.record)?),
+        Err(which) => Err(which),
     })
 }
 

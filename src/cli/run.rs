@@ -20,7 +20,7 @@ use super::error::CliError;
 use super::later::LaterRunFlags;
 use super::number;
 use super::progress;
-use super::pull::{self, Wanted};
+use super::pull;
 use super::render;
 use super::timings::Stopwatch;
 use super::vm_life::in_vm;
@@ -179,8 +179,8 @@ pub(super) async fn run(args: RunArgs, config: NodeConfig) -> Result<u8, CliErro
     let policy = args.pull.take_in(&mut config, asker.is_some())?;
     let spec = check(args)?;
     let image = match pull::for_run(&config, &spec.image, policy, &mut interrupts).await? {
-        Wanted::Here(image) => image,
-        Wanted::Interrupted(which) => return Ok(which.exit_code()),
+        Ok(image) => image,
+        Err(which) => return Ok(which.exit_code()),
     };
     let command = own_command(&spec, &image)?;
     let bundle = GuestBundle::find(&config.cache, config.kernel.clone())

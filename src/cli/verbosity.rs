@@ -37,6 +37,9 @@ pub(super) fn is_quiet() -> bool {
     QUIET.get().copied().unwrap_or(false)
 }
 
+/// What logs an error that we tell in a line of our own: a certificate that is not trusted.
+const SAID_BY_US: &str = "rustls_platform_verifier=off";
+
 impl Verbosity {
     /// Makes it so for this process, and starts the log.
     pub(super) fn begin(self) -> Result<(), CliError> {
@@ -58,12 +61,15 @@ impl Verbosity {
         let asked = text.map(|text| parse(&text.to_string_lossy())).transpose()?;
         let by_flag = match (self.quiet, self.verbose.saturating_add(self.v)) {
             (true, _) => "error",
-            (false, 0) => return Ok(asked.unwrap_or_else(|| EnvFilter::new("warn"))),
+            (false, 0) => match asked {
+                Some(asked) => return Ok(asked),
+                None => "warn",
+            },
             (false, 1) => "warn,matchlock=info",
             (false, 2) => "info,matchlock=debug",
             (false, _) => "debug,matchlock=trace",
         };
-        Ok(EnvFilter::new(by_flag))
+        Ok(EnvFilter::new(format!("{by_flag},{SAID_BY_US}")))
     }
 }
 
@@ -95,7 +101,8 @@ mod tests {
 
     fn filter(verbosity: Verbosity, variable: Option<&str>) -> Result<String, String> {
         let filter = verbosity.filter(variable.map(OsStr::new));
-        filter.map(|filter| filter.to_string()).map_err(|error| error.to_string())
+        let plain = |text: String| text.replace(&format!("{SAID_BY_US},"), "");
+        filter.map(|filter| plain(filter.to_string())).map_err(|error| error.to_string())
     }
 
     #[test]

@@ -402,7 +402,9 @@ fn lead(stage: &Stage<'_>, case: &Case, props: &mut Props) -> Result<(ExitStatus
         | Scenario::ImageRemove
         | Scenario::ImageUntag
         | Scenario::ImageTag
-        | Scenario::ImageSweep => images::lead(stage, case),
+        | Scenario::ImageSweep
+        | Scenario::Pull
+        | Scenario::ContentSweep => images::lead(stage, case),
     }
 }
 

@@ -24,6 +24,8 @@ const MAY_STAY: &[&str] = &[
     "vms",
     "images",
     "images/blobs",
+    "images/content",
+    "images/content/partial",
     "images/tmp",
     "images/metadata.db",
     "images/metadata.db-wal",

@@ -6,6 +6,8 @@ use std::process::{Command, ExitStatus};
 use std::sync::atomic::Ordering;
 
 use anyhow::{Context as _, Result, ensure};
+use matchlock_test_support::netns::Namespace;
+use matchlock_test_support::registry::FakeRegistry;
 use matchlock_test_support::{Running, busybox_archive};
 
 use super::case::{Case, PATIENCE, Stage};
@@ -31,6 +33,12 @@ impl Stage<'_> {
         let mut command = self.command(failpoints, &["image", "import", "again"]);
         command.stdin(fs::File::open(busybox_archive()?)?);
         Running::start(&mut command)
+    }
+
+    /// `pull`, begun.
+    fn pull(&self, registry: &FakeRegistry, failpoints: &str) -> Result<Running> {
+        let name = registry.name("a:1");
+        self.start(failpoints, &["pull", "--insecure-registry", &registry.host(), &name])
     }
 
     /// `image import` of a root filesystem of one file, to its end.
@@ -77,6 +85,13 @@ impl Stage<'_> {
     }
 }
 
+/// A registry in the case's namespace with an image of two empty layers.
+fn filled(net: &Namespace) -> Result<FakeRegistry> {
+    let registry = FakeRegistry::inside(net)?;
+    registry.image("a", "1", "amd64", &[vec![0; 10_240], vec![0; 20_480]]);
+    Ok(registry)
+}
+
 /// Leads to the point and lets it fire; how the process ended that had it.
 pub(super) fn lead(stage: &Stage<'_>, case: &Case) -> Result<(ExitStatus, String)> {
     let armed = case.failpoints();
@@ -105,6 +120,16 @@ pub(super) fn lead(stage: &Stage<'_>, case: &Case) -> Result<(ExitStatus, String
         }
         Scenario::ImageSweep => {
             let left = stage.import("image.build.after=return(kill)")?.wait(PATIENCE)?;
+            ensure!(left.status.signal() == Some(9), "{}", String::from_utf8_lossy(&left.stderr));
+            finish(stage.start(&armed, &["gc"])?)
+        }
+        Scenario::Pull => {
+            let registry = filled(stage.net)?;
+            finish(stage.pull(&registry, &armed)?)
+        }
+        Scenario::ContentSweep => {
+            let registry = filled(stage.net)?;
+            let left = stage.pull(&registry, "image.build.before=return(kill)")?.wait(PATIENCE)?;
             ensure!(left.status.signal() == Some(9), "{}", String::from_utf8_lossy(&left.stderr));
             finish(stage.start(&armed, &["gc"])?)
         }

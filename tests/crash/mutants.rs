@@ -102,6 +102,11 @@ const MUTANTS: &[(&str, &str, Check)] = &[
         case("image.name_blob.after", Fault::Kill),
     ),
     (
+        "leave_downloads",
+        "what a killed pull has downloaded is called swept",
+        case("content.name.after", Fault::Kill),
+    ),
+    (
         "remove_blob_first",
         "the blob before the row that names it",
         case("images_db.remove_image.before", Fault::Kill),

@@ -27,6 +27,10 @@ pub(crate) enum Scenario {
     TakeOver,
     /// `image import`.
     ImageImport,
+    /// `pull` from a registry of the case's own.
+    Pull,
+    /// `gc` after a pull that was killed with everything downloaded.
+    ContentSweep,
     /// `image rm` of an image that is there.
     ImageRemove,
     /// `image rm` of one of two tags of an image.
@@ -69,6 +73,8 @@ pub(crate) fn boots(point: &str) -> bool {
         | Scenario::Gc
         | Scenario::Rm
         | Scenario::ImageImport
+        | Scenario::Pull
+        | Scenario::ContentSweep
         | Scenario::ImageRemove
         | Scenario::ImageUntag
         | Scenario::ImageTag
@@ -132,6 +138,9 @@ const SPECIAL: &[(&str, Scenario)] = &[
     ("db.want_removal", Scenario::Rm),
     ("actor.reconciler.want_removal", Scenario::Rm),
     ("actor.images.import", Scenario::ImageImport),
+    ("actor.images.pull", Scenario::Pull),
+    ("content.remove", Scenario::ContentSweep),
+    ("content.", Scenario::Pull),
     ("actor.images.remove", Scenario::ImageRemove),
     ("actor.images.tag", Scenario::ImageTag),
     ("actor.images.sweep", Scenario::ImageSweep),

@@ -49,7 +49,8 @@ fn pulled(output: &Output) {
 fn layer(name: &str, size: usize) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
     // Not compressible into nothing, and the same each time.
-    let content: Vec<u8> = (0..size).map(|n| (n.wrapping_mul(2_654_435_761) >> 7) as u8).collect();
+    let content: Vec<u8> =
+        (0..size).map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()[1]).collect();
     let mut header = tar::Header::new_gnu();
     header.set_size(size as u64);
     header.set_mode(0o644);
@@ -91,5 +92,12 @@ fn assert_nothing_of_images_left(installation: &Installation) {
         let left = files(installation.cache().join("images").join(dir));
         assert!(left.is_empty(), "{left:?}");
     }
-    installation.assert_nothing_left().unwrap();
+    assert_no_vm_left(installation);
+}
+
+/// The VMs here have no network: links are those of other tests.
+fn assert_no_vm_left(installation: &Installation) {
+    let mut remains = installation.remains().unwrap();
+    remains.links.clear();
+    assert!(remains.is_empty(), "{remains:?}");
 }

@@ -7,7 +7,9 @@ use std::process::Command;
 use matchlock_test_support::{Installation, busybox_archive};
 
 use super::docker::{DockerRegistry, Door, PASSWORD, USER};
-use super::{assert_nothing_of_images_left, pull, pulled, refusal, stderr, stdout};
+use super::{
+    assert_no_vm_left, assert_nothing_of_images_left, pull, pulled, refusal, stderr, stdout,
+};
 
 fn busybox() -> String {
     format!("docker-archive:{}", busybox_archive().unwrap().display())
@@ -100,7 +102,7 @@ fn an_image_of_other_tools_with_its_own_command_boots() {
         .unwrap();
     assert_eq!(stdout(&output), "made by umoci\n", "{}", stderr(&output));
     assert!(stderr(&output).contains("pulling"), "{}", stderr(&output));
-    installation.assert_nothing_left().unwrap();
+    assert_no_vm_left(&installation);
 }
 
 #[test]

@@ -73,6 +73,7 @@ impl Shared {
 #[derive(Debug)]
 pub struct FakeRegistry {
     address: SocketAddr,
+    listener: Arc<TcpListener>,
     shared: Arc<Shared>,
 }
 
@@ -100,7 +101,8 @@ impl FakeRegistry {
     }
 
     fn serve(listener: TcpListener) -> Result<Self> {
-        let registry = Self { address: listener.local_addr()?, shared: Arc::default() };
+        let (address, listener) = (listener.local_addr()?, Arc::new(listener));
+        let registry = Self { address, listener: Arc::clone(&listener), shared: Arc::default() };
         let shared = Arc::clone(&registry.shared);
         std::thread::spawn(move || {
             for stream in listener.incoming() {
@@ -217,8 +219,10 @@ impl Drop for FakeRegistry {
     fn drop(&mut self) {
         self.shared.state().ended = true;
         self.shared.changed.notify_all();
-        // Wakes whoever accepts; a registry in a namespace sleeps until the test's process ends.
-        drop(TcpStream::connect_timeout(&self.address, Duration::from_millis(100)));
+        // Wakes whoever accepts.
+        if let Err(error) = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both) {
+            eprintln!("could not end a test's registry: {error}");
+        }
     }
 }
 
@@ -241,7 +245,11 @@ fn request(stream: &TcpStream) -> Result<Asked> {
 }
 
 fn answer(shared: &Shared, mut stream: TcpStream) -> Result<()> {
-    let asked = request(&stream)?;
+    let Ok(asked) = request(&stream) else {
+        // Not HTTP, for example TLS.
+        head(&mut stream, 400, 0, &[])?;
+        return Ok(stream.shutdown(Shutdown::Both)?);
+    };
     let (served, fault) = {
         let mut state = shared.state();
         state.asked.push(asked.clone());
@@ -250,7 +258,14 @@ fn answer(shared: &Shared, mut stream: TcpStream) -> Result<()> {
             .iter_mut()
             .filter(|(path, _)| asked.path.contains(path.as_str()))
             .find_map(|(_, faults)| faults.pop_front());
-        (state.served.get(&asked.path).cloned(), fault)
+        let served = state.served.get(&asked.path).cloned();
+        // A list of tags is there for each repository, and nobody looks what is in it.
+        let repository = asked.path.split_once("tags/list").map(|(repository, _)| repository);
+        let is_there =
+            |repository: &str| state.served.keys().any(|path| path.starts_with(repository));
+        let tags = repository.filter(|repository| is_there(repository));
+        let tags = tags.map(|_| ("application/json".to_owned(), Arc::new(b"{}".to_vec())));
+        (served.or(tags), fault)
     };
     shared.changed.notify_all();
     if let Some(Fault::Status(status, headers, body)) = &fault {

@@ -1,0 +1,117 @@
+//! Blobs on their way, whole and swept.
+
+use super::*;
+
+fn hex_of(bytes: &[u8]) -> String {
+    hex::encode(Sha256::digest(bytes))
+}
+
+fn dirs() -> (tempfile::TempDir, ImageDirs) {
+    let cache = tempfile::tempdir().unwrap();
+    let dirs = ImageDirs::new(cache.path());
+    (cache, dirs)
+}
+
+fn ours(dirs: &ImageDirs, hex: &str, size: u64) -> Partial {
+    match claim(dirs, hex, size).unwrap() {
+        Claim::Ours(partial) => partial,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn files(dirs: &ImageDirs) -> Vec<String> {
+    let mut names = Vec::new();
+    for dir in [dirs.content(), partial_dir(dirs)] {
+        for entry in std::fs::read_dir(dir).into_iter().flatten() {
+            let entry = entry.unwrap();
+            if entry.file_type().unwrap().is_file() {
+                names.push(entry.file_name().into_string().unwrap());
+            }
+        }
+    }
+    names.sort();
+    names
+}
+
+#[test]
+fn a_blob_has_its_name_only_once_it_is_whole() {
+    let (_cache, dirs) = dirs();
+    let hex = hex_of(b"hello world");
+    let mut partial = ours(&dirs, &hex, 11);
+    assert!(matches!(claim(&dirs, &hex, 11).unwrap(), Claim::Busy), "one downloads it");
+    partial.write(b"hello ").unwrap();
+    assert!(!path_of(&dirs, &hex).try_exists().unwrap());
+    // Its process ends here; the next goes on.
+    drop(partial);
+    let mut partial = ours(&dirs, &hex, 11);
+    assert_eq!(partial.done(), 6);
+    partial.write(b"world").unwrap();
+    let Finished::Whole(lease) = partial.finish().unwrap() else { panic!("not whole") };
+    assert_eq!(read(&lease, &hex).unwrap(), b"hello world");
+    assert!(matches!(claim(&dirs, &hex, 11).unwrap(), Claim::There(_)), "leases are shared");
+    assert_eq!(files(&dirs), [format!("sha256_{hex}")]);
+}
+
+#[test]
+fn what_is_not_what_it_should_be_gets_no_name() {
+    let (_cache, dirs) = dirs();
+    let hex = hex_of(b"right");
+    let mut partial = ours(&dirs, &hex, 5);
+    partial.write(b"wrong").unwrap();
+    let Finished::Wrong(partial, found) = partial.finish().unwrap() else { panic!("named") };
+    assert_eq!((partial.done(), found), (0, hex_of(b"wrong")));
+    partial.discard().unwrap();
+    assert!(files(&dirs).is_empty());
+    // What is longer than the blob is not its start.
+    let mut partial = ours(&dirs, &hex, 5);
+    partial.write(b"too long").unwrap();
+    drop(partial);
+    assert_eq!(ours(&dirs, &hex, 5).done(), 0);
+    assert!(put(&dirs, &hex, b"wrong").is_err());
+}
+
+#[test]
+fn a_sweep_leaves_what_is_held_or_wanted() {
+    let (_cache, dirs) = dirs();
+    let blob = |text: &str| {
+        let hex = hex_of(text.as_bytes());
+        (put(&dirs, &hex, text.as_bytes()).unwrap().unwrap(), hex)
+    };
+    let ((wanted, wanted_hex), (held, held_hex), (left, _)) = (blob("a"), blob("b"), blob("c"));
+    drop((wanted, left));
+    let downloading = ours(&dirs, &hex_of(b"d"), 1);
+    drop(ours(&dirs, &hex_of(b"e"), 1));
+    let building = lock_build(&dirs, &hex_of(b"f")).unwrap().unwrap();
+    std::fs::write(dirs.content().join("notes"), "").unwrap();
+    let mut is_wanted = |hex: &str| hex == wanted_hex;
+    let before = files(&dirs);
+    let planned = sweep(&dirs, Partials::Remove, true, &mut is_wanted);
+    assert_eq!((planned.removed.len(), files(&dirs)), (2, before), "only looked at");
+    let swept = |partials, is_wanted: &mut dyn FnMut(&str) -> bool| {
+        let Garbages { removed, in_use, errors } = sweep(&dirs, partials, false, is_wanted);
+        assert!(errors.is_empty(), "{errors:?}");
+        (removed.len(), in_use.len())
+    };
+    assert_eq!(swept(Partials::Keep, &mut is_wanted), (1, 1));
+    assert_eq!(swept(Partials::Remove, &mut is_wanted), (1, 3));
+    assert!(lock_build(&dirs, &hex_of(b"f")).unwrap().is_none(), "one builds it");
+    building.release().unwrap();
+    drop((held, downloading));
+    assert_eq!(swept(Partials::Remove, &mut is_wanted), (2, 0));
+    assert!(!path_of(&dirs, &held_hex).try_exists().unwrap());
+    assert_eq!(files(&dirs), ["notes".to_owned(), format!("sha256_{wanted_hex}")]);
+}
+
+#[test]
+fn a_blob_that_is_wanted_by_the_time_it_is_locked_stays() {
+    let (_cache, dirs) = dirs();
+    let hex = hex_of(b"a");
+    drop(put(&dirs, &hex, b"a").unwrap());
+    let mut asked = 0;
+    let mut later = |_: &str| {
+        asked += 1;
+        asked == 2
+    };
+    assert!(sweep(&dirs, Partials::Remove, false, &mut later).removed.is_empty());
+    assert!(matches!(claim(&dirs, &hex, 1).unwrap(), Claim::There(_)));
+}
