@@ -86,12 +86,12 @@ fn bad_values_are_named_with_what_is_allowed() {
 
 #[test]
 fn flags_and_verbs_of_later_versions_are_refused_by_name() {
-    for flag in ["-v=/a:/b", "--disk=/a:/b", "-p=80", "--secret=A=b@c", "--pull"] {
+    for flag in ["-v=/a:/b", "--disk=/a:/b", "-p=80", "--secret=A=b@c"] {
         let (code, line) = refused(&["run", "--image", "busybox", flag, "--", "true"]);
         assert_eq!(code, Some(125), "{flag}: {line}");
         assert!(line.contains("is not available in this version yet"), "{flag}: {line}");
     }
-    for verb in ["pull", "build", "volume", "port-forward", "allow-list"] {
+    for verb in ["build", "volume", "port-forward", "allow-list"] {
         let (code, line) = refused(&[verb, "--whatever", "x"]);
         assert_eq!(code, Some(2), "{verb}: {line}");
         assert!(line.contains(&format!("`matchlock {verb}` is not available")), "{line}");

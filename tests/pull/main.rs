@@ -7,6 +7,7 @@ mod docker;
 mod hostile;
 mod interrupted;
 mod real;
+mod session;
 mod together;
 
 use std::path::PathBuf;

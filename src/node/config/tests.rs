@@ -143,3 +143,32 @@ fn a_file_that_cannot_be_trusted_is_refused_and_nothing_is_waited_for() {
         }
     }
 }
+
+#[test]
+fn registries_are_named_in_the_file() {
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().to_str().unwrap();
+    let load = |text: &str| {
+        std::fs::write(home.path().join(CONFIG_FILE), text).unwrap();
+        config(&[("MATCHLOCK_HOME", path), ("HOME", "/h")]).map_err(|error| error.to_string())
+    };
+    let told = load(
+        "[registry]\ninsecure = ['localhost:5000']\nca_file = '/ca.pem'\n\
+         [registry.mirrors]\n'docker.io' = ['m.example', 'n.example:5']\n",
+    );
+    let told = told.unwrap().registries;
+    assert_eq!(told.insecure, ["localhost:5000"]);
+    assert_eq!(told.mirrors["docker.io"], ["m.example", "n.example:5"]);
+    assert_eq!(told.ca_file, Some("/ca.pem".into()));
+    assert_eq!(told.docker_config, Some("/h/.docker".into()));
+    for (text, wanted) in [
+        ("[registry]\ninsecure = ['http://localhost']", "without a scheme"),
+        ("[registry]\ninsecure = ['']", "without a scheme"),
+        ("[registry.mirrors]\n'docker.io' = ['m/path']", "mirrors in [registry]"),
+        ("[registry]\nca_file = 'ca.pem'", "use an absolute path"),
+        ("[registry]\nsecure = true", "secure"),
+    ] {
+        let error = load(text).unwrap_err();
+        assert!(error.contains(wanted) && error.contains(CONFIG_FILE), "{error}");
+    }
+}
