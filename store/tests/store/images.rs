@@ -60,6 +60,27 @@ fn an_image_made_here_hides_one_that_was_pulled() {
 }
 
 #[test]
+fn a_pulled_image_is_found_by_each_spelling_of_its_name() {
+    let (_dir, mut conn) = images();
+    let complete = "docker.io/library/alpine:latest";
+    let pulled = image(ImageScope::Registry, complete, "a", 10);
+    conn.put_image(&pulled, "sha256:a", at(0)).unwrap();
+    for name in ["alpine", "alpine:latest", "library/alpine", "docker.io/alpine", complete] {
+        assert_eq!(conn.find(name).unwrap().as_ref(), Some(&pulled), "{name}");
+    }
+    for name in ["alpine:3", "other/alpine", "h.io/alpine", "Alpine"] {
+        assert_eq!(conn.find(name).unwrap(), None, "{name}");
+    }
+    // What was imported under the very text goes before it.
+    let made = image(ImageScope::Local, "alpine", "b", 10);
+    conn.put_image(&made, "sha256:b", at(0)).unwrap();
+    assert_eq!(conn.find("alpine").unwrap(), Some(made));
+    assert_eq!(conn.find("alpine:latest").unwrap(), Some(pulled.clone()));
+    let removed = conn.remove_image(None, "library/alpine", at(1)).unwrap().unwrap();
+    assert_eq!(removed.record, pulled);
+}
+
+#[test]
 fn images_are_listed_by_scope_and_newest_first() {
     let (_dir, mut conn) = images();
     for (scope, tag, millis) in [
