@@ -44,6 +44,7 @@ fn main() -> Result<()> {
         section("network")?,
         section("fleet")?,
         section("session")?,
+        section("images")?,
     ]
     .concat();
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/PERFORMANCE.md");

@@ -8,13 +8,15 @@ export MATCHLOCK_TEST_BIN=$target/release/matchlock
 export MATCHLOCK_TEST_BUSYBOX=$1
 export MATCHLOCK_TEST_CACHE=$target/test-cache
 "$root/scripts/install-bundle.sh" "$MATCHLOCK_TEST_CACHE"
+"$root/scripts/debian-image.sh" "$(dirname -- "$1")/debian.tar"
 
 cd "$root"
 say "measuring"
 cargo bench --locked --bench store -- --quiet
 # They leave their sections to the scenarios. An old one must not pass for this run's.
-rm -f -- "$target/bench/network.md" "$target/bench/fleet.md" "$target/bench/session.md"
+rm -f -- "$target/bench/network.md" "$target/bench/fleet.md" "$target/bench/session.md" "$target/bench/images.md"
 cargo bench --locked --bench network
 cargo bench --locked --workspace --bench fleet
 cargo bench --locked --bench session
+cargo bench --locked --bench images
 cargo bench --locked --bench scenarios

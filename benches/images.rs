@@ -1,0 +1,257 @@
+//! Images: a pull against `skopeo copy` and `umoci unpack` of the same image, what a known image adds to
+//! `run`, and whether a VM's creation depends on the size of its image. Ends by writing
+//! target/bench/images.md for `scenarios`. `make bench`.
+
+mod artifacts;
+
+use std::fmt::Write as _;
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use matchlock_test_support::{Installation, busybox_archive, wait_until};
+
+const ROUNDS: usize = 5;
+/// The size of the large image's one file, which does not compress.
+const LARGE_MB: u64 = 2048;
+
+fn main() -> Result<()> {
+    let load = std::fs::read_to_string("/proc/loadavg")?;
+    let place = tempfile::tempdir()?;
+    let registry = Registry::start(place.path())?;
+    let section = [
+        "\n## Images\n\n`cargo bench --bench images`: the real program, Debian's `docker-registry` on \
+         loopback, the Debian of `scripts/debian-image.sh`.\n\n",
+        &pulls(&registry, place.path())?,
+        &creations(place.path())?,
+        &format!("\nLoad average before all this: {}.\n", load.trim()),
+    ]
+    .concat();
+    let file = artifacts::section("images");
+    std::fs::create_dir_all(file.parent().context("a directory")?)?;
+    std::fs::write(&file, &section)?;
+    println!("{section}\nwritten to {}", file.display());
+    Ok(())
+}
+
+fn done(command: &mut Command) -> Result<Duration> {
+    let began = Instant::now();
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("{command:?}"))?;
+    let took = began.elapsed();
+    ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(took)
+}
+
+/// A registry that ends with us.
+struct Registry {
+    process: Child,
+    host: String,
+}
+
+impl Registry {
+    fn start(place: &Path) -> Result<Self> {
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let config = place.join("registry.yml");
+        let data = place.join("registry");
+        std::fs::write(
+            &config,
+            format!(
+                "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\n\
+                 http: {{addr: '127.0.0.1:{port}'}}\n",
+                data.display()
+            ),
+        )?;
+        let process = Command::new("docker-registry")
+            .arg("serve")
+            .arg(&config)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("docker-registry: run scripts/setup.sh")?;
+        let registry = Self { process, host: format!("127.0.0.1:{port}") };
+        let is_up = || Ok(TcpStream::connect(("127.0.0.1", port)).is_ok());
+        wait_until(Duration::from_secs(30), "the registry", is_up)?;
+        Ok(registry)
+    }
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        if let Err(error) = self.process.kill().and_then(|()| self.process.wait().map(drop)) {
+            eprintln!("could not end the registry: {error}");
+        }
+    }
+}
+
+/// An OCI layout with one image of these files; `umoci` packs them.
+fn layout(place: &Path, name: &str, rootfs_tar: &Path) -> Result<PathBuf> {
+    let layout = place.join(name);
+    let image = format!("{}:latest", layout.display());
+    done(Command::new("umoci").args(["init", "--layout"]).arg(&layout))?;
+    done(Command::new("umoci").args(["new", "--image", &image]))?;
+    done(Command::new("umoci").args(["raw", "add-layer", "--image", &image]).arg(rootfs_tar))?;
+    Ok(layout)
+}
+
+fn median(times: &mut [Duration]) -> Duration {
+    times.sort_unstable();
+    times.get(times.len() / 2).copied().unwrap_or_default()
+}
+
+fn seconds(time: Duration) -> f64 {
+    time.as_secs_f64()
+}
+
+/// Mean and standard deviation of the ratios of each round.
+fn ratio(ours: &[Duration], theirs: &[Duration]) -> (f64, f64) {
+    let ratios: Vec<f64> = ours.iter().zip(theirs).map(|(a, b)| seconds(*a) / seconds(*b)).collect();
+    #[expect(clippy::cast_precision_loss, reason = "a handful")]
+    let count = ratios.len() as f64;
+    let mean = ratios.iter().sum::<f64>() / count;
+    let spread = ratios.iter().map(|ratio| (ratio - mean).powi(2)).sum::<f64>() / count;
+    (mean, spread.sqrt())
+}
+
+/// The files of the Debian that `scripts/debian-image.sh` makes.
+fn debian() -> Result<PathBuf> {
+    Ok(busybox_archive()?.with_file_name("debian.tar"))
+}
+
+fn pulls(registry: &Registry, place: &Path) -> Result<String> {
+    let layout = layout(place, "debian", &debian()?)?;
+    let name = format!("{}/debian:12", registry.host);
+    let remote = format!("docker://{name}");
+    done(
+        Command::new("skopeo")
+            .args(["--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false"])
+            .arg(format!("oci:{}:latest", layout.display()))
+            .arg(&remote),
+    )?;
+    let installation = Installation::without_images()?;
+    let pull = |cache: &Path| -> Result<Command> {
+        let mut command =
+            installation.command(&["pull", "--insecure-registry", &registry.host, &name])?;
+        command.env("MATCHLOCK_CACHE", cache);
+        Ok(command)
+    };
+    let (mut ours, mut theirs, mut again) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 0..ROUNDS {
+        let cache = place.join(format!("cache-{round}"));
+        std::fs::create_dir(&cache)?;
+        ours.push(done(&mut pull(&cache)?)?);
+        again.push(done(&mut pull(&cache)?)?);
+        std::fs::remove_dir_all(&cache)?;
+
+        let (copy, bundle) = (place.join("copy"), place.join("bundle"));
+        let began = Instant::now();
+        done(
+            Command::new("skopeo")
+                .args(["--insecure-policy", "copy", "--quiet", "--src-tls-verify=false", &remote])
+                .arg(format!("oci:{}:latest", copy.display())),
+        )?;
+        done(
+            Command::new("umoci")
+                .args(["unpack", "--image"])
+                .arg(format!("{}:latest", copy.display()))
+                .arg(&bundle),
+        )?;
+        theirs.push(began.elapsed());
+        std::fs::remove_dir_all(&copy)?;
+        std::fs::remove_dir_all(&bundle)?;
+    }
+    let (mean, spread) = ratio(&ours, &theirs);
+    let mut text = String::from("| | median |\n|---|---|\n");
+    let rows = [
+        ("`matchlock pull`: download and build of the root filesystem", median(&mut ours)),
+        ("`skopeo copy` and `umoci unpack` of the same", median(&mut theirs)),
+        ("`matchlock pull` of what is here already", median(&mut again)),
+    ];
+    for (what, took) in rows {
+        writeln!(text, "| {what} | {:.2} s |", seconds(took))?;
+    }
+    writeln!(text, "\nRatio of the first two, {ROUNDS} interleaved rounds: {mean:.2} ± {spread:.2}.\n")?;
+    Ok(text)
+}
+
+/// What `run --timings` says of these steps, in milliseconds.
+fn steps(installation: &Installation, image: &str) -> Result<[f64; 2]> {
+    let args = ["run", "--timings", "--no-network", "--image", image, "--", "true"];
+    let output = installation.output(&args)?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "{said}");
+    let step = |name: &str| -> Result<f64> {
+        for line in said.lines() {
+            let line = line.trim_start_matches("matchlock: ");
+            if let Some(rest) = line.strip_prefix(name)
+                && let Some((value, _)) = rest.split_once(" ms")
+                && let Ok(value) = value.trim().parse()
+            {
+                return Ok(value);
+            }
+        }
+        bail!("run --timings did not say {name}: {said}")
+    };
+    Ok([step("image ")?, step("to spawned ")?])
+}
+
+fn middle(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or_default()
+}
+
+/// The same busybox with and without a large file beside it.
+fn creations(place: &Path) -> Result<String> {
+    let installation = Installation::without_images()?;
+    let import = |tag: &str, archive: &Path| -> Result<()> {
+        let mut command = installation.command(&["image", "import", tag])?;
+        command.stdin(std::fs::File::open(archive)?);
+        let output = command.output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    };
+    import("small", &busybox_archive()?)?;
+    let layout = layout(place, "large", &noise(place)?)?;
+    let archive = place.join("large.oci.tar");
+    done(Command::new("tar").arg("-C").arg(&layout).arg("-cf").arg(&archive).arg("."))?;
+    import("large", &archive)?;
+    let (mut small, mut large) = (Vec::new(), Vec::new());
+    for _ in 0..=ROUNDS {
+        small.push(steps(&installation, "small")?);
+        large.push(steps(&installation, "large")?);
+    }
+    // The first of each warms the page cache.
+    let of = |runs: &[[f64; 2]], step: usize| {
+        middle(runs.iter().skip(1).filter_map(|run| run.get(step)).copied().collect())
+    };
+    let mut text = String::from(
+        "| `run` from its start until | small image | image of 2 GB | ratio |\n|---|---|---|---|\n",
+    );
+    for (step, what) in ["the image is found and the node is up", "the hypervisor is started"]
+        .into_iter()
+        .enumerate()
+    {
+        let (small, large) = (of(&small, step), of(&large, step));
+        writeln!(text, "| {what} | {small:.1} ms | {large:.1} ms | {:.2} |", large / small)?;
+    }
+    writeln!(text, "\nMedians of {ROUNDS} interleaved runs.")?;
+    Ok(text)
+}
+
+/// Busybox's files and a large one.
+fn noise(place: &Path) -> Result<PathBuf> {
+    let root = place.join("large-root");
+    std::fs::create_dir_all(root.join("bin"))?;
+    std::fs::copy("/usr/bin/busybox", root.join("bin/busybox"))?;
+    for name in ["sh", "true"] {
+        std::os::unix::fs::symlink("busybox", root.join("bin").join(name))?;
+    }
+    let mut random = std::io::Read::take(std::fs::File::open("/dev/urandom")?, LARGE_MB << 20);
+    std::io::copy(&mut random, &mut std::fs::File::create(root.join("large"))?)?;
+    let tar = place.join("large-root.tar");
+    done(Command::new("tar").arg("-C").arg(&root).arg("-cf").arg(&tar).arg("."))?;
+    std::fs::remove_dir_all(&root)?;
+    Ok(tar)
+}
