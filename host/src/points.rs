@@ -3,7 +3,8 @@
 use matchlock_failpoints::Area;
 
 use crate::{
-    firewall, hypervisor, image, netlock, owner_lock, process, rootfs, socket, tap, vm_log,
+    firewall, guest_bundle, hypervisor, image, netlock, owner_lock, process, rootfs, socket, tap,
+    vm_log,
 };
 
 /// Every area of this crate.
@@ -19,4 +20,5 @@ pub const AREAS: &[Area] = &[
     process::SPAWN_POINTS,
     process::POINTS,
     image::POINTS,
+    guest_bundle::POINTS,
 ];

@@ -15,6 +15,7 @@ mod exec;
 mod gc;
 mod gc_report;
 mod get;
+mod guest;
 mod help;
 mod hints;
 mod image;
@@ -129,6 +130,8 @@ Exit codes: 0; 1 when one could not be removed: its record is kept, the others a
     Serve(serve::ServeArgs),
     /// Import, list and remove images
     Image(image::ImageArgs),
+    /// List guest bundles (kernel and initramfs), choose the one to boot, remove others
+    Guest(guest::GuestArgs),
     /// Check whether this host can run microVMs, and say what to do if not
     Diagnose(diagnose::DiagnoseArgs),
     /// Print the version, the guest and the hypervisor
@@ -223,6 +226,7 @@ fn dispatch(verb: Verb) -> Result<u8, CliError> {
             Verb::Rpc(args) => rpc::rpc(args, config).await,
             Verb::Serve(args) => serve::serve(args, config).await,
             Verb::Image(args) => image::image(args, config).await,
+            Verb::Guest(args) => guest::guest(args, &config),
             Verb::Version(_) | Verb::Diagnose(_) | Verb::Later(_) => Ok(0),
         }
     })

@@ -27,6 +27,7 @@ fn help_of_everything() {
         &["serve", "--help"],
         &["image", "--help"],
         &["image", "import", "--help"],
+        &["guest", "--help"],
     ];
     for args in verbs {
         insta::assert_snapshot!(args.join("_").replace("--", ""), help(args));

@@ -206,7 +206,7 @@ impl<'a> Stage<'a> {
     }
 
     /// Gives the case a cache of its own.
-    fn own_cache(&self) -> Result<()> {
+    pub(crate) fn own_cache(&self) -> Result<()> {
         fs::create_dir(self.cache())?;
         self.has_own_cache.store(true, Ordering::Relaxed);
         Ok(())
@@ -294,6 +294,7 @@ impl<'a> Stage<'a> {
         }
         wrong.extend(host::false_claims(&self.installation)?);
         wrong.extend(self.remove_images()?);
+        wrong.extend(self.remove_bundles()?);
         let kept = self.installation.sql("select id from vms")?;
         for vm in kept.lines() {
             let removed = self.start("", &["rm", vm])?.wait(PATIENCE)?;
@@ -458,6 +459,21 @@ fn lead(stage: &Stage<'_>, case: &Case, props: &mut Props) -> Result<(ExitStatus
         Scenario::ImageSweep => {
             stage.own_cache()?;
             let left = stage.import("image.build.after=return(kill)")?.wait(PATIENCE)?;
+            ensure!(left.status.signal() == Some(9), "{}", String::from_utf8_lossy(&left.stderr));
+            finish(stage.start(&armed, &["gc"])?)
+        }
+        Scenario::GuestUse => {
+            stage.own_bundles()?;
+            finish(stage.start(&armed, &["guest", "use", "1-other"])?)
+        }
+        Scenario::GuestRemove => {
+            stage.own_bundles()?;
+            finish(stage.start(&armed, &["guest", "rm", "1-other"])?)
+        }
+        Scenario::GuestSweep => {
+            stage.own_bundles()?;
+            let leave = "guest_bundle.unname.after=return(kill)";
+            let left = stage.start(leave, &["guest", "rm", "1-other"])?.wait(PATIENCE)?;
             ensure!(left.status.signal() == Some(9), "{}", String::from_utf8_lossy(&left.stderr));
             finish(stage.start(&armed, &["gc"])?)
         }

@@ -31,6 +31,12 @@ pub(crate) enum Scenario {
     ImageRemove,
     /// `gc` after an import that was killed.
     ImageSweep,
+    /// `guest use` of another bundle than the default.
+    GuestUse,
+    /// `guest rm` of a bundle.
+    GuestRemove,
+    /// `gc` after a `guest rm` that was killed.
+    GuestSweep,
 }
 
 /// Who has the point.
@@ -66,7 +72,10 @@ pub(crate) fn boots(point: &str) -> bool {
         | Scenario::Rm
         | Scenario::ImageImport
         | Scenario::ImageRemove
-        | Scenario::ImageSweep => false,
+        | Scenario::ImageSweep
+        | Scenario::GuestUse
+        | Scenario::GuestRemove
+        | Scenario::GuestSweep => false,
     }
 }
 
@@ -133,6 +142,9 @@ const SPECIAL: &[(&str, Scenario)] = &[
     ("image.", Scenario::ImageImport),
     ("images_db.put_image", Scenario::ImageImport),
     ("images_db.remove_image", Scenario::ImageRemove),
+    ("guest_bundle.name_default", Scenario::GuestUse),
+    ("guest_bundle.sweep", Scenario::GuestSweep),
+    ("guest_bundle.", Scenario::GuestRemove),
     // An owner that stands still keeps the tables of a VM that is taken from it.
     ("firewall.take", Scenario::TakeOver),
     ("vm.shutdown_guest", Scenario::Stop),
