@@ -353,7 +353,8 @@ mod tests {
             assert!(told.contains(said) && !told.contains('\n'), "{told}");
             let refused = bundles.make_default(version).unwrap_err().to_string();
             assert_eq!(refused, told);
-            assert!(bundles.list().unwrap()[0].damage.is_none(), "of another one");
+            let default = bundles.list().unwrap().into_iter().find(|bundle| bundle.is_default);
+            assert_eq!(default.unwrap().version, "1-one", "{version}");
             bundles.remove(version).unwrap();
         }
         assert_eq!(names(&bundles), ["1-one", "1-two", "default"]);
