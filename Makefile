@@ -10,7 +10,7 @@ BUSYBOX := $(TARGET)/images/busybox.tar
 export CARGO_TARGET_DIR := $(TARGET)
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 
-.PHONY: help run test soak soak-table mutants bench setup check build guest image fmt lint install clean
+.PHONY: help run test soak soak-table mutants bench setup check build guest kernel image fmt lint install clean
 .DEFAULT_GOAL := help
 # One step after the other; cargo itself uses every core.
 .NOTPARALLEL:
@@ -50,7 +50,13 @@ check: ## Only say what is missing
 build: setup ## Build target/release/matchlock
 	@scripts/build.sh host
 
+# KERNEL=stock or own chooses the one that is booted; without it our own where it is built.
 guest: setup ## Build the guest bundle (kernel and initramfs)
+	@scripts/build.sh guest
+	@scripts/guest-bundle.sh
+
+kernel: setup ## Build our own guest kernel, which boots faster, and a bundle with it (20 minutes)
+	@scripts/kernel.sh
 	@scripts/build.sh guest
 	@scripts/guest-bundle.sh
 

@@ -107,7 +107,8 @@ fn seconds(time: Duration) -> f64 {
 
 /// Mean and standard deviation of the ratios of each round.
 fn ratio(ours: &[Duration], theirs: &[Duration]) -> (f64, f64) {
-    let ratios: Vec<f64> = ours.iter().zip(theirs).map(|(a, b)| seconds(*a) / seconds(*b)).collect();
+    let ratios: Vec<f64> =
+        ours.iter().zip(theirs).map(|(a, b)| seconds(*a) / seconds(*b)).collect();
     #[expect(clippy::cast_precision_loss, reason = "a handful")]
     let count = ratios.len() as f64;
     let mean = ratios.iter().sum::<f64>() / count;
@@ -172,7 +173,10 @@ fn pulls(registry: &Registry, place: &Path) -> Result<String> {
     for (what, took) in rows {
         writeln!(text, "| {what} | {:.2} s |", seconds(took))?;
     }
-    writeln!(text, "\nRatio of the first two, {ROUNDS} interleaved rounds: {mean:.2} ± {spread:.2}.\n")?;
+    writeln!(
+        text,
+        "\nRatio of the first two, {ROUNDS} interleaved rounds: {mean:.2} ± {spread:.2}.\n"
+    )?;
     Ok(text)
 }
 

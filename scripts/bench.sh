@@ -7,6 +7,8 @@
 export MATCHLOCK_TEST_BIN=$target/release/matchlock
 export MATCHLOCK_TEST_BUSYBOX=$1
 export MATCHLOCK_TEST_CACHE=$target/test-cache
+# Results must be comparable, whatever else is built.
+export KERNEL=${KERNEL:-stock}
 "$root/scripts/install-bundle.sh" "$MATCHLOCK_TEST_CACHE"
 "$root/scripts/debian-image.sh" "$(dirname -- "$1")/debian.tar"
 

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Make target/guest-bundle/<version>/{kernel,initramfs,manifest.json} and name it in
-# target/guest-bundle/current.
+# Make target/guest-bundle/<version>/{kernel,initramfs,manifest.json}: one with Debian's kernel, named in
+# target/guest-bundle/current-stock, and where `make kernel` has built our own, one with that, named in
+# current-own. `current` names the one of them that KERNEL says (chosen_kernel in lib.sh).
 #
-# The kernel is Debian's cloud kernel, fetched once as a package and unpacked to an ELF that
-# QEMU and Firecracker start directly (PVH). Overrides:
+# The stock kernel is Debian's cloud kernel, fetched once as a package and unpacked to an ELF that
+# QEMU and Firecracker start directly (PVH); the modules that it needs are in the initramfs. Our own has
+# everything built in, and its initramfs holds nothing but /init. Overrides:
+#   KERNEL                stock or own; without it our own where it is built
 #   MATCHLOCK_GUEST_BIN   the static program to put in as /init
 #   MATCHLOCK_KERNEL_DEB  a linux-image-*-cloud-amd64 package to use instead of fetching one
 #   MATCHLOCK_KERNEL_REFRESH=1  look for a newer kernel package
@@ -156,7 +159,7 @@ prepare_kernel() {
 	done <"$work/list"
 	printf '%s\n' "$release" >"$work/new/release"
 	printf '%s=%s\n' "$(dpkg-deb -f "$deb" Package)" "$(dpkg-deb -f "$deb" Version)" >"$work/new/package"
-	printf '%s\n' "$kernel_stamp" >"$work/new/stamp"
+	printf '%s\n' "$script_sha256" >"$work/new/stamp"
 
 	rm -rf -- "$directory"
 	mv -T -- "$work/new" "$directory"
@@ -178,15 +181,61 @@ workspace_version() {
 pack_initramfs() {
 	need cpio cpio
 	local tree=$work/initramfs
-	mkdir -p "$tree"/{dev,proc,sys,run,mnt,newroot,modules}
+	mkdir -p "$tree"/{dev,proc,sys,run,mnt,newroot}
 	install -m 0755 -- "$2" "$tree/init"
-	install -m 0644 -- "$1"/modules/* "$tree/modules/"
+	if [ -d "$1/modules" ]; then
+		mkdir "$tree/modules"
+		install -m 0644 -- "$1"/modules/* "$tree/modules/"
+	fi
 	find "$tree" -exec touch -h -d @0 {} +
 	(
 		cd "$tree"
 		find . -mindepth 1 -printf '%P\n' | sort |
 			cpio -o -H newc -R 0:0 --reproducible --quiet
 	) >"$3"
+}
+
+# pack_bundle KIND KERNEL-DIRECTORY: make the bundle and name it in current-KIND, unless that is done.
+pack_bundle() {
+	local kind=$1 kernel=$2 stamp release version initramfs_sha256 kernel_sha256 hash
+	stamp="$(workspace_version) $script_sha256 $(<"$kernel/package") $(<"$kernel/stamp") $(sha256 "$init")"
+	if holds "$bundles/stamp-$kind" "$stamp" && [ -f "$bundles/$(<"$bundles/current-$kind")/manifest.json" ]; then
+		say "guest: $(<"$bundles/current-$kind") is up to date"
+		return
+	fi
+
+	work=$(mktemp -d "$bundles/.work.XXXXXX")
+	mkdir "$work/new"
+	pack_initramfs "$kernel" "$init" "$work/new/initramfs"
+	ln -- "$kernel/vmlinux" "$work/new/kernel" 2>/dev/null || cp -- "$kernel/vmlinux" "$work/new/kernel"
+
+	release=$(<"$kernel/release")
+	initramfs_sha256=$(sha256 "$work/new/initramfs")
+	kernel_sha256=$(sha256 "$work/new/kernel")
+	# Two kernels of one release differ when their configuration does.
+	hash=$(sha256sum <<<"$kernel_sha256 $initramfs_sha256")
+	# The release of our own says whose it is.
+	version=$(workspace_version)-
+	[ "$kind" = own ] || version+=debian-
+	version+=$release-${hash:0:8}
+	say "guest: packing $version"
+	cat >"$work/new/manifest.json" <<JSON
+{
+  "format": 1,
+  "version": "$version",
+  "kernel_release": "$release",
+  "kernel_package": "$(<"$kernel/package")",
+  "kernel_sha256": "$kernel_sha256",
+  "initramfs_sha256": "$initramfs_sha256"
+}
+JSON
+
+	rm -rf -- "${bundles:?}/$version"
+	mv -T -- "$work/new" "$bundles/$version"
+	put "$bundles/current-$kind" <<<"$version"
+	put "$bundles/stamp-$kind" <<<"$stamp"
+	rm -rf -- "$work"
+	work=
 }
 
 mkdir -p "$kernels" "$bundles"
@@ -202,43 +251,20 @@ else
 fi
 
 # How the kernel directory is made: this script and the list of modules in it.
-kernel_stamp=$(sha256 "$root/scripts/guest-bundle.sh")
-kernel=$kernels/$(basename -- "$deb" .deb)
-holds "$kernel/stamp" "$kernel_stamp" || prepare_kernel "$deb" "$kernel"
+script_sha256=$(sha256 "$root/scripts/guest-bundle.sh")
+stock=$kernels/$(basename -- "$deb" .deb)
+holds "$stock/stamp" "$script_sha256" || prepare_kernel "$deb" "$stock"
 
 init=${MATCHLOCK_GUEST_BIN:-$("$root/scripts/build.sh" guest-path)}
 [ -f "$init" ] || die "no guest program at $init: run make guest"
 is_static "$init" || die "$init is not a static program"
 
-version=$(workspace_version)
-[ -n "$version" ] || die "Cargo.toml has no workspace version"
-stamp="$version $kernel_stamp $(<"$kernel/package") $(sha256 "$init")"
-if holds "$bundles/stamp" "$stamp" && [ -f "$bundles/$(<"$bundles/current")/manifest.json" ]; then
-	say "guest: $(<"$bundles/current") is up to date"
-	exit 0
+[ -n "$(workspace_version)" ] || die "Cargo.toml has no workspace version"
+pack_bundle stock "$stock"
+if [ -f "$kernels/own/stamp" ]; then
+	pack_bundle own "$kernels/own"
+else
+	rm -f -- "$bundles/current-own" "$bundles/stamp-own"
 fi
-
-work=$(mktemp -d "$bundles/.work.XXXXXX")
-mkdir "$work/new"
-pack_initramfs "$kernel" "$init" "$work/new/initramfs"
-ln -- "$kernel/vmlinux" "$work/new/kernel" 2>/dev/null || cp -- "$kernel/vmlinux" "$work/new/kernel"
-
-release=$(<"$kernel/release")
-initramfs_sha256=$(sha256 "$work/new/initramfs")
-version=$version-debian-$release-${initramfs_sha256:0:8}
-say "guest: packing $version"
-cat >"$work/new/manifest.json" <<JSON
-{
-  "format": 1,
-  "version": "$version",
-  "kernel_release": "$release",
-  "kernel_package": "$(<"$kernel/package")",
-  "kernel_sha256": "$(sha256 "$work/new/kernel")",
-  "initramfs_sha256": "$initramfs_sha256"
-}
-JSON
-
-rm -rf -- "${bundles:?}/$version"
-mv -T -- "$work/new" "$bundles/$version"
-put "$bundles/current" <<<"$version"
-put "$bundles/stamp" <<<"$stamp"
+kind=$(chosen_kernel)
+put "$bundles/current" <"$bundles/current-$kind"

@@ -1,37 +1,51 @@
 #!/usr/bin/env bash
-# install-bundle.sh CACHE: put the current guest bundle into CACHE/guest/<version>/ and point
-# CACHE/guest/default at it. What is half written is never seen under its name.
+# install-bundle.sh CACHE: put the guest bundles that are built into CACHE/guest/<version>/ and point
+# CACHE/guest/default at the one that KERNEL says (chosen_kernel in lib.sh). What is half written is never
+# seen under its name. The lock is that of `matchlock guest use` and `rm` (host/src/guest_bundle).
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 [ $# = 1 ] || die "usage: scripts/install-bundle.sh CACHE-DIRECTORY"
-[ -f "$target/guest-bundle/current" ] || die "no guest bundle: run make guest"
-version=$(<"$target/guest-bundle/current")
-bundle=$target/guest-bundle/$version
-[ -f "$bundle/manifest.json" ] || die "no guest bundle in $bundle: run make guest"
+bundles=$target/guest-bundle
+[ -f "$bundles/current-stock" ] || die "no guest bundle: run make guest"
+kind=$(chosen_kernel)
 
 [ -d "$1" ] || (umask 077 && mkdir -p -- "$1")
 guest=$1/guest
 mkdir -p -- "$guest"
+need flock util-linux
+exec 8<"$guest"
+flock -w 300 8 || die "another matchlock or make works on the guest bundles in $guest: try again"
 
 work=$(mktemp -d "$guest/.new.XXXXXX")
 trap 'rm -rf -- "$work"' EXIT
 
-if ! [ -d "$guest/$version" ]; then
+# install_bundle VERSION
+install_bundle() {
+	local version=$1 bundle=$bundles/$1 other
+	[ -f "$bundle/manifest.json" ] || die "no guest bundle in $bundle: run make guest"
+	[ ! -d "$guest/$version" ] || return 0
 	say "guest: installing $version into $guest"
 	mkdir "$work/bundle"
 	cp -- "$bundle/initramfs" "$bundle/manifest.json" "$work/bundle/"
-	# A new guest program mostly comes with the kernel that is already there.
-	if cmp -s -- "$bundle/kernel" "$guest/default/kernel"; then
-		ln -- "$(realpath -- "$guest/default/kernel")" "$work/bundle/kernel"
-	else
-		cp -- "$bundle/kernel" "$work/bundle/kernel"
-	fi
-	# Someone else may have put the same bundle there in the meantime: as good as ours.
-	mv -T -- "$work/bundle" "$guest/$version" 2>/dev/null ||
-		[ -f "$guest/$version/manifest.json" ] || die "cannot install into $guest/$version"
-fi
+	# A new guest program mostly comes with a kernel that is already there.
+	for other in "$guest"/*/kernel; do
+		if cmp -s -- "$bundle/kernel" "$other"; then
+			ln -- "$(realpath -- "$other")" "$work/bundle/kernel"
+			break
+		fi
+	done
+	[ -f "$work/bundle/kernel" ] || cp -- "$bundle/kernel" "$work/bundle/kernel"
+	mv -T -- "$work/bundle" "$guest/$version"
+}
 
+for packed in stock own; do
+	if [ -f "$bundles/current-$packed" ]; then
+		install_bundle "$(<"$bundles/current-$packed")"
+	fi
+done
+
+version=$(<"$bundles/current-$kind")
 if [ "$(readlink -- "$guest/default" || true)" != "$version" ]; then
 	ln -s -- "$version" "$work/default"
 	mv -T -- "$work/default" "$guest/default"

@@ -88,3 +88,17 @@ put() {
 
 # holds FILE TEXT: FILE exists and says exactly TEXT.
 holds() { [ -f "$1" ] && [ "$(cat -- "$1")" = "$2" ]; }
+
+# The kind of the guest bundle to boot by default: what KERNEL says, or our own where it is packed.
+chosen_kernel() {
+	local packed=$target/guest-bundle/current
+	case ${KERNEL:-} in
+	'') if [ -f "$packed-own" ]; then echo own; else echo stock; fi ;;
+	stock) echo stock ;;
+	own)
+		[ -f "$packed-own" ] || die "KERNEL=own, and there is no kernel of our own: run make kernel"
+		echo own
+		;;
+	*) die "KERNEL=$KERNEL: use stock or own" ;;
+	esac
+}

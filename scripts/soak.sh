@@ -35,6 +35,8 @@ if [ "$2" = sim ]; then
 	export MATCHLOCK_SIM_SEEDS=${SEEDS:-0..5000}
 	exec cargo test --locked --workspace --test sim seeds -- --nocapture </dev/null
 fi
+# Results must be comparable, whatever else is built.
+export KERNEL=${KERNEL:-stock}
 "$root/scripts/install-bundle.sh" "$MATCHLOCK_TEST_CACHE"
 if [ "$2" = session ]; then
 	cargo test --locked --workspace --no-run --test rpc

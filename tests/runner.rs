@@ -10,6 +10,8 @@ mod cli_diagnose;
 mod cli_errors;
 #[path = "cli/gc.rs"]
 mod cli_gc;
+#[path = "cli/guest.rs"]
+mod cli_guest;
 #[path = "cli/help.rs"]
 mod cli_help;
 #[path = "cli/image_verbs.rs"]

@@ -17,7 +17,7 @@
 //! | [`tap`] | a VM's link to the host, and what of the IPv4 space the host uses |
 //! | [`firewall`] | a VM's nftables tables: what its guest may reach |
 //! | [`netlock`] | one lock per network namespace, for choosing a subnet |
-//! | [`guest_bundle`] | the kernel and initramfs to boot |
+//! | [`guest_bundle`] | the kernel and initramfs to boot: which are installed, and whether they are whole |
 //! | [`diagnose`] | whether this host can run VMs, and what to do if not |
 
 #[cfg(not(target_os = "linux"))]
@@ -32,6 +32,7 @@ pub mod guest_bundle;
 pub mod guest_link;
 pub mod hypervisor;
 pub mod image;
+mod locked;
 pub mod netlock;
 pub mod owner_lock;
 pub mod points;

@@ -3,7 +3,8 @@
 use matchlock_failpoints::Area;
 
 use crate::{
-    firewall, hypervisor, image, netlock, owner_lock, process, rootfs, socket, tap, vm_log,
+    firewall, guest_bundle, hypervisor, image, netlock, owner_lock, process, rootfs, socket, tap,
+    vm_log,
 };
 
 /// Every area of this crate.
@@ -20,4 +21,5 @@ pub const AREAS: &[Area] = &[
     process::POINTS,
     image::POINTS,
     image::content::POINTS,
+    guest_bundle::POINTS,
 ];

@@ -17,6 +17,7 @@ use futures::stream::{self, StreamExt as _};
 use jiff::{SignedDuration, Timestamp};
 use matchlock_actors::deps::Rows;
 use matchlock_actors::reconciler::{NoRows, Outcome, Stranger, VmReport, strangers, survey};
+use matchlock_host::guest_bundle::GuestBundles;
 use matchlock_host::image::Garbages;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::id::{InstallId, VmId};
@@ -184,9 +185,17 @@ async fn collect(node: &Node, config: &NodeConfig, args: &GcArgs) -> Result<Coll
         collected.strangers = strangers(&sight).await;
         collected.unreadable = rows_without_id(config).await?;
         collected.forgotten = node.client().prune_history(forgotten_before(args, config)).await;
-        collected.swept = swept(node.client().sweep_images(false).await);
+        collected.swept = sweep(node, config).await;
     }
     Ok(collected)
+}
+
+/// Removes what killed imports, pulls and changes of the guest bundles left; how much.
+async fn sweep(node: &Node, config: &NodeConfig) -> Result<usize, Failure> {
+    let images = swept(node.client().sweep_images(false).await);
+    let bundles = GuestBundles::new(&config.cache).sweep();
+    let bundles = bundles.map_err(|error| Failure::from_error(FailureKind::Host, &error));
+    Ok(images? + bundles?)
 }
 
 /// How much was removed, unless something could not be.

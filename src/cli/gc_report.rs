@@ -144,7 +144,11 @@ impl Report {
             collected.forgotten.as_ref().err().map(|failure| format!("history is kept: {failure}")),
         );
         errors.extend(
-            collected.swept.as_ref().err().map(|failure| format!("half-made images: {failure}")),
+            collected
+                .swept
+                .as_ref()
+                .err()
+                .map(|failure| format!("remains in the cache: {failure}")),
         );
         let strangers = collected.strangers.iter().flatten();
         Self {
@@ -195,7 +199,7 @@ impl Report {
             ));
         }
         if self.swept > 0 {
-            let what = "remains of interrupted image imports or removals";
+            let what = "remains of interrupted imports or removals";
             lines.push(format!("Removed {} {what}", self.swept));
         }
         lines

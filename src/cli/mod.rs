@@ -15,6 +15,7 @@ mod exec;
 mod gc;
 mod gc_report;
 mod get;
+mod guest;
 mod help;
 mod hints;
 mod image;
@@ -140,6 +141,8 @@ Exit codes: 0; 1 when one could not be removed: its record is kept, the others a
     Pull(pull::PullArgs),
     /// Import, list, tag and remove images
     Image(image::ImageArgs),
+    /// List guest bundles (kernel and initramfs), choose the one to boot, remove others
+    Guest(guest::GuestArgs),
     /// Check whether this host can run microVMs, and say what to do if not
     Diagnose(diagnose::DiagnoseArgs),
     /// Print the version, the guest and the hypervisor
@@ -235,6 +238,7 @@ fn dispatch(verb: Verb) -> Result<u8, CliError> {
             Verb::Serve(args) => serve::serve(args, config).await,
             Verb::Pull(args) => pull::pull(args, config).await,
             Verb::Image(args) => image::image(args, config).await,
+            Verb::Guest(args) => guest::guest(args, &config),
             Verb::Version(_) | Verb::Diagnose(_) | Verb::Later(_) => Ok(0),
         }
     })

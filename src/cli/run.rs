@@ -128,6 +128,10 @@ pub(super) struct RunArgs {
     /// Hypervisor [default: auto, or as MATCHLOCK_HYPERVISOR says]
     #[arg(long, value_enum)]
     hypervisor: Option<HypervisorChoice>,
+    /// Guest kernel, an ELF file with a PVH entry [default: the guest bundle's, or as MATCHLOCK_KERNEL
+    /// says]
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
     /// Print how long each step took
     #[arg(long)]
     timings: bool,
@@ -172,6 +176,7 @@ fn hypervisor(flag: Option<HypervisorChoice>) -> Result<HypervisorChoice, CliErr
 pub(super) async fn run(args: RunArgs, config: NodeConfig) -> Result<u8, CliError> {
     let mut watch = Stopwatch::start();
     let timings = args.timings;
+    let own_kernel = args.kernel.clone();
     let asker = Asker::of_this_process()?;
     let mut interrupts = Interrupts::install().map_err(|e| CliError::failure(&e))?;
     let detach = args.detach && asker.is_none();
@@ -183,8 +188,10 @@ pub(super) async fn run(args: RunArgs, config: NodeConfig) -> Result<u8, CliErro
         Err(which) => return Ok(which.exit_code()),
     };
     let command = own_command(&spec, &image)?;
-    let bundle = GuestBundle::find(&config.cache, config.kernel.clone())
-        .map_err(|e| CliError::failure(&e))?;
+    let kernel = own_kernel.map(std::path::absolute).transpose();
+    let kernel = kernel.map_err(|e| CliError::failure(&e))?.or_else(|| config.kernel.clone());
+    let (bundle, guest_lease) =
+        GuestBundle::find_leased(&config.cache, kernel).map_err(|e| CliError::failure(&e))?;
     let lease = BlobLease::take(image.rootfs_path.as_ref()).map_err(|e| CliError::failure(&e))?;
     if detach {
         return detached(&config, &mut interrupts).await;
@@ -212,6 +219,7 @@ pub(super) async fn run(args: RunArgs, config: NodeConfig) -> Result<u8, CliErro
         image: image.config,
         base_disk: image.rootfs_path.into(),
         lease: Some(lease),
+        guest_lease,
         kernel: bundle.kernel,
         initramfs: bundle.initramfs,
     };

@@ -32,6 +32,7 @@ fn help_of_everything() {
         &["image", "tag", "--help"],
         &["image", "rm", "--help"],
         &["image", "gc", "--help"],
+        &["guest", "--help"],
     ];
     for args in verbs {
         insta::assert_snapshot!(args.join("_").replace("--", ""), help(args));

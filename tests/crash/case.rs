@@ -273,6 +273,7 @@ impl<'a> Stage<'a> {
         }
         wrong.extend(host::false_claims(&self.installation)?);
         wrong.extend(self.remove_images()?);
+        wrong.extend(self.remove_bundles()?);
         let kept = self.installation.sql("select id from vms")?;
         for vm in kept.lines() {
             let removed = self.start("", &["rm", vm])?.wait(PATIENCE)?;
@@ -405,6 +406,21 @@ fn lead(stage: &Stage<'_>, case: &Case, props: &mut Props) -> Result<(ExitStatus
         | Scenario::ImageSweep
         | Scenario::Pull
         | Scenario::ContentSweep => images::lead(stage, case),
+        Scenario::GuestUse => {
+            stage.own_bundles()?;
+            finish(stage.start(&armed, &["guest", "use", "1-other"])?)
+        }
+        Scenario::GuestRemove => {
+            stage.own_bundles()?;
+            finish(stage.start(&armed, &["guest", "rm", "1-other"])?)
+        }
+        Scenario::GuestSweep => {
+            stage.own_bundles()?;
+            let leave = "guest_bundle.unname.after=return(kill)";
+            let left = stage.start(leave, &["guest", "rm", "1-other"])?.wait(PATIENCE)?;
+            ensure!(left.status.signal() == Some(9), "{}", String::from_utf8_lossy(&left.stderr));
+            finish(stage.start(&armed, &["gc"])?)
+        }
     }
 }
 

@@ -39,6 +39,12 @@ pub(crate) enum Scenario {
     ImageTag,
     /// `gc` after an import that was killed.
     ImageSweep,
+    /// `guest use` of another bundle than the default.
+    GuestUse,
+    /// `guest rm` of a bundle.
+    GuestRemove,
+    /// `gc` after a `guest rm` that was killed.
+    GuestSweep,
 }
 
 /// Who has the point.
@@ -78,7 +84,10 @@ pub(crate) fn boots(point: &str) -> bool {
         | Scenario::ImageRemove
         | Scenario::ImageUntag
         | Scenario::ImageTag
-        | Scenario::ImageSweep => false,
+        | Scenario::ImageSweep
+        | Scenario::GuestUse
+        | Scenario::GuestRemove
+        | Scenario::GuestSweep => false,
     }
 }
 
@@ -151,6 +160,9 @@ const SPECIAL: &[(&str, Scenario)] = &[
     ("images_db.tag_image", Scenario::ImageTag),
     ("images_db.remove_shared", Scenario::ImageUntag),
     ("images_db.remove_image", Scenario::ImageRemove),
+    ("guest_bundle.name_default", Scenario::GuestUse),
+    ("guest_bundle.sweep", Scenario::GuestSweep),
+    ("guest_bundle.", Scenario::GuestRemove),
     // An owner that stands still keeps the tables of a VM that is taken from it.
     ("firewall.take", Scenario::TakeOver),
     ("vm.shutdown_guest", Scenario::Stop),

@@ -8,6 +8,7 @@ mod commands;
 mod detach;
 mod errors;
 mod exit_code;
+mod guest_bundles;
 mod image_config;
 mod image_use;
 mod images;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use matchlock_host::firewall::FirewallHandle;
+use matchlock_host::guest_bundle::BundleLease;
 use matchlock_host::guest_link::GuestLink;
 use matchlock_host::hypervisor::{Machine, MachineSpec, Nic};
 use matchlock_host::image::BlobLease;
@@ -37,6 +38,8 @@ pub struct CreateVm {
     pub base_disk: PathBuf,
     /// Keeps the image from being removed while the VM runs.
     pub lease: Option<BlobLease>,
+    /// Keeps the guest bundle from being removed while the VM lives.
+    pub guest_lease: Option<BundleLease>,
     /// The guest kernel.
     pub kernel: PathBuf,
     /// The initramfs.

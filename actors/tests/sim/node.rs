@@ -136,6 +136,7 @@ impl Node {
             image: ImageConfig::default(),
             base_disk: "/fake/base.erofs".into(),
             lease: None,
+            guest_lease: None,
             kernel: "/fake/kernel".into(),
             initramfs: "/fake/initramfs".into(),
         });

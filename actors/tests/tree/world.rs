@@ -208,6 +208,7 @@ impl World {
             image: ImageConfig::default(),
             base_disk: "/fake/base.erofs".into(),
             lease: None,
+            guest_lease: None,
             kernel: "/fake/kernel".into(),
             initramfs: "/fake/initramfs".into(),
         });

@@ -28,7 +28,8 @@ pub enum ModuleError {
     },
 }
 
-/// Loads what `order` in `directory` names. No list means a kernel that has all it needs.
+/// Loads what `order` in `directory` names. No list means a kernel that has all it needs, and so does
+/// a kernel that knows no modules: it was named by the user, beside another one's initramfs.
 ///
 /// # Errors
 /// When the list or a module in it is unusable; one that is loaded already is fine.
@@ -41,7 +42,10 @@ pub fn load_all(directory: &Path) -> Result<(), ModuleError> {
     };
     for name in order.lines().map(str::trim).filter(|name| !name.is_empty()) {
         let path = directory.join(name);
-        load(&path).map_err(|source| ModuleError::Load { path, source })?;
+        match load(&path) {
+            Err(error) if error.raw_os_error() == Some(Errno::ENOSYS as i32) => return Ok(()),
+            loaded => loaded.map_err(|source| ModuleError::Load { path, source })?,
+        }
     }
     Ok(())
 }

@@ -3,23 +3,36 @@
 //! ```text
 //!   $MATCHLOCK_KERNEL set?  yes ─► that kernel, with $MATCHLOCK_INITRAMFS or the default bundle's
 //!                           no ──► <cache>/guest/default/{kernel,initramfs,manifest.json}
+//!
+//!   GuestBundles  ls, use, rm of what is below <cache>/guest/
 //! ```
 //!
 //! # Invariants
 //! 1. What is found are regular files, and a manifest of the format that we know.
-//! 2. Nothing is written, and 50 MB are not hashed for each run: a bundle is installed by a
-//!    rename of the whole directory.
+//! 2. Finding writes nothing, and 50 MB are not hashed for each run: a bundle is installed by a
+//!    rename of the whole directory. `use` hashes, and `ls` does.
 //! 3. The paths are those of one installed version, so that another installation meanwhile cannot
 //!    mix two.
+//! 4. A VM holds a shared lock ([`BundleLease`]) on its bundle's directory as long as it lives; a
+//!    bundle with a lease is not removed.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use matchlock_failpoints::Area;
 
-/// The version of the manifest that we know.
-const FORMAT: u32 = 1;
+mod installed;
+mod lease;
+mod manifest;
+
+pub use installed::{GuestBundles, InstalledBundle};
+pub use lease::BundleLease;
+
+use manifest::Manifest;
+
+/// What a crash may come between.
+pub const POINTS: Area = Area::new("guest_bundle", &["name_default", "unname", "remove", "sweep"]);
 
 /// The environment variable that names another kernel.
 pub const KERNEL_VARIABLE: &str = "MATCHLOCK_KERNEL";
@@ -38,6 +51,8 @@ pub struct GuestBundle {
     pub version: String,
     /// The kernel's release, or `custom`.
     pub kernel_release: String,
+    /// The installed bundle that it is taken from, in whole or in part.
+    pub dir: Option<PathBuf>,
 }
 
 /// Why there is no guest to boot.
@@ -75,7 +90,8 @@ pub enum GuestBundleError {
     },
     /// The bundle is made for another version of Matchlock.
     #[error(
-        "the guest bundle {dir} has format {found}, this matchlock knows {FORMAT}: run `make guest`"
+        "the guest bundle {dir} has format {found}, this matchlock knows {}: run `make guest`",
+        manifest::FORMAT
     )]
     Format {
         /// The bundle.
@@ -83,14 +99,65 @@ pub enum GuestBundleError {
         /// Its format.
         found: u32,
     },
+    /// A file is not what the manifest says.
+    #[error("the guest bundle {dir} is damaged: {what}; remove it and run `make guest` again")]
+    Damaged {
+        /// The bundle.
+        dir: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// There is no bundle of this version.
+    #[error("guest bundle not found: {version:?}; choose one of `matchlock guest ls`")]
+    NotFound {
+        /// What was asked for.
+        version: String,
+    },
+    /// It was removed before it could be used.
+    #[error("the guest bundle {dir} is being removed: try again")]
+    Gone {
+        /// The bundle.
+        dir: PathBuf,
+    },
+    /// The default bundle is not removed.
+    #[error(
+        "{version} is the default guest bundle: make another one the default first (matchlock guest use)"
+    )]
+    IsDefault {
+        /// The bundle.
+        version: String,
+    },
+    /// A VM uses it.
+    #[error(
+        "guest bundle {version} is in use by a running VM: stop it first (matchlock list, matchlock kill)"
+    )]
+    InUse {
+        /// The bundle.
+        version: String,
+    },
+    /// Somebody else changes the bundles.
+    #[error("another matchlock or make works on the guest bundles in {dir}: try again")]
+    Busy {
+        /// Where.
+        dir: PathBuf,
+    },
+    /// A file operation of ours failed.
+    #[error("could not {doing} {path}")]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
 }
 
-/// What we use of `manifest.json`.
-#[derive(Debug, Deserialize)]
-struct Manifest {
-    format: u32,
-    version: String,
-    kernel_release: String,
+impl GuestBundleError {
+    /// A [`Self::Io`].
+    fn io(doing: &'static str, path: &Path, source: impl Into<io::Error>) -> Self {
+        Self::Io { doing, path: path.to_owned(), source: source.into() }
+    }
 }
 
 impl GuestBundle {
@@ -107,7 +174,10 @@ impl GuestBundle {
         let bundle = match (kernel, initramfs) {
             (Some(kernel), Some(initramfs)) => Self::custom(kernel, initramfs),
             (None, None) => Self::default_of(cache)?,
-            (Some(kernel), None) => Self::custom(kernel, Self::default_of(cache)?.initramfs),
+            (Some(kernel), None) => {
+                let Self { initramfs, dir, .. } = Self::default_of(cache)?;
+                Self { dir, ..Self::custom(kernel, initramfs) }
+            }
             (None, Some(initramfs)) => Self { initramfs, ..Self::default_of(cache)? },
         };
         check_file("kernel", &bundle.kernel, KERNEL_VARIABLE)?;
@@ -125,9 +195,29 @@ impl GuestBundle {
         Self::find_with(cache, kernel_override, initramfs.map(PathBuf::from))
     }
 
+    /// The same, and a lease on the bundle that it comes from, if it comes from one.
+    ///
+    /// # Errors
+    /// As of [`Self::find`].
+    pub fn find_leased(
+        cache: &Path,
+        kernel_override: Option<PathBuf>,
+    ) -> Result<(Self, Option<BundleLease>), GuestBundleError> {
+        let find = || {
+            let bundle = Self::find(cache, kernel_override.clone())?;
+            let lease = bundle.dir.as_deref().map(BundleLease::take).transpose()?;
+            Ok((bundle, lease))
+        };
+        match find() {
+            // It was the default, and is removed since another one is.
+            Err(GuestBundleError::Gone { .. }) => find(),
+            found => found,
+        }
+    }
+
     fn custom(kernel: PathBuf, initramfs: PathBuf) -> Self {
         let custom = || "custom".to_owned();
-        Self { kernel, initramfs, version: custom(), kernel_release: custom() }
+        Self { kernel, initramfs, version: custom(), kernel_release: custom(), dir: None }
     }
 
     /// The installed bundle.
@@ -143,24 +233,13 @@ impl GuestBundle {
                 return Err(GuestBundleError::Manifest { path: link, source });
             }
         };
-        let path = dir.join("manifest.json");
-        let manifest = fs::read(&path)
-            .and_then(|text| serde_json::from_slice::<Manifest>(&text).map_err(io::Error::from));
-        let manifest = match manifest {
-            Ok(manifest) => manifest,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(GuestBundleError::Missing { dir });
-            }
-            Err(source) => return Err(GuestBundleError::Manifest { path, source }),
-        };
-        if manifest.format != FORMAT {
-            return Err(GuestBundleError::Format { dir, found: manifest.format });
-        }
+        let manifest = Manifest::read(&dir)?;
         Ok(Self {
             kernel: dir.join("kernel"),
             initramfs: dir.join("initramfs"),
             version: manifest.version,
             kernel_release: manifest.kernel_release,
+            dir: Some(dir),
         })
     }
 }
@@ -253,6 +332,7 @@ mod tests {
         let found =
             GuestBundle::find_with(empty.path(), Some(own.clone()), Some(own.clone())).unwrap();
         assert_eq!((found.initramfs, &*found.version), (own.clone(), "custom"));
+        assert_eq!(found.dir, None);
 
         let directory = cache.path().to_owned();
         let error = GuestBundle::find_with(empty.path(), Some(directory), Some(own)).unwrap_err();

@@ -10,9 +10,7 @@
 //!    file that was just removed.
 //! 2. Nobody waits: a blob that is being removed counts as gone, one with a lease as in use.
 //!
-//! The kernel drops a lease with the process that holds it. Dropping one unlocks before it closes:
-//! a child that is just being started has a copy of every descriptor until its exec, and a lock
-//! lives as long as its last copy, unless it is unlocked.
+//! The kernel drops a lease with the process that holds it.
 
 use std::ffi::OsStr;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -26,23 +24,11 @@ use rustix::io::Errno;
 
 use super::workspace::{DIRECTORY, failed, is_named};
 use super::{Garbage, GarbageKind, Garbages, ImageDirs, ImageError, POINTS};
+use crate::locked::Locked;
 
 /// Nothing is followed, nothing waits for the other end of a fifo.
 pub(super) const FILE: OFlags =
     OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::NONBLOCK).union(OFlags::CLOEXEC);
-
-/// An open file that is unlocked when it is dropped.
-#[derive(Debug)]
-pub(super) struct Locked(pub(super) OwnedFd);
-
-impl Drop for Locked {
-    fn drop(&mut self) {
-        if let Err(error) = flock(&self.0, FlockOperation::Unlock) {
-            // Closing unlocks as well, only a little later.
-            tracing::debug!(error = &error as &dyn std::error::Error, "could not unlock a blob");
-        }
-    }
-}
 
 /// A shared lock on a blob. While one is held, the blob is not removed.
 #[derive(Debug)]
@@ -74,10 +60,10 @@ impl BlobLease {
             Err(Errno::WOULDBLOCK) => return Err(gone()),
             locked => locked.map_err(|error| failed("lock", path, error))?,
         }
-        let lock = Locked(file);
-        let stat = fstat(&lock.0).map_err(|error| failed("look at", path, error))?;
+        let lock = Locked::new(file);
+        let stat = fstat(lock.as_fd()).map_err(|error| failed("look at", path, error))?;
         let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-        if !regular || stat.st_size == 0 || !is_named(rustix::fs::CWD, path, &lock.0, path)? {
+        if !regular || stat.st_size == 0 || !is_named(rustix::fs::CWD, path, lock.as_fd(), path)? {
             return Err(gone());
         }
         Ok(Self { path: path.to_owned(), size: on_disk(&stat), _lock: lock })
@@ -155,14 +141,14 @@ fn remove(
         Err(Errno::WOULDBLOCK) => return Err(ImageError::InUse { path: path.to_owned() }),
         locked => locked.map_err(fail)?,
     }
-    let file = Locked(file);
+    let file = Locked::new(file);
     let at = |error| failed("remove", path, error);
     POINTS.before("remove_blob").map_err(at)?;
     if keep(&stat) {
         return Ok(false);
     }
-    if is_named(parent.as_fd(), name, &file.0, path)? {
-        unlink_verified(parent.as_fd(), name, &file.0, path)?;
+    if is_named(parent.as_fd(), name, file.as_fd(), path)? {
+        unlink_verified(parent.as_fd(), name, file.as_fd(), path)?;
     }
     POINTS.after("remove_blob").map_err(at)?;
     Ok(true)
@@ -241,7 +227,7 @@ fn is_name_of_blob(name: &OsStr) -> bool {
 fn unlink_verified(
     parent: BorrowedFd<'_>,
     name: &OsStr,
-    file: &OwnedFd,
+    file: BorrowedFd<'_>,
     path: &Path,
 ) -> Result<(), ImageError> {
     let fail = |error: Errno| failed("remove", path, error);

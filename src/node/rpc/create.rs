@@ -397,13 +397,15 @@ pub(super) fn prepare(
     image: ImageRecord,
 ) -> Result<CreateVm, RpcError> {
     let kernel = wanted.kernel.or_else(|| config.kernel.clone());
-    let bundle = GuestBundle::find(&config.cache, kernel).map_err(|e| host(&e))?;
+    let (bundle, guest_lease) =
+        GuestBundle::find_leased(&config.cache, kernel).map_err(|e| host(&e))?;
     let lease = BlobLease::take(image.rootfs_path.as_ref()).map_err(|e| host(&e))?;
     Ok(CreateVm {
         spec: wanted.spec,
         image: merged(image.config, wanted.image_config),
         base_disk: image.rootfs_path.into(),
         lease: Some(lease),
+        guest_lease,
         kernel: bundle.kernel,
         initramfs: bundle.initramfs,
     })

@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use rustix::fs::{FlockOperation, flock};
 use tempfile::TempDir;
 
+use crate::bundles::copy_bundle;
 use crate::host::Remains;
 use crate::running::{Running, wait_until};
 
@@ -84,6 +85,36 @@ impl Installation {
         std::fs::create_dir_all(&bare.cache)?;
         std::os::unix::fs::symlink(shared.join("guest"), bare.cache.join("guest"))?;
         Ok(bare)
+    }
+
+    /// A new one with a cache of its own that has a copy of this guest bundle of the shared one as the
+    /// default, and the `busybox` image.
+    ///
+    /// # Errors
+    /// When the environment of `make test` is missing, or there is no such bundle.
+    pub fn with_own_bundle(version: &str) -> Result<Self> {
+        let bare = Self::bare()?;
+        copy_bundle(&variable("MATCHLOCK_TEST_CACHE")?, &bare.cache, version)?;
+        bare.ensure_busybox()?;
+        Ok(bare)
+    }
+
+    /// The guest bundles that `guest ls --json` shows: version, kernel release, whether it is the default.
+    ///
+    /// # Errors
+    /// When the list is no list, or one is damaged.
+    pub fn bundles(&self) -> Result<Vec<(String, String, bool)>> {
+        let output = self.output(&["guest", "ls", "--json"])?;
+        ensure!(output.status.success(), "guest ls failed: {}", stderr(&output));
+        let shown: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        let bundles = shown.as_array().context("guest ls --json printed no array")?;
+        let mut found = Vec::new();
+        for bundle in bundles {
+            ensure!(bundle["status"] == "ok", "{bundle}");
+            let text = |key: &str| bundle[key].as_str().unwrap_or("?").to_owned();
+            found.push((text("version"), text("kernel_release"), bundle["default"] == true));
+        }
+        Ok(found)
     }
 
     /// The state directory.

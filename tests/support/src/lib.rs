@@ -5,6 +5,7 @@
 //! image is shared and only read. What belongs to a test's installation is found by its
 //! installation id and its directory, so that tests run side by side.
 
+mod bundles;
 mod host;
 mod installation;
 pub mod netns;
@@ -13,6 +14,7 @@ mod running;
 mod session;
 mod terminal;
 
+pub use bundles::{copy_bundle, put_bundle};
 pub use host::Remains;
 pub use installation::{Installation, busybox_archive, debian_archive, program};
 pub use running::{Running, wait_until};

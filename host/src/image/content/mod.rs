@@ -31,12 +31,13 @@ use rustix::fs::{FlockOperation, Mode, OFlags, RenameFlags, flock, open, renamea
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
-use super::blob::{FILE, Locked, on_disk};
+use super::blob::{FILE, on_disk};
 use super::config::is_sha256;
 use super::garbage::{Garbage, GarbageKind, Garbages};
 use super::stream::BUFFER;
 use super::workspace::{failed, is_named};
 use super::{ImageDirs, ImageError};
+use crate::locked::Locked;
 
 /// What a crash may come between.
 pub const POINTS: Area = Area::new("content", &["write", "name", "remove"]);
@@ -134,8 +135,8 @@ fn whole(dirs: &ImageDirs, hex: &str) -> Result<Option<Claim>, ImageError> {
     if !locked(&file, FlockOperation::NonBlockingLockShared, &path)? {
         return Ok(Some(Claim::Busy));
     }
-    let lock = Locked(file);
-    if !is_named(rustix::fs::CWD, &path, &lock.0, &path)? {
+    let lock = Locked::new(file);
+    if !is_named(rustix::fs::CWD, &path, lock.as_fd(), &path)? {
         return Ok(Some(Claim::Busy));
     }
     Ok(Some(Claim::There(ContentLease { path, _lock: lock })))
@@ -153,8 +154,8 @@ fn hold(dirs: &ImageDirs, name: &str) -> Result<Option<(PathBuf, Locked)>, Image
     if !locked(&file, FlockOperation::NonBlockingLockExclusive, &path)? {
         return Ok(None);
     }
-    let lock = Locked(file);
-    Ok(is_named(rustix::fs::CWD, &path, &lock.0, &path)?.then_some((path, lock)))
+    let lock = Locked::new(file);
+    Ok(is_named(rustix::fs::CWD, &path, lock.as_fd(), &path)?.then_some((path, lock)))
 }
 
 /// The blob with this digest and size, or the right to download it.
@@ -170,7 +171,8 @@ pub(super) fn claim(dirs: &ImageDirs, hex: &str, size: u64) -> Result<Claim, Ima
         remove(&path)?;
         return Ok(Claim::Busy);
     }
-    let duplicate = lock.0.try_clone().map_err(|error| failed("open", &path, error))?;
+    let duplicate =
+        lock.as_fd().try_clone_to_owned().map_err(|error| failed("open", &path, error))?;
     let mut partial = Partial {
         dirs: dirs.clone(),
         hex: hex.to_owned(),
@@ -245,8 +247,8 @@ impl Partial {
         self.file.sync_all().map_err(&fail)?;
         POINTS.before("name").map_err(|error| fail(error.into()))?;
         // Between the locks somebody may sweep it.
-        if !locked(&self.lock.0, FlockOperation::NonBlockingLockShared, &self.path)?
-            || !is_named(rustix::fs::CWD, &self.path, &self.lock.0, &self.path)?
+        if !locked(&self.lock, FlockOperation::NonBlockingLockShared, &self.path)?
+            || !is_named(rustix::fs::CWD, &self.path, self.lock.as_fd(), &self.path)?
         {
             return Ok(Finished::Again);
         }
@@ -422,13 +424,13 @@ fn sweep_one(
     if !locked(&file, FlockOperation::NonBlockingLockExclusive, path)? {
         return Ok(Fate::InUse);
     }
-    let file = Locked(file);
+    let file = Locked::new(file);
     let at = |error| failed("remove", path, error);
-    let is_ours = is_named(rustix::fs::CWD, path, file.0.as_fd(), path)?;
+    let is_ours = is_named(rustix::fs::CWD, path, file.as_fd(), path)?;
     if is_wanted() || !is_ours || mutated("leave_downloads") {
         return Ok(Fate::Wanted);
     }
-    let stat = rustix::fs::fstat(&file.0).map_err(|error| failed("look at", path, error))?;
+    let stat = rustix::fs::fstat(file.as_fd()).map_err(|error| failed("look at", path, error))?;
     let bytes = on_disk(&stat);
     if dry_run {
         return Ok(Fate::Gone(bytes));
