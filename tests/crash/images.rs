@@ -22,7 +22,7 @@ impl Stage<'_> {
     }
 
     /// Gives the case a cache of its own.
-    fn own_cache(&self) -> Result<()> {
+    pub(super) fn own_cache(&self) -> Result<()> {
         fs::create_dir(self.cache())?;
         self.has_own_cache.store(true, Ordering::Relaxed);
         Ok(())
