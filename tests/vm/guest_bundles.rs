@@ -3,10 +3,11 @@
 use std::io::Write as _;
 use std::process::Output;
 
+use matchlock_test_support::netns::TestNet;
 use matchlock_test_support::{Installation, put_bundle};
 use rustix::process::Signal;
 
-use super::{PATIENCE, stderr, stdout};
+use super::{PATIENCE, network, stderr, stdout};
 
 /// What the release of our own kernel ends with (guest/kernel/x86_64.config).
 const OWN: &str = "-matchlock";
@@ -117,7 +118,8 @@ fn our_own_kernel_has_what_a_guest_needs() {
         "-c",
         "ip addr show eth0 | grep -c 'inet '; uname -r",
     ];
-    assert_ran(&installation.output(&flags).unwrap(), &format!("1\n{release}\n"));
+    let net = TestNet::new().unwrap();
+    assert_ran(&network::output(&net, &installation, &flags), &format!("1\n{release}\n"));
     installation.assert_nothing_left().unwrap();
 }
 

@@ -113,7 +113,9 @@ impl TestNet {
             "ip link set lo up
              ip link add up0 type veth peer name inet0 netns {}
              ip addr add {HOST}/24 dev up0; ip link set up0 up; ip route add default via {INTERNET}
-             for conf in all default up0; do echo 1 > /proc/sys/net/ipv4/conf/$conf/rp_filter; done",
+             for conf in all default up0; do echo 1 > /proc/sys/net/ipv4/conf/$conf/rp_filter; done
+             # As on a host where nothing was run yet; a new namespace has what the first one has.
+             echo 0 > /proc/sys/net/ipv4/ip_forward",
             internet.pid()
         ))?;
         let others: String =
