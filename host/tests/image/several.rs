@@ -13,6 +13,7 @@ use crate::world::World;
 fn refusal(world: &World, archive: &[u8], wish: &ImportWish) -> String {
     match world.wished(archive, wish) {
         Err(ImageError::Wish { what }) => what,
+        Err(error @ ImageError::NoSuchPlatform { .. }) => error.to_string(),
         other => panic!("{other:?}"),
     }
 }
@@ -133,10 +134,12 @@ fn a_platform_is_chosen_by_its_name() {
     assert!(what.contains("linux/s390x") && what.contains(&format!("{own}/v3")), "{what}");
     let what = refusal(&world, &archive, &of(&format!("{own}/v9")));
     assert!(what.contains("/v9"), "{what}");
-    // An image of another machine is refused by its config too: nothing here could run it.
+    // An image of another machine is kept when it is asked for, and says whose it is.
     let mut foreign = two()[0].clone();
     foreign.architecture = "s390x".into();
-    let error = world.wished(&foreign.oci(), &of("linux/s390x")).unwrap_err();
+    let kept = world.wished(&foreign.oci(), &of("linux/s390x")).unwrap();
+    assert_eq!(kept[0].image.config.platform, "linux/s390x");
+    let error = world.wished(&foreign.oci(), &ImportWish::of("x")).unwrap_err();
     assert!(matches!(error, ImageError::Platform { .. }), "{error}");
 }
 
