@@ -102,10 +102,10 @@ def limits(client):
 client = Client(Config(binary_path=binary))
 client.start()
 try:
-    client.launch(Sandbox("no-such-image"))
+    client.launch(Sandbox("127.0.0.1:1/no-such-image"))
     raise AssertionError("it was there")
 except RPCError as error:
-    assert error.is_vm_error() and "image not found" in error.message, error
+    assert error.is_vm_error() and "127.0.0.1:1" in error.message, error
 try:
     client.create(sandbox().add_secret("K", "v", "h").with_privileged().options())
     raise AssertionError("it was taken")
