@@ -185,14 +185,25 @@ pub(crate) fn is_there(path: &Path) -> Result<bool, OpenError> {
 
 /// What is known of the file at this path; `None` if there is nothing.
 fn regular_file(path: &Path) -> Result<Option<fs::Metadata>, OpenError> {
-    match fs::metadata(path) {
-        Ok(found) if found.is_file() => Ok(Some(found)),
-        Ok(_) => Err(OpenError::WrongKind { path: path.to_owned(), wanted: "regular file" }),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => match fs::symlink_metadata(path) {
-            Ok(_) => Err(OpenError::LeadsNowhere { path: path.to_owned() }),
-            Err(_) => Ok(None),
-        },
-        Err(source) => Err(OpenError::File { doing: "look at", path: path.to_owned(), source }),
+    let failed = |source| OpenError::File { doing: "look at", path: path.to_owned(), source };
+    loop {
+        match fs::metadata(path) {
+            Ok(found) if found.is_file() => return Ok(Some(found)),
+            Ok(_) => {
+                return Err(OpenError::WrongKind { path: path.to_owned(), wanted: "regular file" });
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(source) => return Err(failed(source)),
+        }
+        match fs::symlink_metadata(path) {
+            Ok(found) if found.is_symlink() => {
+                return Err(OpenError::LeadsNowhere { path: path.to_owned() });
+            }
+            // Another process has made it between the two looks.
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(failed(source)),
+        }
     }
 }
 
@@ -227,4 +238,32 @@ fn keep_private(path: &Path, found: &fs::Metadata, mode: u32) -> Result<(), Priv
         return Ok(());
     }
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(Private::Io)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn a_file_that_another_process_makes_just_now_is_no_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.db");
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    File::create(&path).unwrap();
+                    fs::remove_file(&path).unwrap();
+                }
+            });
+            let looked = (0..100_000).map(|_| regular_file(&path).map(|found| found.is_some()));
+            let wrong = looked.filter_map(Result::err).next();
+            over.store(true, Ordering::Relaxed);
+            assert!(wrong.is_none(), "{wrong:?}");
+        });
+        std::os::unix::fs::symlink(dir.path().join("nothing"), &path).unwrap();
+        assert!(matches!(regular_file(&path), Err(OpenError::LeadsNowhere { .. })));
+    }
 }
