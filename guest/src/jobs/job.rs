@@ -18,7 +18,7 @@ use std::rc::{Rc, Weak};
 
 use matchlock_wire::frame::MAX_CHUNK_BYTES;
 use matchlock_wire::message::{ExecFailure, ExecOutput, ExitStatus, JobId, TerminalSize};
-use rustix::process::{Pid, Signal};
+use rustix::process::Pid;
 use tokio::sync::Notify;
 
 use super::output::Output;
@@ -135,15 +135,12 @@ impl Job {
     /// # Errors
     /// When the number is no signal or the kernel refuses.
     pub fn signal(&self, number: i32) -> std::io::Result<()> {
-        // Without a command there is nobody to get it. The command first: it must not see the
-        // foreground end without knowing why.
-        self.process.as_ref().map_or(Ok(()), |process| process.signal(number))?;
-        if number == Signal::HUP.as_raw()
-            && let Some(terminal) = self.terminal.as_ref().and_then(Weak::upgrade)
-        {
-            terminal.signal_foreground(Signal::HUP)?;
+        // Without a command there is nobody to get it.
+        let Some(process) = &self.process else { return Ok(()) };
+        match self.terminal.as_ref().and_then(Weak::upgrade) {
+            Some(terminal) => process.signal_at(&terminal, number),
+            None => process.signal(number),
         }
-        Ok(())
     }
 
     /// Tells the command that the guest shuts down, if it wants a signal of its own for that; the pid

@@ -37,7 +37,7 @@ use matchlock_wire::message::{ExecFailure, ExecFailureKind, ExecStart};
 use nix::sys::resource::{Resource, getrlimit};
 use rustix::fs::{Mode, OFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, WaitStatus};
+use rustix::process::{Pid, Signal, WaitStatus};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
@@ -144,6 +144,28 @@ impl Process {
                 }
             }
             _ => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+
+    /// [`signal`](Self::signal) for a command that has this terminal: it has the signal before any
+    /// key that comes later. SIGHUP then goes to the foreground too, in this order: the command must
+    /// not see the foreground end without knowing why.
+    ///
+    /// # Errors
+    /// As [`signal`](Self::signal), and when the terminal cannot be asked.
+    pub fn signal_at(&self, terminal: &Terminal, number: i32) -> io::Result<()> {
+        // The init passes a signal on when it gets to it, which may be later.
+        let sent = match Signal::from_named_raw(number) {
+            None | Some(Signal::KILL) => false,
+            Some(signal) => terminal.signal_leader(self.pid, signal)?,
+        };
+        if !sent {
+            self.signal(number)?;
+        }
+        if number == Signal::HUP.as_raw() {
+            terminal.signal_foreground(Signal::HUP)
+        } else {
+            Ok(())
         }
     }
 

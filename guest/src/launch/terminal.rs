@@ -13,6 +13,7 @@
 //! 3. When the last [`Rc`](std::rc::Rc) goes, so does the master, and the kernel hangs the terminal
 //!    up: the session's leader gets SIGHUP, and whoever still holds the slave reads its end.
 
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -93,6 +94,18 @@ impl Terminal {
         Ok(vec![key; if in_lines && line_begun { 2 } else { 1 }])
     }
 
+    /// Sends a signal to the group of the session's leader, if that is the child of this init: a
+    /// command that has given its terminal away is not found by it. Whether it was sent.
+    ///
+    /// # Errors
+    /// When the terminal cannot be asked or the kernel refuses.
+    pub fn signal_leader(&self, init: Pid, signal: Signal) -> io::Result<bool> {
+        match self.leader()? {
+            Some(leader) if parent(leader)? == Some(init) => send(leader, signal).map(|()| true),
+            _ => Ok(false),
+        }
+    }
+
     /// Sends a signal to the foreground group, unless that is the group of the session's leader,
     /// which is signalled in another way. Nobody in the foreground is no error.
     ///
@@ -123,6 +136,18 @@ impl Terminal {
     fn leader(&self) -> io::Result<Option<Pid>> {
         of_session(tcgetsid(self.master.as_fd()))
     }
+}
+
+/// The parent of a process; `None` if the process is gone.
+fn parent(process: Pid) -> io::Result<Option<Pid>> {
+    let status = match fs::read_to_string(format!("/proc/{process}/status")) {
+        Ok(status) => status,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
+    Ok(parent.and_then(|pid| pid.trim().parse().ok()).and_then(Pid::from_raw))
 }
 
 fn send(group: Pid, signal: Signal) -> io::Result<()> {
