@@ -143,29 +143,67 @@ fn first_commands(installation: &Installation) -> Result<String> {
     Ok(text)
 }
 
-fn resident_kb(session: &Session) -> Result<i64> {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", session.pid()?))?;
-    let line = status.lines().find(|line| line.starts_with("VmRSS")).context("VmRSS")?;
+/// A number of kB in a file of a process.
+fn kilobytes(pid: u32, file: &str, name: &str) -> Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/{file}"))?;
+    let line = text.lines().find(|line| line.starts_with(name)).context(name.to_owned())?;
     Ok(line.split_whitespace().nth(1).context("a number")?.parse()?)
 }
 
+/// The hypervisors of a session: its children.
+fn hypervisors(session: u32) -> Result<Vec<u32>> {
+    let mut found = Vec::new();
+    for task in std::fs::read_dir(format!("/proc/{session}/task"))? {
+        let children = std::fs::read_to_string(task?.path().join("children"))?;
+        for pid in children.split_whitespace() {
+            found.push(pid.parse()?);
+        }
+    }
+    Ok(found)
+}
+
 fn memory(installation: &Installation) -> Result<String> {
-    const VMS: i64 = 8;
     let mut session = start(installation)?;
-    let grown = |session: &mut Session| -> Result<i64> {
-        session.create_vm()?;
-        session.call("exec", &json!({ "command": "true" }))?;
-        resident_kb(session)
-    };
-    let first = grown(&mut session)?;
-    let mut last = first;
-    for _ in 0..VMS {
-        last = grown(&mut session)?;
+    let pid = session.pid()?;
+    let mut text = String::from(
+        "\n| VMs in one session, each after a command | the session's process | of it, for each VM \
+         after the first | a hypervisor, resident | its share |\n|---|---|---|---|---|\n",
+    );
+    let (mut vms, mut first) = (0, 0);
+    for wanted in [1, 10, 30] {
+        while vms < wanted {
+            session.create_vm()?;
+            vms += 1;
+        }
+        for vm in session.call("list", &json!({}))?["vms"].as_array().context("vms")? {
+            let params = json!({ "vm_id": vm["id"], "command": ["true"] });
+            session.call("exec", &params)?;
+        }
+        let own = kilobytes(pid, "status", "VmRSS")?;
+        let each = if vms == 1 {
+            first = own;
+            String::new()
+        } else {
+            format!("{} kB", own.saturating_sub(first) / (vms - 1))
+        };
+        let machines = hypervisors(pid)?;
+        ensure!(machines.len() as u64 == vms, "{} hypervisors for {vms} VMs", machines.len());
+        let mean = |file: &str, name: &str| -> Result<u64> {
+            let sum =
+                machines.iter().map(|pid| kilobytes(*pid, file, name)).sum::<Result<u64>>()?;
+            Ok(sum / vms / 1024)
+        };
+        writeln!(
+            text,
+            "| {vms} | {own} kB | {each} | {} MiB | {} MiB |",
+            mean("status", "VmRSS")?,
+            mean("smaps_rollup", "Pss:")?
+        )?;
     }
     close(session)?;
-    Ok(format!(
-        "\nThe session's process: {first} kB resident with one VM, {} kB more for each further VM \
-         (the hypervisor's own memory is its own process's).\n",
-        (last - first) / VMS
-    ))
+    text.push_str(
+        "\nA hypervisor's share counts what several of them map (its program, the kernel's file) in \
+         parts.\n",
+    );
+    Ok(text)
 }

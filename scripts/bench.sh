@@ -16,7 +16,8 @@ cd "$root"
 say "measuring"
 cargo bench --locked --bench store -- --quiet
 # They leave their sections to the scenarios. An old one must not pass for this run's.
-rm -f -- "$target/bench/network.md" "$target/bench/fleet.md" "$target/bench/session.md" "$target/bench/images.md"
+rm -f -- "$target/bench/boot.md" "$target/bench/network.md" "$target/bench/fleet.md" "$target/bench/session.md" "$target/bench/images.md"
+cargo bench --locked --bench boot
 cargo bench --locked --bench network
 cargo bench --locked --workspace --bench fleet
 cargo bench --locked --bench session

@@ -8,6 +8,7 @@
 #[path = "../artifacts/mod.rs"]
 mod artifacts;
 mod bare;
+#[path = "../samples/mod.rs"]
 mod samples;
 mod tables;
 mod throughput;

@@ -84,6 +84,12 @@ pub(super) fn instead(error: &clap::Error, verb: &str) -> Option<String> {
                     .to_owned()
             })
         }
+        ErrorKind::UnknownArgument if verb == "image" => {
+            let given = named(ContextKind::InvalidArg)?;
+            std::path::Path::new(given).is_file().then(|| {
+                format!("an archive is read from stdin: matchlock image import TAG < {given}")
+            })
+        }
         ErrorKind::UnknownArgument if verb == "run" => {
             let given = named(ContextKind::InvalidArg)?;
             let (flag, instead) = FLAGS.iter().find(|(theirs, _)| *theirs == given)?;

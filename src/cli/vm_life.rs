@@ -16,6 +16,7 @@ use matchlock_actors::vm::{CreateVm, VmContext};
 use matchlock_model::exec::ExecSpec;
 use matchlock_model::exit;
 use matchlock_model::failure::{Failure, FailureKind};
+use matchlock_model::phase::Phase;
 use matchlock_model::signal;
 use matchlock_model::spec::VmSpec;
 use matchlock_model::view::VmView;
@@ -267,6 +268,8 @@ async fn keep(
     if by_signal.is_none() {
         match &own {
             Some(Err(error)) => render::error(error),
+            // Somebody has ended it together with its command.
+            Some(Ok(_)) if vm.view.borrow().phase != Phase::Running => {}
             Some(Ok(code)) => render::note(&format!(
                 "the command ended with {code}; VM {} is kept until a signal or `matchlock kill {}`",
                 vm.id, vm.id

@@ -27,6 +27,8 @@ use matchlock_model::vm::StopMode;
 use matchlock_store::{ReadPool, WriteConn, open_state};
 use ractor::{Actor, ActorRef};
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_util::task::TaskTracker;
 
 use super::client::NodeClient;
 use super::config::NodeConfig;
@@ -36,6 +38,9 @@ use crate::points::{HOME, injected};
 
 /// How long the services may take to end.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long others who asked for a VM's end may take to be told, once it has come.
+const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
 /// The state directory with its database, open.
 #[derive(Debug)]
@@ -55,6 +60,8 @@ pub struct Node {
     root: ActorRef<RootMsg>,
     joined: JoinHandle<()>,
     writer: ThreadSlot,
+    /// Of others, which are not answered yet.
+    kills: TaskTracker,
 }
 
 fn failed(error: &(dyn std::error::Error + 'static), doing: &str) -> Failure {
@@ -93,7 +100,8 @@ impl Opened {
         let Self { config, install, conn, reader } = self;
         let slots = Slots::default();
         let services = slots.services();
-        let deps = wiring::deps(&config, install, reader, &services)?;
+        let kills = TaskTracker::new();
+        let deps = wiring::deps(&config, install, reader, &services, &kills)?;
         let writer = ThreadSlot::default();
         let vm_log = config.vm_log;
         let args = RootArgs {
@@ -114,7 +122,7 @@ impl Opened {
         let (root, joined) = Actor::spawn(None, Root, args)
             .await
             .map_err(|e| failed(&e, "could not start the services"))?;
-        Ok(Node { client: NodeClient::new(services), vm_log, deps, root, joined, writer })
+        Ok(Node { client: NodeClient::new(services), vm_log, deps, root, joined, writer, kills })
     }
 }
 
@@ -165,6 +173,10 @@ impl Node {
     /// When something did not end in time.
     pub async fn shutdown(self, mode: StopMode) -> Result<(), Failure> {
         self.client.stop_all(mode).await?;
+        self.kills.close();
+        if timeout(ANSWER_LIMIT, self.kills.wait()).await.is_err() {
+            tracing::warn!("somebody who asked for a VM's end was not told of it");
+        }
         let message = |reply| RootMsg::Shutdown { reply };
         let answered = self.root.call(message, Some(SHUTDOWN_LIMIT)).await;
         if !matches!(answered, Ok(ractor::rpc::CallResult::Success(()))) {

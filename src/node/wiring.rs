@@ -19,6 +19,7 @@ use matchlock_host::tap::LinuxTaps;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::id::InstallId;
 use matchlock_store::ReadPool;
+use tokio_util::task::TaskTracker;
 
 use super::client::NodeClient;
 use super::config::NodeConfig;
@@ -65,12 +66,14 @@ pub(crate) fn processes() -> Result<Arc<dyn Processes>, Failure> {
     Ok(Arc::new(LinuxProcesses::new().map_err(|e| host(&e))?))
 }
 
-/// What the actors of this process need, made of this host.
+/// What the actors of this process need, made of this host. `kills` are those of others that are
+/// not answered yet.
 pub(super) fn deps(
     config: &NodeConfig,
     install: InstallId,
     reader: ReadPool,
     services: &Services,
+    kills: &TaskTracker,
 ) -> Result<Deps, Failure> {
     let spawner = Spawner::new().map_err(|e| host(&e))?;
     let options = QemuOptions { cache: config.cache.clone(), ..QemuOptions::default() };
@@ -97,7 +100,7 @@ pub(super) fn deps(
         subnets: SubnetHandle(services.subnet_allocator.clone()),
         processes: processes()?,
         locks: owner_locks(config)?,
-        owner_server: Arc::new(OwnerSockets::new(NodeClient::new(services.clone()))),
+        owner_server: Arc::new(OwnerSockets::new(NodeClient::new(services.clone()), kills.clone())),
         db: DbHandle(services.db_writer.clone()),
         reader: Arc::new(reader),
         available_memory_mb: Arc::new(|| facts::available_memory_mb().map_err(|e| host(&e))),

@@ -111,6 +111,11 @@ fn words_of_other_tools_are_answered_with_ours() {
         (&["run", "--name=web", "--image", "b"], 125, "microVMs have ids, no names"),
         (&["run", "busybox"], 125, "the image is named with --image, e.g. `matchlock run --image"),
         (&["run", "-it", "busybox", "sh"], 125, "the image is named with --image"),
+        (
+            &["image", "import", "web", "Cargo.toml"],
+            2,
+            "an archive is read from stdin: matchlock image import TAG < Cargo.toml",
+        ),
     ];
     for (args, code, wanted) in cases {
         let (got, line) = refused(args);

@@ -27,6 +27,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, mpsc};
 use tokio::time::timeout;
 use tokio_util::codec::Framed;
 use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
 
 use super::client::NodeClient;
 use super::protocol::{Ended, Frame, FrameCodec, Request, STDIN_FRAMES};
@@ -46,13 +47,15 @@ type Connection = Framed<UnixStream, FrameCodec>;
 #[derive(Debug)]
 pub struct OwnerSockets {
     client: NodeClient,
+    kills: TaskTracker,
 }
 
 impl OwnerSockets {
-    /// Serves by asking this node.
+    /// Serves by asking this node. `kills` are those that have not been answered yet: a process that
+    /// ends with its VM waits for them, so that whoever asked is told.
     #[must_use]
-    pub const fn new(client: NodeClient) -> Self {
-        Self { client }
+    pub const fn new(client: NodeClient, kills: TaskTracker) -> Self {
+        Self { client, kills }
     }
 }
 
@@ -70,7 +73,8 @@ impl OwnerServer for OwnerSockets {
         let listener = socket::listen(&path).map_err(failed)?;
         let listener = UnixListener::from_std(listener).map_err(failed)?;
         let cancel = CancellationToken::new();
-        tokio::spawn(accept(vm, listener, self.client.clone(), cancel.clone()));
+        let places = Arc::new(Places::new(self.kills.clone()));
+        tokio::spawn(accept(vm, listener, self.client.clone(), places, cancel.clone()));
         Ok(Box::new(Guard(cancel.drop_guard())))
     }
 }
@@ -86,10 +90,12 @@ struct Places {
     kills: Semaphore,
     /// Apart from those that ask the guest: they may take as long as it has grace.
     forced_kills: Semaphore,
+    /// The kills of all VMs of the node that have not been answered yet.
+    unanswered: TaskTracker,
 }
 
 impl Places {
-    fn new() -> Self {
+    fn new(unanswered: TaskTracker) -> Self {
         let places = || Semaphore::new(MAX_CLIENTS);
         Self {
             door: Arc::new(places()),
@@ -97,6 +103,7 @@ impl Places {
             queue: places(),
             kills: places(),
             forced_kills: places(),
+            unanswered,
         }
     }
 
@@ -120,8 +127,13 @@ fn full(what: &str) -> Failure {
     Failure::new(FailureKind::Busy, format!("{MAX_CLIENTS} others {what}; try again later"))
 }
 
-async fn accept(vm: VmId, listener: UnixListener, client: NodeClient, cancel: CancellationToken) {
-    let places = Arc::new(Places::new());
+async fn accept(
+    vm: VmId,
+    listener: UnixListener,
+    client: NodeClient,
+    places: Arc<Places>,
+    cancel: CancellationToken,
+) {
     loop {
         // A client beyond the limit waits in the listener's queue.
         let Ok(door) = Arc::clone(&places.door).acquire_owned().await else { return };
@@ -178,6 +190,7 @@ async fn answer(
         }
         // Whether anybody waits for it or not: it was asked for.
         Some(Frame::Request(Request::Kill { force })) => {
+            let _unanswered = places.unanswered.token();
             let heard = connection.send(Frame::Heard).await;
             let result = match places.kill(force) {
                 Ok(_place) => kill(vm, client, force).await,

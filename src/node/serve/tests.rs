@@ -20,7 +20,7 @@ async fn served() -> Served {
     let paths = VmPaths::new(vms.path(), VM);
     std::fs::create_dir_all(&paths.dir).unwrap();
     let slots = Slots::default();
-    let sockets = OwnerSockets::new(NodeClient::new(slots.services()));
+    let sockets = OwnerSockets::new(NodeClient::new(slots.services()), TaskTracker::new());
     let guard = sockets.serve(VM, &paths).await.unwrap();
     Served { vms, _slots: slots, _guard: guard }
 }
@@ -66,7 +66,7 @@ async fn a_kill_is_heard_however_many_commands_and_kills_there_are() {
 
 #[tokio::test]
 async fn a_command_waits_for_a_place_unless_too_many_do() {
-    let places = Places::new();
+    let places = Places::new(TaskTracker::new());
     let mut running: Vec<_> =
         (0..MAX_CLIENTS).map(|_| places.command().now_or_never().unwrap().unwrap()).collect();
     let mut waiting: Vec<_> = (0..MAX_CLIENTS).map(|_| Box::pin(places.command())).collect();
