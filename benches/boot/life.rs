@@ -28,7 +28,7 @@ pub(crate) struct Span {
 
 /// Runs `true` in a microVM.
 pub(crate) fn of_a_run(installation: &Installation) -> Result<Life> {
-    let args = ["run", "--quiet", "--no-network", "--image", "busybox", "--", "true"];
+    let args = ["run", "--no-network", "--image", "busybox", "--", "true"];
     let mut command = installation.command(&args)?;
     let filter = "warn,matchlock_actors=debug";
     command.env("MATCHLOCK_LOG", filter).stdout(Stdio::null()).stderr(Stdio::piped());

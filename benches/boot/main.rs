@@ -75,13 +75,14 @@ struct Kernel {
 
 /// The kernels that are built: Debian's, and our own after `make kernel`.
 fn kernels() -> Result<Vec<Kernel>> {
-    let shared = Installation::new()?;
+    let shared = Installation::new()?.bundles()?;
     let mut kernels = Vec::new();
-    for (name, is_one) in [("stock", true), ("own", false)] {
-        let built = shared.bundles()?;
-        let newest =
-            built.iter().rev().find(|(version, ..)| version.contains("-debian-") == is_one);
-        let Some((version, release, _)) = newest else { continue };
+    for name in ["stock", "own"] {
+        // Bundles of earlier builds are there too.
+        let current = artifacts::target().join("guest-bundle").join(format!("current-{name}"));
+        let Ok(current) = std::fs::read_to_string(current) else { continue };
+        let installed = shared.iter().find(|(version, ..)| version == current.trim());
+        let (version, release, _) = installed.with_context(|| format!("no bundle {current}"))?;
         let installation = Installation::with_own_bundle(version)?;
         let description = Description::of_a_vm(&installation)?;
         kernels.push(Kernel {

@@ -19,6 +19,9 @@ exit_code is that of the command of `matchlock run`, kept as long as the VM is (
 pub(super) struct GetArgs {
     /// VM
     id: VmId,
+    /// As JSON, which it is anyway
+    #[arg(long)]
+    json: bool,
 }
 
 /// A VM as `get` and `inspect` print it; keys and order are the reference's.

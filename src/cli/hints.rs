@@ -95,6 +95,9 @@ pub(super) fn instead(error: &clap::Error, verb: &str) -> Option<String> {
             let (flag, instead) = FLAGS.iter().find(|(theirs, _)| *theirs == given)?;
             Some(format!("`matchlock run` has no {flag}: {instead}; see `matchlock run --help`"))
         }
+        ErrorKind::MissingRequiredArgument if verb == "run" && pulls_by_a_word() => Some(
+            "a policy is written with `=`: --pull=always, --pull=missing, --pull=never".to_owned(),
+        ),
         ErrorKind::MissingRequiredArgument if verb == "run" => Some(
             "the image is named with --image, e.g. `matchlock run --image busybox -- sh`; \
              see `matchlock run --help`"
@@ -102,4 +105,13 @@ pub(super) fn instead(error: &clap::Error, verb: &str) -> Option<String> {
         ),
         _ => None,
     }
+}
+
+/// Whether `--pull` is followed by a policy as a word of its own, which is the command then.
+fn pulls_by_a_word() -> bool {
+    let words: Vec<_> = std::env::args_os().collect();
+    words.windows(2).any(|pair| {
+        matches!(pair, [pull, policy] if pull == "--pull"
+            && ["always", "missing", "never"].iter().any(|word| policy == word))
+    })
 }

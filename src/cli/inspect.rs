@@ -22,6 +22,9 @@ pub(super) struct InspectArgs {
     /// VMs, also removed ones whose history is still kept
     #[arg(required = true, value_name = "ID")]
     ids: Vec<VmId>,
+    /// As JSON, which it is anyway
+    #[arg(long)]
+    json: bool,
 }
 
 /// A VM and its history; keys and order are the reference's.

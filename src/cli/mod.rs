@@ -195,14 +195,25 @@ fn parse() -> Result<Cli, ExitCode> {
             };
         }
         let words = std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned());
-        let verb = words.into_iter().find(|arg| !arg.starts_with('-')).unwrap_or_default();
+        let mut words = words.into_iter().filter(|arg| !arg.starts_with('-'));
+        let verb = words.next().unwrap_or_default();
         let error = match hints::instead(&error, &verb) {
             Some(instead) => CliError::input(instead),
-            None => CliError::usage(&error, &verb),
+            None => CliError::usage(&error, &help_of(&verb, words.next())),
         };
         render::error(&error);
         ExitCode::from(error.exit_code(matches!(verb.as_str(), "run" | "exec")))
     })
+}
+
+/// The verb whose help tells more: of `image tag` that of `image tag`.
+fn help_of(verb: &str, next: Option<String>) -> String {
+    let command = Cli::command();
+    let found = command.find_subcommand(verb).zip(next);
+    match found.and_then(|(outer, next)| outer.find_subcommand(next).map(clap::Command::get_name)) {
+        Some(inner) => format!("{verb} {inner}"),
+        None => verb.to_owned(),
+    }
 }
 
 fn dispatch(verb: Verb) -> Result<u8, CliError> {

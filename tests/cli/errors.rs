@@ -111,6 +111,9 @@ fn words_of_other_tools_are_answered_with_ours() {
         (&["run", "--name=web", "--image", "b"], 125, "microVMs have ids, no names"),
         (&["run", "busybox"], 125, "the image is named with --image, e.g. `matchlock run --image"),
         (&["run", "-it", "busybox", "sh"], 125, "the image is named with --image"),
+        (&["run", "--pull", "always", "--image", "b"], 125, "--pull=always, --pull=missing"),
+        (&["image", "tag", "a"], 2, "see `matchlock image tag --help`"),
+        (&["image", "rm", "-f", "a"], 2, "see `matchlock image rm --help`"),
         (
             &["image", "import", "web", "Cargo.toml"],
             2,

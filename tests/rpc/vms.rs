@@ -217,3 +217,30 @@ fn a_detached_vm_whose_create_is_cancelled_leaves_nothing() {
     }
     close(session, &installation);
 }
+
+#[test]
+fn a_command_whose_input_is_wrong_does_not_go_on_without_it() {
+    let installation = Installation::new().unwrap();
+    let mut session = rpc(&installation, &[]);
+    session.create_vm().unwrap();
+    let wrong = [
+        (json!({ "data": "***" }), "data is not base64"),
+        (json!({ "data": 5 }), "data: invalid type"),
+        (json!({}), "data is missing"),
+        (json!({ "data": "YQ==", "x": 1 }), "unknown field `x`"),
+    ];
+    for (given, why) in wrong {
+        let id = session.send("exec_pipe", &json!({ "command": "cat; echo end" })).unwrap();
+        let is_ready = |m: &serde_json::Value| m["method"] == "exec_pipe.ready";
+        session.message("its start", is_ready).unwrap();
+        let mut params = given;
+        params["id"] = json!(id);
+        let line = json!({ "jsonrpc": "2.0", "method": "exec_pipe.stdin", "params": params });
+        session.send_line(line.to_string().as_bytes()).unwrap();
+        let (code, text) = session.answer(id).unwrap().unwrap_err();
+        assert_eq!(code, -32602, "{text}");
+        assert!(text.starts_with("its input was wrong: ") && text.contains(why), "{text}");
+    }
+    assert!(session.seen().iter().all(|m| m["method"] != "exec_pipe.stdout"));
+    close(session, &installation);
+}

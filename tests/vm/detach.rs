@@ -82,7 +82,7 @@ fn what_keeps_a_detached_command_from_starting_is_told_with_its_exit_code() {
     wait_and_remove(&installation);
 
     let kernel = installation.home().join("not-a-kernel");
-    std::fs::write(&kernel, "nothing").unwrap();
+    std::fs::write(&kernel, "\x7fELF, and nothing").unwrap();
     let args = ["run", "-d", "--no-network", "--image", "busybox", "--", "true"];
     let mut command = installation.command(&args).unwrap();
     let output = command.env("MATCHLOCK_KERNEL", &kernel).output().unwrap();

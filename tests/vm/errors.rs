@@ -43,8 +43,12 @@ fn no_kernel() {
 fn a_kernel_that_is_none() {
     let installation = Installation::new().unwrap();
     let kernel = installation.home().with_file_name("kernel");
+    let env = [("MATCHLOCK_KERNEL", kernel.to_str().unwrap())];
     fs::write(&kernel, "not a kernel").unwrap();
-    let said = failed_run(&installation, &[("MATCHLOCK_KERNEL", kernel.to_str().unwrap())], &[]);
+    let said = failed_run(&installation, &env, &[]);
+    assert!(said.contains("is not an ELF file: name a vmlinux"), "{said}");
+    fs::write(&kernel, "\x7fELF, and nothing behind it").unwrap();
+    let said = failed_run(&installation, &env, &[]);
     assert!(said.contains("before its agent was ready"), "{said}");
 }
 

@@ -24,7 +24,7 @@ fn default_bundle() -> (String, String) {
 /// itself: what a test prints is only shown when it fails.
 fn own_bundle(test: &str) -> Option<(String, String)> {
     let bundles = Installation::new().unwrap().bundles().unwrap();
-    let found = bundles.into_iter().find(|(_, release, _)| release.ends_with(OWN));
+    let found = bundles.into_iter().rfind(|(_, release, _)| release.ends_with(OWN));
     if found.is_none() {
         let line = format!(
             "NOT RUN: {test}: there is no kernel of our own; build it with `make kernel`\n"
@@ -130,12 +130,14 @@ fn our_own_kernel_ignores_the_modules_of_another() {
         return;
     };
     let installation = Installation::new().unwrap();
+    let guest = installation.cache().join("guest");
     let bundles = installation.bundles().unwrap();
+    // A cache that is kept has those of earlier builds too.
     let (stock, ..) = bundles
         .into_iter()
-        .find(|(_, release, _)| !release.ends_with(OWN))
+        .filter(|(_, release, _)| !release.ends_with(OWN))
+        .max_by_key(|(version, ..)| guest.join(version).metadata().unwrap().modified().unwrap())
         .expect("a stock bundle");
-    let guest = installation.cache().join("guest");
     let mut command = installation
         .command(&["run", "--no-network", "--image", "busybox", "--", "uname", "-r"])
         .unwrap();

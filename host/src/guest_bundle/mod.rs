@@ -17,7 +17,7 @@
 //!    bundle with a lease is not removed.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use matchlock_failpoints::Area;
@@ -79,6 +79,15 @@ pub enum GuestBundleError {
         variable: &'static str,
         /// Why.
         source: io::Error,
+    },
+    /// A kernel that the user named is in no format that is booted.
+    #[error(
+        "the guest kernel {path} is not an ELF file: name a vmlinux, uncompressed, with a PVH entry, with \
+         --kernel or {KERNEL_VARIABLE}"
+    )]
+    NoKernel {
+        /// What was named.
+        path: PathBuf,
     },
     /// The bundle's manifest cannot be read.
     #[error("could not read the manifest {path} of the guest bundle: run `make guest`")]
@@ -171,6 +180,7 @@ impl GuestBundle {
         kernel: Option<PathBuf>,
         initramfs: Option<PathBuf>,
     ) -> Result<Self, GuestBundleError> {
+        let named = kernel.clone();
         let bundle = match (kernel, initramfs) {
             (Some(kernel), Some(initramfs)) => Self::custom(kernel, initramfs),
             (None, None) => Self::default_of(cache)?,
@@ -182,7 +192,10 @@ impl GuestBundle {
         };
         check_file("kernel", &bundle.kernel, KERNEL_VARIABLE)?;
         check_file("initramfs", &bundle.initramfs, INITRAMFS_VARIABLE)?;
-        Ok(bundle)
+        match named {
+            Some(path) if !is_elf(&path)? => Err(GuestBundleError::NoKernel { path }),
+            _ => Ok(bundle),
+        }
     }
 
     /// Finds the guest: with the kernel that the user named, if any, and the initramfs that the
@@ -245,6 +258,16 @@ impl GuestBundle {
 }
 
 /// Checks that a path is a regular file that can be opened.
+fn is_elf(path: &Path) -> Result<bool, GuestBundleError> {
+    let mut magic = [0; 4];
+    let read = fs::File::open(path).and_then(|mut file| file.read_exact(&mut magic));
+    match read {
+        Ok(()) => Ok(magic == *b"\x7fELF"),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(GuestBundleError::io("read", path, error)),
+    }
+}
+
 fn check_file(
     what: &'static str,
     path: &Path,
@@ -322,7 +345,7 @@ mod tests {
     fn a_kernel_of_the_users_comes_with_either_initramfs() {
         let cache = cache(MANIFEST);
         let own = cache.path().join("vmlinux");
-        fs::write(&own, "k").unwrap();
+        fs::write(&own, "\x7fELF").unwrap();
         let found = GuestBundle::find_with(cache.path(), Some(own.clone()), None).unwrap();
         assert_eq!(found.kernel, own);
         assert!(found.initramfs.ends_with("guest/v1/initramfs"));
@@ -337,5 +360,16 @@ mod tests {
         let directory = cache.path().to_owned();
         let error = GuestBundle::find_with(empty.path(), Some(directory), Some(own)).unwrap_err();
         assert!(matches!(error, GuestBundleError::File { what: "kernel", .. }), "{error}");
+    }
+
+    #[test]
+    fn what_is_no_kernel_is_refused_before_it_is_booted() {
+        let cache = cache(MANIFEST);
+        let own = cache.path().join("bzImage");
+        for content in ["", "MZ", "a bzImage or a list of users"] {
+            fs::write(&own, content).unwrap();
+            let error = GuestBundle::find_with(cache.path(), Some(own.clone()), None).unwrap_err();
+            assert!(matches!(error, GuestBundleError::NoKernel { .. }), "{content:?}: {error}");
+        }
     }
 }

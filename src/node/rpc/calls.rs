@@ -3,7 +3,8 @@
 //! ```text
 //!   begin ─► running ──────────────────── finish ─► its result is sent
 //!              ├─ commit ─► committed ──── finish ─► its result is sent; it is not cancelled any more
-//!              └─ cancel ─► cancelled ──── finish ─► "cancelled" is sent, whatever came of it
+//!              ├─ cancel ─► cancelled ──── finish ─► "cancelled" is sent, whatever came of it
+//!              └─ fail ───► cancelled ──── finish ─► what was wrong is sent
 //! ```
 //!
 //! # Invariants
@@ -43,6 +44,8 @@ struct Call {
     cancel: CancellationToken,
     /// What it has made stays: it is too late to cancel it.
     is_committed: bool,
+    /// What it fails with, whatever comes of it.
+    failure: Option<RpcError>,
     /// Where its input goes, if it takes any.
     input: Option<Input>,
 }
@@ -84,19 +87,32 @@ impl Calls {
             return Err(RpcError::new(Code::InvalidRequest, text));
         }
         let cancel = CancellationToken::new();
-        state
-            .calls
-            .insert(key.clone(), Call { cancel: cancel.clone(), is_committed: false, input });
+        let call = Call { cancel: cancel.clone(), is_committed: false, failure: None, input };
+        state.calls.insert(key.clone(), call);
         Ok(Begun { key, cancel })
     }
 
     /// Cancels a request; false when there is none in flight.
     pub(super) fn cancel(&self, id: &Id) -> bool {
         let state = self.state();
-        let call = state.calls.get(&Key::Id(id.clone())).filter(|call| !call.is_committed);
+        let call = state
+            .calls
+            .get(&Key::Id(id.clone()))
+            .filter(|call| !call.is_committed && call.failure.is_none());
         let Some(call) = call else { return false };
         call.cancel.cancel();
         true
+    }
+
+    /// Ends a request that takes input with this failure, unless it is cancelled or has failed already.
+    pub(super) fn fail(&self, id: &Id, error: RpcError) {
+        let mut state = self.state();
+        let call = state.calls.get_mut(&Key::Id(id.clone()));
+        if let Some(call) = call.filter(|call| call.input.is_some() && !call.cancel.is_cancelled())
+        {
+            call.failure = Some(error);
+            call.cancel.cancel();
+        }
     }
 
     /// From now on what the request has made stays, and it cannot be cancelled; false if it was.
@@ -118,7 +134,7 @@ impl Calls {
     pub(super) fn finish(&self, key: &Key, result: RpcResult) -> RpcResult {
         match self.state().calls.remove(key) {
             Some(call) if call.cancel.is_cancelled() && !call.is_committed => {
-                Err(RpcError::cancelled())
+                Err(call.failure.unwrap_or_else(RpcError::cancelled))
             }
             _ => result,
         }

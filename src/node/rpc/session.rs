@@ -215,7 +215,7 @@ impl Session {
             _ => match methods::input(&method) {
                 Some(kind) => {
                     if let Err(error) = self.take_input(kind, &line) {
-                        self.reply_to(id.as_ref(), Err(error)).await;
+                        self.refuse_input(kind, &line, id.as_ref(), error).await;
                     }
                 }
                 None => self.begin(id, &method, line, held).await,
@@ -249,13 +249,32 @@ impl Session {
         };
         match kind {
             methods::InputKind::Stdin => {
-                let data = decode("data", given.data.as_deref().unwrap_or_default())?;
+                let data = given.data.ok_or_else(|| RpcError::params("data is missing"))?;
+                let data = decode("data", &data)?;
                 input.data(&data);
             }
             methods::InputKind::Eof => input.end(),
             methods::InputKind::Resize => input.resize(terminal_size(given.rows, given.cols)),
         }
         Ok(())
+    }
+
+    /// Whoever does not wait for an answer would not hear that its bytes are lost: the command fails.
+    async fn refuse_input(
+        &self,
+        kind: methods::InputKind,
+        line: &[u8],
+        id: Option<&Id>,
+        error: RpcError,
+    ) {
+        if id.is_some() || kind == methods::InputKind::Resize {
+            return self.reply_to(id, Err(error)).await;
+        }
+        tracing::debug!(?error, "wrong input");
+        if let Ok(NamesCall { id }) = params(line) {
+            let text = format!("its input was wrong: {}", error.message);
+            self.calls.fail(&id, RpcError::params(text));
+        }
     }
 
     /// Begins a request.
@@ -426,6 +445,12 @@ impl CloseParams {
 struct CancelParams {
     id: Id,
     vm_id: Option<String>,
+}
+
+/// Whose input it was to be, whatever else is wrong with it.
+#[derive(Debug, Deserialize)]
+struct NamesCall {
+    id: Id,
 }
 
 #[derive(Debug, Deserialize)]

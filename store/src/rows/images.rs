@@ -20,16 +20,28 @@ const FS_TYPE: &str = "erofs";
 const SELECT: &str = "
     SELECT scope, tag, digest, size, created_at, source, rootfs_path, oci_json FROM images";
 
-/// The image that this tag means, as it stands or completed as the name of an image in a registry: one
-/// made here hides one that was pulled.
+/// The image that this tag means: as it stands, with or without `:latest`, or completed as the name of an
+/// image in a registry. One made here hides one that was pulled.
 pub(crate) fn find(conn: &Connection, tag: &str) -> rusqlite::Result<Option<ImageRecord>> {
-    if let Some(record) = find_exact(conn, tag)? {
-        return Ok(Some(record));
+    let latest = match tag.strip_suffix(":latest") {
+        Some(name) if !names_a_version(name) => Some(name.to_owned()),
+        None if !names_a_version(tag) => Some(format!("{tag}:latest")),
+        _ => None,
+    };
+    for tag in std::iter::once(tag).chain(latest.as_deref()) {
+        if let Some(record) = find_exact(conn, tag)? {
+            return Ok(Some(record));
+        }
     }
     match tag.parse::<ImageReference>().map(|reference| reference.to_string()) {
         Ok(complete) if complete != tag => find_exact(conn, &complete),
         _ => Ok(None),
     }
+}
+
+/// Whether a tag or a digest is behind the name. A port has a `/` after it.
+fn names_a_version(tag: &str) -> bool {
+    tag.rsplit('/').next().is_some_and(|last| last.contains([':', '@']))
 }
 
 fn find_exact(conn: &Connection, tag: &str) -> rusqlite::Result<Option<ImageRecord>> {

@@ -71,10 +71,18 @@ fn a_pulled_image_is_found_by_each_spelling_of_its_name() {
     for name in ["alpine:3", "other/alpine", "h.io/alpine", "Alpine"] {
         assert_eq!(conn.find(name).unwrap(), None, "{name}");
     }
-    // What was imported under the very text goes before it.
-    let made = image(ImageScope::Local, "alpine", "b", 10);
-    conn.put_image(&made, "sha256:b", at(0)).unwrap();
-    assert_eq!(conn.find("alpine").unwrap(), Some(made));
+    // What was imported under the very text goes before it, with and without the tag that is meant.
+    for (tag, version) in [("alpine", "b"), ("alpine:latest", "c")] {
+        let made = image(ImageScope::Local, tag, version, 10);
+        conn.put_image(&made, &format!("sha256:{version}"), at(0)).unwrap();
+        for name in ["alpine", "alpine:latest"] {
+            assert_eq!(conn.find(name).unwrap().as_ref(), Some(&made), "{name} for {tag}");
+        }
+        for name in ["alpine:3", "alpine:latest:latest", "alpine@sha256:b", "h.io:5000/alpine"] {
+            assert_eq!(conn.find(name).unwrap(), None, "{name}");
+        }
+        assert_eq!(conn.remove_image(None, tag, at(1)).unwrap().unwrap().record, made);
+    }
     assert_eq!(conn.find("alpine:latest").unwrap(), Some(pulled.clone()));
     let removed = conn.remove_image(None, "library/alpine", at(1)).unwrap().unwrap();
     assert_eq!(removed.record, pulled);
