@@ -55,7 +55,8 @@ An image that had the new tag loses it. Exit codes: 0; 1 when there is no such i
     #[command(
         visible_alias = "remove",
         after_help = "\
-An image that a microVM runs from is refused, unless it has another tag: then only this one goes.
+An image that a microVM runs from is refused, unless another one has the same root filesystem: then
+only the tag goes.
 
 Exit codes: 0; 1 when one could not be removed: the others are."
     )]

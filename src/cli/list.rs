@@ -27,6 +27,8 @@ Status:
   stopped   it holds nothing any more but its logs
   removing  `matchlock rm` has not come to its end: `matchlock gc` finishes
 
+PID is the process that owns it: `matchlock run`, or the session with all of its microVMs. The
+hypervisor's own is in `matchlock inspect`.
 EXIT is the exit code of the command of `matchlock run`, once it has ended (--rm=false, -d).
 
 Exit codes: 0; 1 also when the row of some VM cannot be read: the others are listed.")]

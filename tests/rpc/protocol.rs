@@ -98,6 +98,7 @@ fn whatever_is_no_request_is_answered_and_the_next_line_is_read() {
             -32602,
             "image_config: env:",
         ),
+        (r#""exec""#, json!(null), -32600, "a request is an object"),
         (r#"{"jsonrpc":"2.0","id":15,"method":"cancel"}"#, json!(15), -32602, "missing field `id`"),
         (
             r#"{"jsonrpc":"2.0","id":16,"method":"exec_pipe.stdin","params":{"id":99,"data":""}}"#,

@@ -129,10 +129,10 @@ pub enum SpecError {
         with: &'static str,
     },
     /// There is nothing to run.
-    #[error("command required: image {image:?} has no command of its own, put one after `--`")]
+    #[error("command required: {why}, put one after `--`")]
     NoCommand {
-        /// The image.
-        image: String,
+        /// What gave none.
+        why: String,
     },
     /// The command line and its environment are too long.
     #[error(
@@ -245,6 +245,17 @@ impl VmSpec {
         self.cpus.0.div_ceil(1000)
     }
 
+    /// That there is nothing to run; the image's own may have been replaced.
+    fn no_command(&self, replaced: bool) -> SpecError {
+        let image = &self.image;
+        let why = if replaced {
+            format!("--entrypoint replaces the command of image {image:?} too")
+        } else {
+            format!("image {image:?} has no command of its own")
+        };
+        SpecError::NoCommand { why }
+    }
+
     /// The command to run in this VM: the image's config under what the user gave.
     ///
     /// As docker does, `--entrypoint` also clears the image's command.
@@ -266,7 +277,8 @@ impl VmSpec {
             argv.extend(self.command.iter().cloned());
         }
         if argv.is_empty() {
-            return Err(SpecError::NoCommand { image: self.image.clone() });
+            let image_has_one = !(image.entrypoint.is_empty() && image.cmd.is_empty());
+            return Err(self.no_command(self.entrypoint.is_some() && image_has_one));
         }
         let env = self.environment(image);
         check_length(&argv, &env)?;
@@ -291,7 +303,7 @@ impl VmSpec {
         request: ExecSpec,
     ) -> Result<ExecSpec, SpecError> {
         if request.argv.is_empty() {
-            return Err(SpecError::NoCommand { image: self.image.clone() });
+            return Err(self.no_command(false));
         }
         if let Some(workdir) = &request.cwd {
             check_workdir(workdir)?;

@@ -142,6 +142,10 @@ pub(super) fn header(line: &[u8]) -> Result<Header, Refused> {
         return Err(refuse(None, Code::InvalidRequest, text.into()));
     }
     let raw: RawHeader<'_> = serde_json::from_slice(line).map_err(|error| {
+        if error.is_data() && first != Some(&b'{') {
+            let text = "Invalid request: a request is an object";
+            return refuse(None, Code::InvalidRequest, text.into());
+        }
         let code = if error.is_data() { Code::InvalidRequest } else { Code::Parse };
         let what = if error.is_data() { "Invalid request" } else { "Parse error" };
         refuse(id_in(line), code, format!("{what}: {}", without_place(&error)))
