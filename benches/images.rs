@@ -122,12 +122,13 @@ fn pulls(registry: &Registry, place: &Path) -> Result<String> {
         command.env("MATCHLOCK_CACHE", cache);
         Ok(command)
     };
-    let (mut ours, mut theirs, mut again) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut ours, mut theirs, mut again) =
+        (Samples::default(), Samples::default(), Samples::default());
     for round in 0..ROUNDS {
         let cache = place.join(format!("cache-{round}"));
         std::fs::create_dir(&cache)?;
-        ours.push(done(&mut pull(&cache)?)?);
-        again.push(done(&mut pull(&cache)?)?);
+        ours.push_ms(done(&mut pull(&cache)?)?);
+        again.push_ms(done(&mut pull(&cache)?)?);
         std::fs::remove_dir_all(&cache)?;
 
         let (copy, bundle) = (place.join("copy"), place.join("bundle"));
@@ -143,18 +144,18 @@ fn pulls(registry: &Registry, place: &Path) -> Result<String> {
                 .arg(format!("{}:latest", copy.display()))
                 .arg(&bundle),
         )?;
-        theirs.push(began.elapsed());
+        theirs.push_ms(began.elapsed());
         std::fs::remove_dir_all(&copy)?;
         std::fs::remove_dir_all(&bundle)?;
     }
-    let mut text = String::from("| | seconds |\n|---|---|\n");
+    let mut text = String::from("| | ms |\n|---|---|\n");
     let rows = [
         ("`matchlock pull`: download and build of the root filesystem", &ours),
         ("`skopeo copy` and `umoci unpack` of the same", &theirs),
         ("`matchlock pull` of what is here already", &again),
     ];
     for (what, took) in rows {
-        writeln!(text, "| {what} | {} |", took.spread(2))?;
+        writeln!(text, "| {what} | {} |", took.spread(0))?;
     }
     writeln!(
         text,

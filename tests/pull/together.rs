@@ -2,7 +2,7 @@
 
 use std::process::Stdio;
 
-use matchlock_test_support::{Installation, Running};
+use matchlock_test_support::{Installation, Running, busybox_archive};
 
 use super::{PATIENCE, content, files, filled, pulled};
 
@@ -35,4 +35,44 @@ fn eight_pulls_at_once_download_each_blob_once_and_build_once() {
     assert_eq!(content(&installation).len(), 4, "{:?}", content(&installation));
     assert_eq!(files(installation.cache().join("images/blobs")).len(), 1);
     assert!(files(installation.cache().join("images/tmp")).is_empty());
+}
+
+/// A `mkfs.erofs` that is counted.
+fn counted_builder(installation: &Installation) -> (std::path::PathBuf, std::path::PathBuf) {
+    let place = installation.home().with_file_name("programs");
+    let calls = place.join("calls");
+    std::fs::create_dir_all(&place).unwrap();
+    let program = place.join("mkfs.erofs");
+    let script = format!(
+        "#!/bin/sh\necho one >> {}\nexec $(PATH=/usr/sbin:/usr/bin:/sbin:/bin command -v mkfs.erofs) \"$@\"\n",
+        calls.display()
+    );
+    std::fs::write(&program, script).unwrap();
+    std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        .unwrap();
+    (place, calls)
+}
+
+#[test]
+fn eight_imports_of_one_archive_at_once_build_once() {
+    let installation = Installation::bare().unwrap();
+    let (programs, calls) = counted_builder(&installation);
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());
+    let start = |number: usize| {
+        let mut command =
+            installation.command(&["image", "import", &format!("web:{number}")]).unwrap();
+        let archive = std::fs::File::open(busybox_archive().unwrap()).unwrap();
+        command.env("PATH", &path).stdin(archive);
+        Running::start(command.stdout(Stdio::piped()).stderr(Stdio::piped())).unwrap()
+    };
+    let importing: Vec<Running> = (0..8).map(start).collect();
+    for running in importing {
+        let output = running.wait(PATIENCE).unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    assert_eq!(std::fs::read_to_string(&calls).unwrap(), "one\n", "built more than once");
+    assert_eq!(files(installation.cache().join("images/blobs")).len(), 1);
+    assert!(files(installation.cache().join("images/tmp")).is_empty());
+    let listed = installation.output(&["image", "ls"]).unwrap();
+    assert_eq!(String::from_utf8_lossy(&listed.stdout).matches("web:").count(), 8);
 }

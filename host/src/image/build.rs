@@ -11,6 +11,7 @@ use std::io::Read;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use matchlock_model::image::{InvalidTag, check_tag};
 use matchlock_model::platform::Platform;
@@ -21,6 +22,7 @@ use sha2::{Digest as _, Sha256};
 use super::archive::{self, Archive, Content, Spooled};
 use super::blob::{self, BlobLease};
 use super::config::{self, Parsed};
+use super::content::{self, BuildLock};
 use super::layer::Layers;
 use super::select::{self, Selected};
 use super::stream::{Budget, Context, Stream, plain};
@@ -28,6 +30,9 @@ use super::tree::Tree;
 use super::wish::ImportWish;
 use super::workspace::{DIRECTORY, Workspace, empty, failed, make_private, sweep_temporary};
 use super::{ImageDirs, ImageError, ImportLimits, ImportProgress, ImportedImage, POINTS, erofs};
+
+/// How often it is looked whether another process has built a root filesystem.
+const COME_AGAIN: Duration = Duration::from_millis(20);
 
 /// How often a blob that another process is just removing is looked at again.
 const PATIENCE: u32 = 10_000;
@@ -152,7 +157,11 @@ fn in_workspace(
     let count = picked.len();
     for (index, picked) in picked.into_iter().enumerate() {
         let place = Place { workspace, dirs, index, is_last: index + 1 == count };
-        imported.push(place.one(picked, &budgets, context)?);
+        let lock = place.right_to_build(&picked, context)?;
+        let made = place.one(picked, &budgets, context);
+        // A failed build lets the next one try.
+        lock.map_or(Ok(()), BuildLock::release)?;
+        imported.push(made?);
     }
     Ok(imported)
 }
@@ -235,6 +244,37 @@ struct Place<'w> {
 }
 
 impl Place<'_> {
+    /// Waits until nobody else builds the same root filesystem; `None` once it is there.
+    fn right_to_build(
+        &self,
+        picked: &Picked,
+        context: &Context<'_>,
+    ) -> Result<Option<BuildLock>, ImageError> {
+        let content = picked.parsed.squashed();
+        let mut told = false;
+        loop {
+            if let Some(lock) = content::lock_build(self.dirs, &content)? {
+                return Ok(Some(lock));
+            }
+            match BlobLease::take(&self.dirs.blob(&content)) {
+                Ok(_) => return Ok(None),
+                Err(ImageError::NoBlob { .. }) => {}
+                Err(error) => return Err(error),
+            }
+            if !std::mem::replace(&mut told, true) {
+                tracing::info!(content, "another process builds the same root filesystem");
+            }
+            if (context.cancelled)() {
+                return Err(ImageError::Cancelled);
+            }
+            #[expect(
+                clippy::disallowed_methods,
+                reason = "flock has no deadline, and a cancelled import waits for nobody"
+            )]
+            std::thread::sleep(COME_AGAIN);
+        }
+    }
+
     fn one(
         &self,
         picked: Picked,
@@ -242,7 +282,7 @@ impl Place<'_> {
         context: &Context<'_>,
     ) -> Result<Imported, ImageError> {
         let content = picked.parsed.squashed();
-        let blob = self.dirs.blobs().join(format!("sha256_{content}.erofs"));
+        let blob = self.dirs.blob(&content);
         let lease = match BlobLease::take(&blob) {
             Ok(lease) => {
                 each_layer(&picked, &budgets.unpacked, context, |_| Ok(()))?;

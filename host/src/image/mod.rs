@@ -298,6 +298,11 @@ impl ImageDirs {
         self.images.join("blobs")
     }
 
+    /// The root filesystem of this content (64 hex digits).
+    fn blob(&self, content: &str) -> PathBuf {
+        self.blobs().join(format!("sha256_{content}.erofs"))
+    }
+
     /// `images/tmp/`.
     #[must_use]
     pub fn tmp(&self) -> PathBuf {
