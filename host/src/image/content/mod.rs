@@ -5,6 +5,7 @@
 //!        │ all there, digest right, synced
 //!        ▼ LOCK_SH, rename
 //!   content/sha256_<hex>           whole: LOCK_SH by each who needs it
+//!   content/diff_<hex>             what a layer was found to hold, see `known`
 //!   content/partial/build_<hex>    empty: LOCK_EX by whoever builds the image of this content
 //! ```
 //!
@@ -39,8 +40,15 @@ use super::workspace::{failed, is_named};
 use super::{ImageDirs, ImageError};
 use crate::locked::Locked;
 
+mod damaged;
+mod known;
+
+pub(super) use damaged::forget_damaged;
+use known::NOTE;
+pub(super) use known::{diff_id, note};
+
 /// What a crash may come between.
-pub const POINTS: Area = Area::new("content", &["write", "name", "remove"]);
+pub const POINTS: Area = Area::new("content", &["write", "name", "note", "remove"]);
 
 const BLOB: &str = "sha256_";
 const BUILD: &str = "build_";
@@ -160,8 +168,10 @@ fn hold(dirs: &ImageDirs, name: &str) -> Result<Option<(PathBuf, Locked)>, Image
 
 /// The blob with this digest and size, or the right to download it.
 pub(super) fn claim(dirs: &ImageDirs, hex: &str, size: u64) -> Result<Claim, ImageError> {
-    if let Some(found) = whole(dirs, hex)? {
-        return Ok(found);
+    match whole(dirs, hex)? {
+        Some(Claim::There(lease)) => return damaged::of_size(dirs, hex, lease, size),
+        Some(other) => return Ok(other),
+        None => {}
     }
     let Some((path, lock)) = hold(dirs, &format!("{BLOB}{hex}"))? else {
         return Ok(Claim::Busy);
@@ -357,9 +367,9 @@ pub fn sweep(
     is_wanted: &mut dyn FnMut(&str) -> bool,
 ) -> Garbages {
     let mut found = Garbages::default();
-    sweep_dir(&dirs.content(), &[BLOB], dry_run, is_wanted, &mut found);
+    sweep_dir(&dirs.content(), &[BLOB, NOTE], dry_run, is_wanted, &mut found);
     if partials == Partials::Remove {
-        sweep_dir(&partial_dir(dirs), &[BLOB, BUILD], dry_run, &mut |_| false, &mut found);
+        sweep_dir(&partial_dir(dirs), &[BLOB, BUILD, NOTE], dry_run, &mut |_| false, &mut found);
     }
     found
 }
