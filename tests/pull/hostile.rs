@@ -207,20 +207,17 @@ fn a_mirror_is_asked_first_and_believed_only_what_can_be_checked() {
     );
     std::fs::write(installation.home().join("config.toml"), config).unwrap();
     // It has the manifest, and lies about a layer: the origin has the last word.
-    mirror.misbehave(&layers[0], std::iter::repeat_n(status(404, ""), 9));
+    mirror.misbehave(&layers[0], [status(404, "")]);
     pulled(&installation.output(&["-q", "pull", &origin.name("a:1")]).unwrap());
     assert_eq!((origin.count("/manifests/"), origin.count(&layers[0])), (0, 1));
     let listed = stdout(&installation.output(&["image", "ls"]).unwrap());
     assert!(listed.contains(&origin.host()) && !listed.contains(&mirror.host()), "{listed}");
-    // Nor is it believed when it sends something else, or more.
-    for (fault, layer) in [(Fault::Wrong, &layers[0]), (Fault::TooMuch, &layers[1])] {
-        let name = origin.name("a:1");
-        pulled(&installation.output(&["image", "rm", &name]).unwrap());
-        let asked = origin.count(layer);
-        mirror.misbehave(layer, std::iter::repeat_n(fault, 9));
-        pulled(&installation.output(&["-q", "pull", &name]).unwrap());
-        assert_eq!(origin.count(layer), asked + 1);
-    }
+    // Nor is it believed when it sends something else.
+    let name = origin.name("a:1");
+    pulled(&installation.output(&["image", "rm", &name]).unwrap());
+    mirror.misbehave(&layers[0], [Fault::Wrong, Fault::Wrong]);
+    pulled(&installation.output(&["-q", "pull", &name]).unwrap());
+    assert_eq!((origin.count("/manifests/"), origin.count(&layers[0])), (0, 2));
     // One that has nothing is passed over.
     mirror.misbehave("/manifests/", [status(404, "")]);
     pulled(&installation.output(&["-q", "pull", &origin.name("a:1")]).unwrap());

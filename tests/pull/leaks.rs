@@ -40,7 +40,7 @@ fn a_root_filesystem_is_not_given_to_an_image_that_only_claims_its_layers() {
     let none = ["a", "b"].map(|digit| described(&format!("sha256:{}", digit.repeat(64)), 5));
     claim(&registry, "steal", &layers, &none);
     let said = refusal(&pull(&installation, &host, "steal:1"));
-    assert!(said.contains("the blob sha256:"), "{said}");
+    assert!(said.contains("no such image"), "{said}");
     let others = [layer("three", 10), layer("four", 10)];
     let others = others.map(|layer| {
         let size = layer.len();
@@ -55,7 +55,9 @@ fn a_root_filesystem_is_not_given_to_an_image_that_only_claims_its_layers() {
     let own: Vec<_> = digests.iter().zip(&layers).map(|(d, l)| described(d, l.len())).collect();
     claim(&registry, "own", &layers, &own);
     pulled(&pull(&installation, &host, "own:1"));
-    assert_eq!(registry.count("/own/blobs/"), 1, "{:?}", registry.asked());
+    for digest in &digests {
+        assert_eq!(registry.count(&format!("/own/blobs/{digest}")), 0);
+    }
     for name in ["a:1", "own:1"] {
         let name = registry.name(name);
         pulled(&installation.output(&["image", "rm", &name]).unwrap());
@@ -113,7 +115,7 @@ fn a_host_that_a_registry_leads_to_gets_no_login_and_names_no_realm() {
     let installation = Installation::bare().unwrap();
     let said = refusal(&with_login(&installation, &registry, r#"{"auth":"dTpw"}"#));
     assert!(said.contains("127.0.0.1 answered 401") && said.contains("leads there"), "{said}");
-    assert_eq!(evil.asked(), []);
+    assert!(evil.asked().is_empty(), "{:?}", evil.asked());
     let asked = store.asked();
     assert!(asked.iter().all(|asked| asked.authorization.is_none()), "{asked:?}");
     assert!(!asked.is_empty() && asked.iter().all(|asked| asked.referer.is_none()), "{asked:?}");
