@@ -125,6 +125,15 @@ fn what_is_no_image_for_containers_is_refused() {
     registry.manifest("a", "none", INDEX, r#"{"schemaVersion":2,"manifests":[]}"#);
     let huge = config("application/vnd.oci.image.config.v1+json").replace(":2}", ":99999999}");
     registry.manifest("a", "huge", MANIFEST, &huge);
+    registry.manifest("a", "long", MANIFEST, &config(&"x".repeat(3_000_000)));
+    let long = format!(r#"{{"schemaVersion":"{}"}}"#, "x".repeat(3_000_000));
+    registry.manifest("a", "word", MANIFEST, &long);
+    let whole = config("application/vnd.oci.image.config.v1+json");
+    registry.manifest("a", "kind", INDEX, &whole);
+    let both = whole.replace("\"layers\"", "\"manifests\":[],\"layers\"");
+    registry.manifest("a", "both", MANIFEST, &both);
+    let bare = both.replace(&format!("\"mediaType\":\"{MANIFEST}\","), "");
+    registry.manifest("a", "bare", "x", &bare);
     let installation = Installation::bare().unwrap();
     for (tag, wanted) in [
         ("helm", "is not a container image"),
@@ -132,10 +141,38 @@ fn what_is_no_image_for_containers_is_refused() {
         ("odd", "its manifest cannot be read"),
         ("none", "names no image"),
         ("huge", "over the limit"),
+        ("long", "its config is \"xxx"),
+        ("word", "its manifest cannot be read"),
+        ("kind", "and the registry calls it"),
+        ("both", "its manifest is an index as well"),
+        ("bare", "its manifest is an index as well"),
         ("not-there", "no such tag or digest"),
     ] {
         let said = refusal(&pull(&installation, &registry.host(), &format!("a:{tag}")));
-        assert!(said.contains(wanted), "{tag}: {said}");
+        assert!(said.contains(wanted) && said.len() < 1000, "{tag}: {said}");
+    }
+}
+
+#[test]
+fn what_a_registry_makes_us_wait_for_is_said() {
+    let (registry, _) = filled();
+    let later = Fault::Status(503, vec![("Retry-After", "3".to_owned())], "no\u{202e}won");
+    registry.misbehave("/manifests/", [later]);
+    let (host, name) = (registry.host(), registry.name("a:1"));
+    let installation = Installation::bare().unwrap();
+    let output = installation.output(&["pull", "--insecure-registry", &host, &name]).unwrap();
+    pulled(&output);
+    let said = stderr(&output);
+    assert!(said.contains("trying again") && said.contains("asks to wait 3 s"), "{said}");
+    assert!(!said.contains('\u{202e}'), "{said}");
+}
+
+#[test]
+fn a_realm_that_is_no_web_address_is_refused() {
+    for realm in ["file:///etc/passwd", "data:text/plain,x", "nothing"] {
+        let challenge = vec![("WWW-Authenticate", format!("Bearer realm=\"{realm}\""))];
+        let said = refused("/manifests/", vec![Fault::Status(401, challenge, "")]);
+        assert!(said.contains("the realm that it names is no "), "{said}");
     }
 }
 
@@ -170,15 +207,34 @@ fn a_mirror_is_asked_first_and_believed_only_what_can_be_checked() {
     );
     std::fs::write(installation.home().join("config.toml"), config).unwrap();
     // It has the manifest, and lies about a layer: the origin has the last word.
-    mirror.misbehave(&layers[0], std::iter::repeat_n(status(404, ""), 9));
+    mirror.misbehave(&layers[0], [status(404, "")]);
     pulled(&installation.output(&["-q", "pull", &origin.name("a:1")]).unwrap());
     assert_eq!((origin.count("/manifests/"), origin.count(&layers[0])), (0, 1));
     let listed = stdout(&installation.output(&["image", "ls"]).unwrap());
     assert!(listed.contains(&origin.host()) && !listed.contains(&mirror.host()), "{listed}");
+    // Nor is it believed when it sends something else.
+    let name = origin.name("a:1");
+    pulled(&installation.output(&["image", "rm", &name]).unwrap());
+    mirror.misbehave(&layers[0], [Fault::Wrong, Fault::Wrong]);
+    pulled(&installation.output(&["-q", "pull", &name]).unwrap());
+    assert_eq!((origin.count("/manifests/"), origin.count(&layers[0])), (0, 2));
     // One that has nothing is passed over.
     mirror.misbehave("/manifests/", [status(404, "")]);
     pulled(&installation.output(&["-q", "pull", &origin.name("a:1")]).unwrap());
     assert_eq!(origin.count("/manifests/"), 1);
+}
+
+#[test]
+fn a_registry_that_begins_anew_each_time_is_given_up() {
+    let registry = FakeRegistry::new().unwrap();
+    let (_, layers) = registry.image("a", "1", "amd64", &[layer("big", 4 << 20)]);
+    let cuts = [3 << 20, 1 << 20].map(Fault::IgnoreRangeAndCut);
+    registry.misbehave(&layers[0], cuts.into_iter().cycle().take(100));
+    let installation = Installation::bare().unwrap();
+    let said = refusal(&pull(&installation, &registry.host(), "a:1"));
+    assert!(said.contains("broke while the blob sha256:"), "{said}");
+    assert!(registry.count(&layers[0]) < 10, "{}", registry.count(&layers[0]));
+    assert_nothing_of_images_left(&installation);
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //! It speaks as much HTTP as a registry's client needs, one request a connection.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -32,6 +32,10 @@ pub enum Fault {
     Hold,
     /// The whole body whatever range was asked for.
     IgnoreRange,
+    /// The same, cut after so many bytes.
+    IgnoreRangeAndCut(usize),
+    /// A byte of the body each quarter of a second.
+    Drip,
     /// The body, then more of it than was announced by the manifest.
     TooMuch,
 }
@@ -45,6 +49,10 @@ pub struct Asked {
     pub range: Option<String>,
     /// The header Authorization.
     pub authorization: Option<String>,
+    /// The header Referer.
+    pub referer: Option<String>,
+    /// Its body.
+    pub body: String,
 }
 
 #[derive(Debug, Default)]
@@ -227,21 +235,27 @@ impl Drop for FakeRegistry {
 }
 
 fn request(stream: &TcpStream) -> Result<Asked> {
-    let mut lines = BufReader::new(stream.try_clone()?).lines();
-    let first = lines.next().context("no request")??;
-    let path = first.split(' ').nth(1).context("no path")?.to_owned();
-    let mut asked = Asked { path, range: None, authorization: None };
-    for line in lines {
-        let line = line?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut line = String::new();
+    reader.read_line(&mut line)?;
+    let path = line.split(' ').nth(1).context("no path")?.to_owned();
+    let (mut range, mut authorization, mut referer, mut length) = (None, None, None, 0);
+    loop {
+        line.clear();
+        reader.read_line(&mut line)?;
         let Some((name, value)) = line.split_once(':') else { break };
         let value = value.trim().to_owned();
         match name.to_ascii_lowercase().as_str() {
-            "range" => asked.range = Some(value),
-            "authorization" => asked.authorization = Some(value),
+            "range" => range = Some(value),
+            "authorization" => authorization = Some(value),
+            "referer" => referer = Some(value),
+            "content-length" => length = value.parse()?,
             _ => {}
         }
     }
-    Ok(asked)
+    let mut body = String::new();
+    reader.take(length).read_to_string(&mut body)?;
+    Ok(Asked { path, range, authorization, referer, body })
 }
 
 fn answer(shared: &Shared, mut stream: TcpStream) -> Result<()> {
@@ -280,7 +294,8 @@ fn answer(shared: &Shared, mut stream: TcpStream) -> Result<()> {
         stream.write_all(body.as_bytes())?;
         return Ok(stream.shutdown(Shutdown::Both)?);
     };
-    let from = asked.range.as_deref().filter(|_| !matches!(fault, Some(Fault::IgnoreRange)));
+    let whole = matches!(fault, Some(Fault::IgnoreRange | Fault::IgnoreRangeAndCut(_)));
+    let from = asked.range.as_deref().filter(|_| !whole);
     let from = from.and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok());
     let from: usize = from.unwrap_or(0);
     let rest = body.get(from..).context("a range outside")?;
@@ -292,9 +307,20 @@ fn answer(shared: &Shared, mut stream: TcpStream) -> Result<()> {
     let more = if matches!(fault, Some(Fault::TooMuch)) { 4096 } else { 0 };
     head(&mut stream, if from > 0 { 206 } else { 200 }, rest.len() + more, &headers)?;
     match fault {
-        Some(Fault::Cut(count)) => stream.write_all(&rest[..count.min(rest.len())])?,
+        Some(Fault::Cut(count) | Fault::IgnoreRangeAndCut(count)) => {
+            stream.write_all(&rest[..count.min(rest.len())])?
+        }
         Some(Fault::Wrong) => {
             stream.write_all(&rest.iter().map(|byte| byte ^ 1).collect::<Vec<_>>())?;
+        }
+        Some(Fault::Drip) => {
+            for byte in rest {
+                if shared.state().ended {
+                    break;
+                }
+                stream.write_all(std::slice::from_ref(byte))?;
+                std::thread::sleep(Duration::from_millis(250));
+            }
         }
         Some(Fault::Hold) => {
             stream.write_all(&rest[..rest.len() / 2])?;

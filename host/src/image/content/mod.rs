@@ -5,13 +5,14 @@
 //!        │ all there, digest right, synced
 //!        ▼ LOCK_SH, rename
 //!   content/sha256_<hex>           whole: LOCK_SH by each who needs it
+//!   content/diff_<hex>             what a layer was found to hold, see `known`
 //!   content/partial/build_<hex>    empty: LOCK_EX by whoever builds the image of this content
 //! ```
 //!
 //! # Invariants
 //! 1. A name in `content/` stands for a whole file that had this digest when it got the name.
 //! 2. Of all processes one downloads a blob, and one builds an image; the others find it busy, come
-//!    again, and find it there.
+//!    again, and find it there. Nobody has to wait for one that is slow: see `own`.
 //! 3. Each looks again at the name after it has the lock: nobody works on a file that was removed.
 //! 4. Nothing that is locked is removed. [`sweep`] asks whether a blob is wanted while it holds it
 //!    alone, so that one whose image was just recorded stays.
@@ -39,8 +40,17 @@ use super::workspace::{failed, is_named};
 use super::{ImageDirs, ImageError};
 use crate::locked::Locked;
 
+mod damaged;
+mod known;
+mod own;
+
+pub(super) use damaged::forget_damaged;
+use known::NOTE;
+pub(super) use known::{diff_id, note};
+pub(super) use own::{begun, own};
+
 /// What a crash may come between.
-pub const POINTS: Area = Area::new("content", &["write", "name", "remove"]);
+pub const POINTS: Area = Area::new("content", &["write", "name", "note", "remove"]);
 
 const BLOB: &str = "sha256_";
 const BUILD: &str = "build_";
@@ -80,6 +90,8 @@ pub(super) struct Partial {
     lock: Locked,
     hash: Sha256,
     done: u64,
+    /// Whether nobody else can find it; then `path` is only its directory.
+    is_unnamed: bool,
 }
 
 /// What a finished download is.
@@ -160,8 +172,10 @@ fn hold(dirs: &ImageDirs, name: &str) -> Result<Option<(PathBuf, Locked)>, Image
 
 /// The blob with this digest and size, or the right to download it.
 pub(super) fn claim(dirs: &ImageDirs, hex: &str, size: u64) -> Result<Claim, ImageError> {
-    if let Some(found) = whole(dirs, hex)? {
-        return Ok(found);
+    match whole(dirs, hex)? {
+        Some(Claim::There(lease)) => return damaged::of_size(dirs, hex, lease, size),
+        Some(other) => return Ok(other),
+        None => {}
     }
     let Some((path, lock)) = hold(dirs, &format!("{BLOB}{hex}"))? else {
         return Ok(Claim::Busy);
@@ -181,6 +195,7 @@ pub(super) fn claim(dirs: &ImageDirs, hex: &str, size: u64) -> Result<Claim, Ima
         lock,
         hash: Sha256::new(),
         done: 0,
+        is_unnamed: false,
     };
     partial.take_up(size)?;
     Ok(Claim::Ours(partial))
@@ -248,15 +263,15 @@ impl Partial {
         POINTS.before("name").map_err(|error| fail(error.into()))?;
         // Between the locks somebody may sweep it.
         if !locked(&self.lock, FlockOperation::NonBlockingLockShared, &self.path)?
-            || !is_named(rustix::fs::CWD, &self.path, self.lock.as_fd(), &self.path)?
+            || !self.is_unnamed
+                && !is_named(rustix::fs::CWD, &self.path, self.lock.as_fd(), &self.path)?
         {
             return Ok(Finished::Again);
         }
         let path = path_of(&self.dirs, &self.hex);
-        let cwd = rustix::fs::CWD;
-        match renameat_with(cwd, &self.path, cwd, &path, RenameFlags::NOREPLACE) {
+        match self.name(&path) {
             Err(Errno::EXIST) => {
-                remove(&self.path)?;
+                self.discard()?;
                 return Ok(Finished::Again);
             }
             renamed => renamed.map_err(|error| failed("create", &path, error))?,
@@ -268,9 +283,18 @@ impl Partial {
         Ok(Finished::Whole(ContentLease { path, _lock: self.lock }))
     }
 
+    /// Gives it this name, if nothing has it.
+    fn name(&self, path: &Path) -> Result<(), Errno> {
+        let cwd = rustix::fs::CWD;
+        if self.is_unnamed {
+            return own::name(&self.file, path);
+        }
+        renameat_with(cwd, &self.path, cwd, path, RenameFlags::NOREPLACE)
+    }
+
     /// Removes it: its bytes are of no use to anybody.
     pub(super) fn discard(self) -> Result<(), ImageError> {
-        remove(&self.path)
+        if self.is_unnamed { Ok(()) } else { remove(&self.path) }
     }
 }
 
@@ -290,7 +314,11 @@ pub(super) fn put(
 ) -> Result<Option<ContentLease>, ImageError> {
     let mut partial = match claim(dirs, hex, bytes.len() as u64)? {
         Claim::There(lease) => return Ok(Some(lease)),
-        Claim::Busy => return Ok(None),
+        // Somebody may be getting the same bytes from a registry that takes its time.
+        Claim::Busy => match own(dirs, hex)? {
+            Some(partial) => partial,
+            None => return Ok(None),
+        },
         Claim::Ours(partial) => partial,
     };
     partial.restart()?;
@@ -357,9 +385,9 @@ pub fn sweep(
     is_wanted: &mut dyn FnMut(&str) -> bool,
 ) -> Garbages {
     let mut found = Garbages::default();
-    sweep_dir(&dirs.content(), &[BLOB], dry_run, is_wanted, &mut found);
+    sweep_dir(&dirs.content(), &[BLOB, NOTE], dry_run, is_wanted, &mut found);
     if partials == Partials::Remove {
-        sweep_dir(&partial_dir(dirs), &[BLOB, BUILD], dry_run, &mut |_| false, &mut found);
+        sweep_dir(&partial_dir(dirs), &[BLOB, BUILD, NOTE], dry_run, &mut |_| false, &mut found);
     }
     found
 }

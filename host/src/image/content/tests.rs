@@ -115,3 +115,86 @@ fn a_blob_that_is_wanted_by_the_time_it_is_locked_stays() {
     assert!(sweep(&dirs, Partials::Remove, false, &mut later).removed.is_empty());
     assert!(matches!(claim(&dirs, &hex, 1).unwrap(), Claim::There(_)));
 }
+
+#[test]
+fn a_blob_is_doubted_and_only_a_damaged_one_goes() {
+    let (_cache, dirs) = dirs();
+    let hex = hex_of(b"whole");
+    drop(put(&dirs, &hex, b"whole").unwrap());
+    // Who says something else of its size is wrong.
+    let said = claim(&dirs, &hex, 600).unwrap_err().to_string();
+    assert!(said.contains("has 600 bytes, and that has 5"), "{said}");
+    forget_damaged(&dirs, &hex).unwrap();
+    assert!(matches!(claim(&dirs, &hex, 5).unwrap(), Claim::There(_)));
+    // Cut off on this disk, or changed there.
+    for damage in ["who", "wrong"] {
+        std::fs::remove_file(path_of(&dirs, &hex)).unwrap();
+        std::fs::write(path_of(&dirs, &hex), damage).unwrap();
+        match claim(&dirs, &hex, 5).unwrap() {
+            Claim::There(lease) => {
+                forget_damaged(&dirs, &hex).unwrap();
+                assert!(path_of(&dirs, &hex).try_exists().unwrap(), "somebody holds it");
+                drop(lease);
+                forget_damaged(&dirs, &hex).unwrap();
+            }
+            other => assert!(matches!(other, Claim::Busy), "{other:?}"),
+        }
+        assert!(!path_of(&dirs, &hex).try_exists().unwrap());
+        drop(put(&dirs, &hex, b"whole").unwrap());
+    }
+    forget_damaged(&dirs, &hex_of(b"none")).unwrap();
+}
+
+#[test]
+fn what_is_known_of_a_layer_goes_with_it() {
+    let (_cache, dirs) = dirs();
+    let hex = hex_of(b"layer");
+    let id = format!("sha256:{}", hex_of(b"content"));
+    assert_eq!(diff_id(&dirs, &hex, 5).unwrap(), None);
+    note(&dirs, &hex, 5, &id).unwrap();
+    note(&dirs, &hex, 5, &id).unwrap();
+    assert_eq!(diff_id(&dirs, &hex, 5).unwrap(), Some(id.clone()));
+    assert_eq!(diff_id(&dirs, &hex, 6).unwrap(), None, "of that size it is no such layer");
+    let named = dirs.content().join(format!("diff_{hex}"));
+    for strange in ["", "5", "5 sha256:12", "5 x", "50 ", &"5".repeat(4096)] {
+        std::fs::write(&named, strange).unwrap();
+        assert_eq!(diff_id(&dirs, &hex, 5).unwrap(), None, "{strange}");
+    }
+    note(&dirs, &hex, 5, &id).unwrap();
+    assert!(sweep(&dirs, Partials::Remove, false, &mut |other| other == hex).removed.is_empty());
+    assert_eq!(sweep(&dirs, Partials::Keep, false, &mut |_| false).removed.len(), 1);
+    assert!(files(&dirs).is_empty());
+}
+
+#[test]
+fn nobody_has_to_wait_for_a_slow_download() {
+    let (_cache, dirs) = dirs();
+    let hex = hex_of(b"layer");
+    assert_eq!(begun(&dirs, &hex).unwrap(), None);
+    let mut slow = ours(&dirs, &hex, 5);
+    slow.write(b"l").unwrap();
+    assert_eq!(begun(&dirs, &hex).unwrap(), Some(1));
+    let mut gone = own(&dirs, &hex).unwrap().unwrap();
+    gone.write(b"lay").unwrap();
+    drop(gone);
+    let (mut first, mut second) =
+        (own(&dirs, &hex).unwrap().unwrap(), own(&dirs, &hex).unwrap().unwrap());
+    first.write(b"layer").unwrap();
+    second.write(b"layer").unwrap();
+    let Finished::Whole(lease) = first.finish().unwrap() else { panic!("not whole") };
+    assert!(matches!(second.finish().unwrap(), Finished::Again), "it is there");
+    assert!(matches!(claim(&dirs, &hex, 5).unwrap(), Claim::There(_)));
+    slow.write(b"ayer").unwrap();
+    assert!(matches!(slow.finish().unwrap(), Finished::Again));
+    drop(lease);
+    assert_eq!(files(&dirs), [format!("sha256_{hex}")]);
+    // What is wrong gets no name here either.
+    let mut wrong = own(&dirs, &hex_of(b"right")).unwrap().unwrap();
+    wrong.write(b"wrong").unwrap();
+    let Finished::Wrong(wrong, _) = wrong.finish().unwrap() else { panic!("not wrong") };
+    wrong.discard().unwrap();
+    // Bytes that are here do not wait at all.
+    let hex = hex_of(b"manifest");
+    let _slow = ours(&dirs, &hex, 8);
+    assert!(put(&dirs, &hex, b"manifest").unwrap().is_some());
+}

@@ -2,14 +2,19 @@
 //!
 //! ```text
 //!   manifest (index ─► this platform's) ─► content/          digest checked by `registry`
-//!     config ─► content/ ─► diff ids ─► is their root filesystem here? ── yes ─► done
-//!     layers, 4 at a time ─► content/    resumed, tried again, each by one process    │ no
-//!     build lock ─► is it here by now? ─► `build::assemble`, as for an import ◄───────┘
+//!     config ─► content/ ─► diff ids ─► is their root filesystem here, and each of
+//!                                       these layers known to have its diff id? ── yes ─► done
+//!     layers, 4 at a time ─► content/    resumed, tried again, each by one process   │ no
+//!     build lock ─► are they by now? ─► `build::assemble`, as for an import ◄────────┘
+//!       └─► each layer's diff id noted
 //! ```
 //!
 //! # Invariants
 //! 1. Bytes become content only under the digest that the manifest names, and a root filesystem only
-//!    under the diff ids that the config names: no word of the registry is believed.
+//!    under the diff ids that the config names: no word of the registry is believed. Also not the
+//!    config's: a root filesystem that is here is used only for layers that are known to be its own,
+//!    from bytes that were read here. So whoever only knows the digests of a private image learns
+//!    nothing and runs nothing in it.
 //! 2. From the moment that a blob is there until the caller has recorded the image, a lease keeps it.
 //! 3. What is here is not downloaded again, not even partly.
 //!
@@ -29,16 +34,19 @@ use tokio_util::sync::CancellationToken;
 
 use super::archive::Spooled;
 use super::blob::BlobLease;
-use super::build::{self, assemble, check_count};
-use super::config::{self, Parsed, sha256_of};
+use super::build::{self, assemble};
+use super::config::{Parsed, sha256_of};
 use super::content::{self, ContentLease};
-use super::select::{self, Descriptor, Index, MAX_NESTING, Manifest};
-use super::stream::{Context, readable};
+use super::select::Descriptor;
+use super::stream::Context;
 use super::workspace::failed;
 use super::{ImageDirs, ImageError, ImportLimits, ImportProgress, ImportedImage};
-use crate::registry::{ManifestBytes, RegistrySettings, Session};
+use crate::registry::{RegistrySettings, Session};
 
 mod download;
+mod resolve;
+
+use resolve::Resolved;
 
 /// How many blobs are downloaded at once.
 const PARALLEL: usize = 4;
@@ -95,15 +103,6 @@ struct Pull<'a> {
     total: AtomicU64,
 }
 
-/// What was found in the registry.
-struct Resolved {
-    digest: String,
-    parsed: Parsed,
-    config: Descriptor,
-    layers: Vec<Descriptor>,
-    content: Vec<ContentLease>,
-}
-
 /// Pulls an image. Keep what it answers until the row that names the image is committed.
 ///
 /// # Errors
@@ -128,15 +127,11 @@ pub async fn pull(
     };
     let fetched = async {
         let mut resolved = pull.resolve(&request.image).await?;
-        let lease = match BlobLease::take(&pull.blob(&resolved.parsed)) {
-            Ok(lease) => Some(lease),
-            Err(ImageError::NoBlob { .. }) => {
-                resolved.content.extend(pull.layers(&resolved.layers).await?);
-                None
-            }
-            Err(error) => return Err(error),
-        };
-        Ok((resolved, lease))
+        let lease = pull.reusable(&resolved)?;
+        if lease.is_none() {
+            resolved.content.extend(pull.layers(&resolved.layers).await?);
+        }
+        Ok::<_, ImageError>((resolved, lease))
     };
     let (resolved, lease) = tokio::select! {
         biased;
@@ -162,93 +157,20 @@ impl Pull<'_> {
         self.dirs.blobs().join(format!("sha256_{}.erofs", parsed.squashed()))
     }
 
-    /// Finds the manifest of our platform, and its config.
-    async fn resolve(&self, image: &ImageReference) -> Result<Resolved, ImageError> {
-        let mut found = self.session.manifest(image.version()).await?;
-        let mut depth = 0;
-        let manifest = loop {
-            match self.read(&found, image)? {
-                Document::Manifest(manifest) => break manifest,
-                Document::Index(_) if depth > MAX_NESTING => {
-                    let what = "its indexes are nested too deeply".to_owned();
-                    return Err(ImageError::Damaged { what });
-                }
-                Document::Index(index) => {
-                    let chosen = select::choose(index.images(), &self.platform)?;
-                    sha256_of(&chosen.digest)?;
-                    found = self.session.manifest(&chosen.digest).await?;
-                    depth += 1;
-                }
-            }
-        };
-        let layers = manifest.layers.unwrap_or_default();
-        self.check(&manifest.config, &layers)?;
-        let ManifestBytes { bytes, digest } = found;
-        let hex = sha256_of(&digest)?.to_owned();
-        let kept = loop {
-            let (dirs, hex, bytes) = (self.dirs.clone(), hex.clone(), bytes.clone());
-            match aside(move || content::put(&dirs, &hex, &bytes)).await? {
-                Some(lease) => break lease,
-                None => tokio::time::sleep(COME_AGAIN).await,
-            }
-        };
-        let config = self.fetch(&manifest.config).await?;
-        let hex = sha256_of(&manifest.config.digest)?;
-        let parsed = config::parse_for(&content::read(&config, hex)?, &self.platform)?;
-        check_count(layers.len(), &parsed)?;
-        Ok(Resolved {
-            digest,
-            parsed,
-            config: manifest.config,
-            layers,
-            content: vec![kept, config],
-        })
-    }
-
-    fn read(&self, found: &ManifestBytes, image: &ImageReference) -> Result<Document, ImageError> {
-        let none = |why: String| ImageError::NotAnImage { what: image.to_string(), why };
-        let parsed: Kind = serde_json::from_slice(&found.bytes)
-            .map_err(|error| none(format!("its manifest cannot be read: {error}")))?;
-        if parsed.schema_version != Some(2) {
-            let why = "its manifest is of an old version; push it again with a newer program";
-            return Err(none(why.to_owned()));
-        }
-        let is_index = parsed.media_type.as_deref().is_some_and(select::is_index)
-            || (parsed.media_type.is_none() && parsed.manifests.is_some());
-        let unreadable = |error| none(format!("its manifest cannot be read: {error}"));
-        if is_index {
-            return Ok(Document::Index(serde_json::from_slice(&found.bytes).map_err(unreadable)?));
-        }
-        let manifest: Manifest = serde_json::from_slice(&found.bytes).map_err(unreadable)?;
-        match manifest.config.media_type.as_deref() {
-            None | Some(OCI_CONFIG | DOCKER_CONFIG) => Ok(Document::Manifest(manifest)),
-            Some(other) => Err(none(format!("its config is {other:?}"))),
-        }
-    }
-
-    /// Refuses what is over a limit, before any of it is downloaded.
-    fn check(&self, config: &Descriptor, layers: &[Descriptor]) -> Result<(), ImageError> {
-        let limits = &self.limits;
-        if config.size > limits.max_json_bytes {
-            let limit = format!("{} in a JSON document", readable(limits.max_json_bytes));
-            return Err(ImageError::TooLarge { limit });
-        }
-        if layers.len() > limits.max_layers {
-            return Err(ImageError::TooLarge { limit: format!("{} layers", limits.max_layers) });
-        }
-        for blob in layers.iter().chain([config]) {
-            sha256_of(&blob.digest)?;
-            if blob.size == 0 {
-                let what = format!("the manifest says that {} is empty", blob.digest);
-                return Err(ImageError::Damaged { what });
+    /// The root filesystem, if it is here and made of these very layers: whoever only names the diff
+    /// ids of another image has to show its layers first.
+    fn reusable(&self, resolved: &Resolved) -> Result<Option<BlobLease>, ImageError> {
+        for (layer, id) in resolved.layers.iter().zip(&resolved.parsed.diff_ids) {
+            let known = content::diff_id(&self.dirs, sha256_of(&layer.digest)?, layer.size)?;
+            if known.as_ref() != Some(id) {
+                return Ok(None);
             }
         }
-        let bytes = layers.iter().fold(0_u64, |sum, layer| sum.saturating_add(layer.size));
-        if bytes > limits.max_bytes {
-            let limit = format!("{} of layers", readable(limits.max_bytes));
-            return Err(ImageError::TooLarge { limit });
+        match BlobLease::take(&self.blob(&resolved.parsed)) {
+            Ok(lease) => Ok(Some(lease)),
+            Err(ImageError::NoBlob { .. }) => Ok(None),
+            Err(error) => Err(error),
         }
-        Ok(())
     }
 
     /// Downloads the layers that are not here.
@@ -307,17 +229,12 @@ impl Pull<'_> {
         resolved: Resolved,
         cancel: &CancellationToken,
     ) -> Result<PulledImage, ImageError> {
-        let blob = self.blob(&resolved.parsed);
         let mut told = false;
         let lock = loop {
             let lock = content::lock_build(&self.dirs, &resolved.parsed.squashed())?;
-            match BlobLease::take(&blob) {
-                Ok(lease) => {
-                    lock.map_or(Ok(()), content::BuildLock::release)?;
-                    return Ok(self.here(resolved, lease));
-                }
-                Err(ImageError::NoBlob { .. }) => {}
-                Err(error) => return Err(error),
+            if let Some(lease) = self.reusable(&resolved)? {
+                lock.map_or(Ok(()), content::BuildLock::release)?;
+                return Ok(self.here(resolved, lease));
             }
             if let Some(lock) = lock {
                 break lock;
@@ -331,6 +248,7 @@ impl Pull<'_> {
             }
         };
         let Resolved { digest, parsed, config, layers, content } = resolved;
+        let diff_ids = parsed.diff_ids.clone();
         let layers_here = self.spooled(&layers)?;
         let config = sha256_of(&config.digest)?.to_owned();
         let (dirs, limits) = (self.dirs.clone(), self.limits);
@@ -340,7 +258,14 @@ impl Pull<'_> {
             let cancelled = || cancel.is_cancelled();
             let context = Context { limits, progress: &progress, cancelled: &cancelled };
             let made = build::with_workspace(&dirs, |dirs, workspace| {
-                assemble(&config, parsed, layers_here, dirs, workspace, &context)
+                let seen: Vec<_> =
+                    layers_here.iter().map(|layer| (layer.sha256.clone(), layer.size)).collect();
+                let made = assemble(&config, parsed, layers_here, dirs, workspace, &context)?;
+                // Each layer was read to its end and found to have its diff id.
+                for ((hex, size), id) in seen.iter().zip(&diff_ids) {
+                    content::note(dirs, hex, *size, id)?;
+                }
+                Ok(made)
             });
             // A failed build lets the next one try.
             lock.release()?;
@@ -368,7 +293,8 @@ impl Pull<'_> {
         layers.iter().map(spooled).collect()
     }
 
-    /// Layers that turned out damaged are not kept: they may have been damaged here.
+    /// Layers that were damaged here are not kept. What is wrong with others may be the manifest's
+    /// or the config's fault.
     async fn forget_damaged(
         &self,
         error: &ImageError,
@@ -377,30 +303,10 @@ impl Pull<'_> {
         if !matches!(error, ImageError::Damaged { .. }) {
             return Ok(());
         }
-        let digests: Vec<String> = layers.iter().map(|layer| layer.digest.clone()).collect();
-        let dirs = self.dirs.clone();
-        let is_other =
-            move |hex: &str| !digests.iter().any(|d| d.strip_prefix("sha256:") == Some(hex));
-        let swept = aside(move || {
-            Ok(content::sweep(&dirs, content::Partials::Keep, false, &mut { is_other }))
-        });
-        swept.await?.errors.into_iter().next().map_or(Ok(()), Err)
+        for layer in layers {
+            let (dirs, hex) = (self.dirs.clone(), sha256_of(&layer.digest)?.to_owned());
+            aside(move || content::forget_damaged(&dirs, &hex)).await?;
+        }
+        Ok(())
     }
-}
-
-const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
-const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
-
-/// What tells an index from a manifest.
-#[derive(serde::Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Kind {
-    schema_version: Option<u64>,
-    media_type: Option<String>,
-    manifests: Option<serde::de::IgnoredAny>,
-}
-
-enum Document {
-    Manifest(Manifest),
-    Index(Index),
 }
