@@ -6,6 +6,7 @@
 mod docker;
 mod hostile;
 mod interrupted;
+mod leaks;
 mod real;
 mod session;
 mod together;

@@ -1,28 +1,21 @@
 //! One image's way to its registry: which endpoint is asked, with which header, and what an answer
 //! that is no success means.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use matchlock_model::reference::ImageReference;
 use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_RANGE, HeaderValue, RANGE, RETRY_AFTER};
-use reqwest::redirect::Policy;
-use reqwest::{Certificate, Client, Response, StatusCode};
+use reqwest::{Client, Response, StatusCode, Url};
 use tokio::sync::Mutex;
 
 use super::auth::{self, Access};
-use super::error::Downgraded;
+use super::http;
 use super::manifest::{self, ManifestBytes};
 use super::{Attempts, HUB, HUB_HOST, RegistryError, RegistrySettings, credentials, words};
 
-const CONNECT_LIMIT: Duration = Duration::from_secs(20);
-/// How long the next bytes may be in coming.
-const READ_LIMIT: Duration = Duration::from_secs(60);
-const MAX_REDIRECTS: usize = 8;
 /// The longest answer with an error that is read.
 const MAX_ERROR: u64 = 64 * 1024;
-const USER_AGENT: &str = concat!("matchlock/", env!("CARGO_PKG_VERSION"));
 
 /// Where an image may be had.
 #[derive(Debug)]
@@ -36,10 +29,34 @@ struct Endpoint {
     authorization: Mutex<Option<HeaderValue>>,
 }
 
+impl Endpoint {
+    fn origin(&self) -> String {
+        let scheme = if self.https { "https" } else { "http" };
+        format!("{scheme}://{}", self.host)
+    }
+
+    /// Whether it is this registry itself that answered, and no host that it led us to.
+    fn is_at(&self, url: &Url) -> bool {
+        Url::parse(&self.origin()).is_ok_and(|ours| ours.origin() == url.origin())
+    }
+
+    /// The refusal of a host that it led us to, which is asked for nothing and told nothing.
+    fn led_away(&self, answer: &Response, what: &str) -> RegistryError {
+        RegistryError::Status {
+            host: words::line(answer.url().host_str().unwrap_or("another host")),
+            status: answer.status().as_u16(),
+            what: what.to_owned(),
+            said: format!("{} leads there, and no login of it is given to other hosts", self.host),
+        }
+    }
+}
+
 /// The way to one image.
 #[derive(Debug)]
 pub struct Session {
     client: Client,
+    /// For realms: it takes no login to another host.
+    to_realms: Client,
     image: ImageReference,
     settings: RegistrySettings,
     endpoints: Vec<Endpoint>,
@@ -68,7 +85,8 @@ impl Session {
         let host = if registry == HUB { HUB_HOST } else { registry };
         endpoints.push(endpoint(host, registry));
         Ok(Self {
-            client: client(settings)?,
+            client: http::to_registries(settings)?,
+            to_realms: http::to_realms(settings)?,
             image: image.clone(),
             settings: settings.clone(),
             endpoints,
@@ -202,6 +220,9 @@ impl Session {
                     return self.ask_from_the_start(endpoint, path, what, authorization).await;
                 }
                 StatusCode::UNAUTHORIZED if !last => {
+                    if !endpoint.is_at(answer.url()) {
+                        return Err(endpoint.led_away(&answer, what));
+                    }
                     let challenge = auth::challenge(&answer);
                     let Some(challenge) = challenge else {
                         return Err(self.refusal(endpoint, answer, what).await);
@@ -243,8 +264,7 @@ impl Session {
         from: u64,
         authorization: Option<&HeaderValue>,
     ) -> Result<Response, RegistryError> {
-        let scheme = if endpoint.https { "https" } else { "http" };
-        let url = format!("{scheme}://{}/v2/{}/{path}", endpoint.host, self.image.repository());
+        let url = format!("{}/v2/{}/{path}", endpoint.origin(), self.image.repository());
         let mut request = self.client.get(url);
         if path.starts_with("manifests/") {
             request = request.header(ACCEPT, manifest::ACCEPTED);
@@ -269,7 +289,7 @@ impl Session {
         };
         let image = self.image.to_string();
         let access = Access {
-            client: &self.client,
+            client: &self.to_realms,
             registry: &endpoint.registry,
             image: &image,
             repository: self.image.repository(),
@@ -403,40 +423,4 @@ impl Body {
             }
         }
     }
-}
-
-fn client(settings: &RegistrySettings) -> Result<Client, RegistryError> {
-    let policy = Policy::custom(|attempt| {
-        let from_https = attempt.previous().last().is_some_and(|url| url.scheme() == "https");
-        if from_https && attempt.url().scheme() != "https" {
-            attempt.error(Downgraded)
-        } else if attempt.previous().len() > MAX_REDIRECTS {
-            attempt.error("too many redirections")
-        } else {
-            attempt.follow()
-        }
-    });
-    // The first of this process decides; they are all the same.
-    if rustls::crypto::ring::default_provider().install_default().is_err() {
-        tracing::trace!("TLS is prepared already");
-    }
-    let mut builder = Client::builder()
-        .user_agent(USER_AGENT)
-        .connect_timeout(CONNECT_LIMIT)
-        .read_timeout(READ_LIMIT)
-        .redirect(policy);
-    if let Some(path) = &settings.ca_file {
-        let failed = |why: String| RegistryError::CaFile { path: path.clone(), why };
-        let pem = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
-        let certificates =
-            Certificate::from_pem_bundle(&pem).map_err(|error| failed(error.to_string()))?;
-        if certificates.is_empty() {
-            return Err(failed("it holds no PEM certificate".to_owned()));
-        }
-        builder = builder.tls_certs_merge(certificates);
-    }
-    builder.build().map_err(|error| {
-        let error: Arc<dyn std::error::Error + Send + Sync> = Arc::new(error);
-        RegistryError::Client(words::line(&matchlock_model::failure::chain(&*error)))
-    })
 }

@@ -79,6 +79,12 @@ pub enum RegistryError {
         /// The host.
         host: String,
     },
+    /// It would lead a login to another host.
+    #[error("{host} leads to another host, which is not given a login: refused")]
+    LedAway {
+        /// The host.
+        host: String,
+    },
     /// It answers with something that no registry sends.
     #[error("{host} is no image registry, or stands behind a login page: it sent {what}")]
     NotARegistry {
@@ -186,6 +192,9 @@ impl RegistryError {
             if current.is::<Downgraded>() {
                 return Self::Downgrade { host };
             }
+            if current.is::<LedAway>() {
+                return Self::LedAway { host };
+            }
             match current.downcast_ref::<rustls::Error>() {
                 Some(rustls::Error::InvalidCertificate(why)) => {
                     return Self::Certificate { host, why: line(&why.to_string()) };
@@ -226,3 +235,8 @@ impl RegistryError {
 #[derive(Debug, thiserror::Error)]
 #[error("a redirection from https to http")]
 pub(super) struct Downgraded;
+
+/// A redirection of a realm to another host.
+#[derive(Debug, thiserror::Error)]
+#[error("a redirection to another host")]
+pub(super) struct LedAway;

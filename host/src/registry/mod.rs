@@ -18,7 +18,8 @@
 //! 1. A registry is a stranger: what it sends is capped, and its words are shown without control
 //!    characters. Whoever takes a blob checks its digest; a manifest's is checked here.
 //! 2. Credentials are looked up when a registry asks for them, go to that registry and the realm it
-//!    names, never to a mirror's, and never from https to http. They are not stored, and not shown.
+//!    names, never to a mirror's, and never from https to http. A registry names its realm itself: a
+//!    host that it leads to is not heard, and a realm cannot lead on. They are not stored, and not shown.
 //! 3. https only, but for the hosts that the user named as insecure; those are asked by plain http.
 //! 4. Each wait has an end: to connect, for the next bytes, for a helper.
 //!
@@ -33,6 +34,7 @@ mod auth;
 mod client;
 mod credentials;
 mod error;
+mod http;
 mod manifest;
 mod retry;
 mod words;

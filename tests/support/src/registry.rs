@@ -4,7 +4,7 @@
 //! It speaks as much HTTP as a registry's client needs, one request a connection.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -45,6 +45,10 @@ pub struct Asked {
     pub range: Option<String>,
     /// The header Authorization.
     pub authorization: Option<String>,
+    /// The header Referer.
+    pub referer: Option<String>,
+    /// Its body.
+    pub body: String,
 }
 
 #[derive(Debug, Default)]
@@ -227,21 +231,27 @@ impl Drop for FakeRegistry {
 }
 
 fn request(stream: &TcpStream) -> Result<Asked> {
-    let mut lines = BufReader::new(stream.try_clone()?).lines();
-    let first = lines.next().context("no request")??;
-    let path = first.split(' ').nth(1).context("no path")?.to_owned();
-    let mut asked = Asked { path, range: None, authorization: None };
-    for line in lines {
-        let line = line?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut line = String::new();
+    reader.read_line(&mut line)?;
+    let path = line.split(' ').nth(1).context("no path")?.to_owned();
+    let (mut range, mut authorization, mut referer, mut length) = (None, None, None, 0);
+    loop {
+        line.clear();
+        reader.read_line(&mut line)?;
         let Some((name, value)) = line.split_once(':') else { break };
         let value = value.trim().to_owned();
         match name.to_ascii_lowercase().as_str() {
-            "range" => asked.range = Some(value),
-            "authorization" => asked.authorization = Some(value),
+            "range" => range = Some(value),
+            "authorization" => authorization = Some(value),
+            "referer" => referer = Some(value),
+            "content-length" => length = value.parse()?,
             _ => {}
         }
     }
-    Ok(asked)
+    let mut body = String::new();
+    reader.take(length).read_to_string(&mut body)?;
+    Ok(Asked { path, range, authorization, referer, body })
 }
 
 fn answer(shared: &Shared, mut stream: TcpStream) -> Result<()> {
