@@ -170,15 +170,34 @@ fn a_mirror_is_asked_first_and_believed_only_what_can_be_checked() {
     );
     std::fs::write(installation.home().join("config.toml"), config).unwrap();
     // It has the manifest, and lies about a layer: the origin has the last word.
-    mirror.misbehave(&layers[0], std::iter::repeat_n(status(404, ""), 9));
+    mirror.misbehave(&layers[0], [status(404, "")]);
     pulled(&installation.output(&["-q", "pull", &origin.name("a:1")]).unwrap());
     assert_eq!((origin.count("/manifests/"), origin.count(&layers[0])), (0, 1));
     let listed = stdout(&installation.output(&["image", "ls"]).unwrap());
     assert!(listed.contains(&origin.host()) && !listed.contains(&mirror.host()), "{listed}");
+    // Nor is it believed when it sends something else.
+    let name = origin.name("a:1");
+    pulled(&installation.output(&["image", "rm", &name]).unwrap());
+    mirror.misbehave(&layers[0], [Fault::Wrong, Fault::Wrong]);
+    pulled(&installation.output(&["-q", "pull", &name]).unwrap());
+    assert_eq!((origin.count("/manifests/"), origin.count(&layers[0])), (0, 2));
     // One that has nothing is passed over.
     mirror.misbehave("/manifests/", [status(404, "")]);
     pulled(&installation.output(&["-q", "pull", &origin.name("a:1")]).unwrap());
     assert_eq!(origin.count("/manifests/"), 1);
+}
+
+#[test]
+fn a_registry_that_begins_anew_each_time_is_given_up() {
+    let registry = FakeRegistry::new().unwrap();
+    let (_, layers) = registry.image("a", "1", "amd64", &[layer("big", 4 << 20)]);
+    let cuts = [3 << 20, 1 << 20].map(Fault::IgnoreRangeAndCut);
+    registry.misbehave(&layers[0], cuts.into_iter().cycle().take(100));
+    let installation = Installation::bare().unwrap();
+    let said = refusal(&pull(&installation, &registry.host(), "a:1"));
+    assert!(said.contains("broke while the blob sha256:"), "{said}");
+    assert!(registry.count(&layers[0]) < 10, "{}", registry.count(&layers[0]));
+    assert_nothing_of_images_left(&installation);
 }
 
 #[test]

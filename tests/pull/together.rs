@@ -2,7 +2,9 @@
 
 use std::process::Stdio;
 
+use matchlock_test_support::registry::Fault;
 use matchlock_test_support::{Installation, Running};
+use rustix::process::Signal;
 
 use super::{PATIENCE, content, files, filled, pulled};
 
@@ -35,4 +37,26 @@ fn eight_pulls_at_once_download_each_blob_once_and_build_once() {
     assert_eq!(content(&installation).len(), 6, "{:?}", content(&installation));
     assert_eq!(files(installation.cache().join("images/blobs")).len(), 1);
     assert!(files(installation.cache().join("images/tmp")).is_empty());
+}
+
+#[test]
+fn a_registry_that_drips_does_not_hold_up_a_pull_of_the_same_layer_from_another() {
+    let ((dripping, layers), (honest, _)) = (filled(), filled());
+    dripping.misbehave("/blobs/", std::iter::repeat_n(Fault::Drip, 9));
+    let installation = Installation::bare().unwrap();
+    let (host, name) = (dripping.host(), dripping.name("a:1"));
+    let mut command =
+        installation.command(&["-q", "pull", "--insecure-registry", &host, &name]).unwrap();
+    let slow = Running::start(command.stdout(Stdio::piped()).stderr(Stdio::piped())).unwrap();
+    // The config is the first, and the same in both.
+    dripping.wait_for("/blobs/", PATIENCE).unwrap();
+    let (host, name) = (honest.host(), honest.name("a:1"));
+    let output = installation.output(&["pull", "--insecure-registry", &host, &name]).unwrap();
+    pulled(&output);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("another process downloads it and hardly gets on"), "{said}");
+    assert_eq!(honest.count(&layers[0]), 1);
+    slow.signal(Signal::KILL).unwrap();
+    slow.wait(PATIENCE).unwrap();
+    assert_eq!(files(installation.cache().join("images/blobs")).len(), 1);
 }

@@ -2,7 +2,7 @@
 //! that is no success means.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use matchlock_model::reference::ImageReference;
 use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_RANGE, HeaderValue, RANGE, RETRY_AFTER};
@@ -12,6 +12,7 @@ use tokio::sync::Mutex;
 use super::auth::{self, Access};
 use super::http;
 use super::manifest::{self, ManifestBytes};
+use super::pace::Pace;
 use super::{Attempts, HUB, HUB_HOST, RegistryError, RegistrySettings, credentials, words};
 
 /// The longest answer with an error that is read.
@@ -199,6 +200,7 @@ impl Session {
             start,
             left: size - start.min(size),
             size,
+            pace: Pace::default(),
         })
     }
 
@@ -388,6 +390,7 @@ pub struct Body {
     start: u64,
     left: u64,
     size: u64,
+    pace: Pace,
 }
 
 impl Body {
@@ -409,7 +412,10 @@ impl Body {
     /// When the connection breaks or ends too early, or more comes than there may be.
     pub async fn next(&mut self) -> Result<Option<bytes::Bytes>, RegistryError> {
         let (host, what) = (self.host.clone(), self.what.clone());
-        match self.answer.chunk().await {
+        let asked = Instant::now();
+        let came = self.answer.chunk().await;
+        let waited = asked.elapsed();
+        match came {
             Err(error) => Err(RegistryError::of(error, &host, &what)),
             Ok(None) if self.left > 0 => {
                 let why = format!("it ended {} bytes too early", self.left);
@@ -418,8 +424,15 @@ impl Body {
             Ok(None) => Ok(None),
             Ok(Some(chunk)) => {
                 let left = self.left.checked_sub(chunk.len() as u64);
-                self.left = left.ok_or(RegistryError::TooLong { host, what, limit: self.size })?;
-                Ok(Some(chunk))
+                let Some(left) = left else {
+                    return Err(RegistryError::TooLong { host, what, limit: self.size });
+                };
+                self.left = left;
+                if self.pace.keeps(waited, chunk.len() as u64) || left == 0 {
+                    return Ok(Some(chunk));
+                }
+                let why = "it came too slowly to be waited for".to_owned();
+                Err(RegistryError::Broken { host, what, why })
             }
         }
     }

@@ -21,7 +21,8 @@
 //!    names, never to a mirror's, and never from https to http. A registry names its realm itself: a
 //!    host that it leads to is not heard, and a realm cannot lead on. They are not stored, and not shown.
 //! 3. https only, but for the hosts that the user named as insecure; those are asked by plain http.
-//! 4. Each wait has an end: to connect, for the next bytes, for a helper.
+//! 4. Each wait has an end: to connect, for the next bytes, for a helper. Who sends a few bytes now and
+//!    then is as good as silent.
 //!
 //! # On error, stop and crash
 //! Nothing here leaves anything behind. Dropping a future ends its connection, and the helper that
@@ -36,6 +37,7 @@ mod credentials;
 mod error;
 mod http;
 mod manifest;
+mod pace;
 mod retry;
 mod words;
 

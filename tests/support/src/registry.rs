@@ -32,6 +32,10 @@ pub enum Fault {
     Hold,
     /// The whole body whatever range was asked for.
     IgnoreRange,
+    /// The same, cut after so many bytes.
+    IgnoreRangeAndCut(usize),
+    /// A byte of the body each quarter of a second.
+    Drip,
     /// The body, then more of it than was announced by the manifest.
     TooMuch,
 }
@@ -290,7 +294,8 @@ fn answer(shared: &Shared, mut stream: TcpStream) -> Result<()> {
         stream.write_all(body.as_bytes())?;
         return Ok(stream.shutdown(Shutdown::Both)?);
     };
-    let from = asked.range.as_deref().filter(|_| !matches!(fault, Some(Fault::IgnoreRange)));
+    let whole = matches!(fault, Some(Fault::IgnoreRange | Fault::IgnoreRangeAndCut(_)));
+    let from = asked.range.as_deref().filter(|_| !whole);
     let from = from.and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok());
     let from: usize = from.unwrap_or(0);
     let rest = body.get(from..).context("a range outside")?;
@@ -302,9 +307,20 @@ fn answer(shared: &Shared, mut stream: TcpStream) -> Result<()> {
     let more = if matches!(fault, Some(Fault::TooMuch)) { 4096 } else { 0 };
     head(&mut stream, if from > 0 { 206 } else { 200 }, rest.len() + more, &headers)?;
     match fault {
-        Some(Fault::Cut(count)) => stream.write_all(&rest[..count.min(rest.len())])?,
+        Some(Fault::Cut(count) | Fault::IgnoreRangeAndCut(count)) => {
+            stream.write_all(&rest[..count.min(rest.len())])?
+        }
         Some(Fault::Wrong) => {
             stream.write_all(&rest.iter().map(|byte| byte ^ 1).collect::<Vec<_>>())?;
+        }
+        Some(Fault::Drip) => {
+            for byte in rest {
+                if shared.state().ended {
+                    break;
+                }
+                stream.write_all(std::slice::from_ref(byte))?;
+                std::thread::sleep(Duration::from_millis(250));
+            }
         }
         Some(Fault::Hold) => {
             stream.write_all(&rest[..rest.len() / 2])?;

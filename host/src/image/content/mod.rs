@@ -12,7 +12,7 @@
 //! # Invariants
 //! 1. A name in `content/` stands for a whole file that had this digest when it got the name.
 //! 2. Of all processes one downloads a blob, and one builds an image; the others find it busy, come
-//!    again, and find it there.
+//!    again, and find it there. Nobody has to wait for one that is slow: see `own`.
 //! 3. Each looks again at the name after it has the lock: nobody works on a file that was removed.
 //! 4. Nothing that is locked is removed. [`sweep`] asks whether a blob is wanted while it holds it
 //!    alone, so that one whose image was just recorded stays.
@@ -42,10 +42,12 @@ use crate::locked::Locked;
 
 mod damaged;
 mod known;
+mod own;
 
 pub(super) use damaged::forget_damaged;
 use known::NOTE;
 pub(super) use known::{diff_id, note};
+pub(super) use own::{begun, own};
 
 /// What a crash may come between.
 pub const POINTS: Area = Area::new("content", &["write", "name", "note", "remove"]);
@@ -88,6 +90,8 @@ pub(super) struct Partial {
     lock: Locked,
     hash: Sha256,
     done: u64,
+    /// Whether nobody else can find it; then `path` is only its directory.
+    is_unnamed: bool,
 }
 
 /// What a finished download is.
@@ -191,6 +195,7 @@ pub(super) fn claim(dirs: &ImageDirs, hex: &str, size: u64) -> Result<Claim, Ima
         lock,
         hash: Sha256::new(),
         done: 0,
+        is_unnamed: false,
     };
     partial.take_up(size)?;
     Ok(Claim::Ours(partial))
@@ -258,15 +263,15 @@ impl Partial {
         POINTS.before("name").map_err(|error| fail(error.into()))?;
         // Between the locks somebody may sweep it.
         if !locked(&self.lock, FlockOperation::NonBlockingLockShared, &self.path)?
-            || !is_named(rustix::fs::CWD, &self.path, self.lock.as_fd(), &self.path)?
+            || !self.is_unnamed
+                && !is_named(rustix::fs::CWD, &self.path, self.lock.as_fd(), &self.path)?
         {
             return Ok(Finished::Again);
         }
         let path = path_of(&self.dirs, &self.hex);
-        let cwd = rustix::fs::CWD;
-        match renameat_with(cwd, &self.path, cwd, &path, RenameFlags::NOREPLACE) {
+        match self.name(&path) {
             Err(Errno::EXIST) => {
-                remove(&self.path)?;
+                self.discard()?;
                 return Ok(Finished::Again);
             }
             renamed => renamed.map_err(|error| failed("create", &path, error))?,
@@ -278,9 +283,18 @@ impl Partial {
         Ok(Finished::Whole(ContentLease { path, _lock: self.lock }))
     }
 
+    /// Gives it this name, if nothing has it.
+    fn name(&self, path: &Path) -> Result<(), Errno> {
+        let cwd = rustix::fs::CWD;
+        if self.is_unnamed {
+            return own::name(&self.file, path);
+        }
+        renameat_with(cwd, &self.path, cwd, path, RenameFlags::NOREPLACE)
+    }
+
     /// Removes it: its bytes are of no use to anybody.
     pub(super) fn discard(self) -> Result<(), ImageError> {
-        remove(&self.path)
+        if self.is_unnamed { Ok(()) } else { remove(&self.path) }
     }
 }
 
@@ -300,7 +314,11 @@ pub(super) fn put(
 ) -> Result<Option<ContentLease>, ImageError> {
     let mut partial = match claim(dirs, hex, bytes.len() as u64)? {
         Claim::There(lease) => return Ok(Some(lease)),
-        Claim::Busy => return Ok(None),
+        // Somebody may be getting the same bytes from a registry that takes its time.
+        Claim::Busy => match own(dirs, hex)? {
+            Some(partial) => partial,
+            None => return Ok(None),
+        },
         Claim::Ours(partial) => partial,
     };
     partial.restart()?;

@@ -165,3 +165,36 @@ fn what_is_known_of_a_layer_goes_with_it() {
     assert_eq!(sweep(&dirs, Partials::Keep, false, &mut |_| false).removed.len(), 1);
     assert!(files(&dirs).is_empty());
 }
+
+#[test]
+fn nobody_has_to_wait_for_a_slow_download() {
+    let (_cache, dirs) = dirs();
+    let hex = hex_of(b"layer");
+    assert_eq!(begun(&dirs, &hex).unwrap(), None);
+    let mut slow = ours(&dirs, &hex, 5);
+    slow.write(b"l").unwrap();
+    assert_eq!(begun(&dirs, &hex).unwrap(), Some(1));
+    let mut gone = own(&dirs, &hex).unwrap().unwrap();
+    gone.write(b"lay").unwrap();
+    drop(gone);
+    let (mut first, mut second) =
+        (own(&dirs, &hex).unwrap().unwrap(), own(&dirs, &hex).unwrap().unwrap());
+    first.write(b"layer").unwrap();
+    second.write(b"layer").unwrap();
+    let Finished::Whole(lease) = first.finish().unwrap() else { panic!("not whole") };
+    assert!(matches!(second.finish().unwrap(), Finished::Again), "it is there");
+    assert!(matches!(claim(&dirs, &hex, 5).unwrap(), Claim::There(_)));
+    slow.write(b"ayer").unwrap();
+    assert!(matches!(slow.finish().unwrap(), Finished::Again));
+    drop(lease);
+    assert_eq!(files(&dirs), [format!("sha256_{hex}")]);
+    // What is wrong gets no name here either.
+    let mut wrong = own(&dirs, &hex_of(b"right")).unwrap().unwrap();
+    wrong.write(b"wrong").unwrap();
+    let Finished::Wrong(wrong, _) = wrong.finish().unwrap() else { panic!("not wrong") };
+    wrong.discard().unwrap();
+    // Bytes that are here do not wait at all.
+    let hex = hex_of(b"manifest");
+    let _slow = ours(&dirs, &hex, 8);
+    assert!(put(&dirs, &hex, b"manifest").unwrap().is_some());
+}
