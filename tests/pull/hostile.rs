@@ -125,6 +125,15 @@ fn what_is_no_image_for_containers_is_refused() {
     registry.manifest("a", "none", INDEX, r#"{"schemaVersion":2,"manifests":[]}"#);
     let huge = config("application/vnd.oci.image.config.v1+json").replace(":2}", ":99999999}");
     registry.manifest("a", "huge", MANIFEST, &huge);
+    registry.manifest("a", "long", MANIFEST, &config(&"x".repeat(3_000_000)));
+    let long = format!(r#"{{"schemaVersion":"{}"}}"#, "x".repeat(3_000_000));
+    registry.manifest("a", "word", MANIFEST, &long);
+    let whole = config("application/vnd.oci.image.config.v1+json");
+    registry.manifest("a", "kind", INDEX, &whole);
+    let both = whole.replace("\"layers\"", "\"manifests\":[],\"layers\"");
+    registry.manifest("a", "both", MANIFEST, &both);
+    let bare = both.replace(&format!("\"mediaType\":\"{MANIFEST}\","), "");
+    registry.manifest("a", "bare", "x", &bare);
     let installation = Installation::bare().unwrap();
     for (tag, wanted) in [
         ("helm", "is not a container image"),
@@ -132,10 +141,38 @@ fn what_is_no_image_for_containers_is_refused() {
         ("odd", "its manifest cannot be read"),
         ("none", "names no image"),
         ("huge", "over the limit"),
+        ("long", "its config is \"xxx"),
+        ("word", "its manifest cannot be read"),
+        ("kind", "and the registry calls it"),
+        ("both", "its manifest is an index as well"),
+        ("bare", "its manifest is an index as well"),
         ("not-there", "no such tag or digest"),
     ] {
         let said = refusal(&pull(&installation, &registry.host(), &format!("a:{tag}")));
-        assert!(said.contains(wanted), "{tag}: {said}");
+        assert!(said.contains(wanted) && said.len() < 1000, "{tag}: {said}");
+    }
+}
+
+#[test]
+fn what_a_registry_makes_us_wait_for_is_said() {
+    let (registry, _) = filled();
+    let later = Fault::Status(503, vec![("Retry-After", "3".to_owned())], "no\u{202e}won");
+    registry.misbehave("/manifests/", [later]);
+    let (host, name) = (registry.host(), registry.name("a:1"));
+    let installation = Installation::bare().unwrap();
+    let output = installation.output(&["pull", "--insecure-registry", &host, &name]).unwrap();
+    pulled(&output);
+    let said = stderr(&output);
+    assert!(said.contains("trying again") && said.contains("asks to wait 3 s"), "{said}");
+    assert!(!said.contains('\u{202e}'), "{said}");
+}
+
+#[test]
+fn a_realm_that_is_no_web_address_is_refused() {
+    for realm in ["file:///etc/passwd", "data:text/plain,x", "nothing"] {
+        let challenge = vec![("WWW-Authenticate", format!("Bearer realm=\"{realm}\""))];
+        let said = refused("/manifests/", vec![Fault::Status(401, challenge, "")]);
+        assert!(said.contains("the realm that it names is no "), "{said}");
     }
 }
 

@@ -270,8 +270,10 @@ pub enum ImageError {
         /// Where blobs are.
         blobs: PathBuf,
     },
-    /// A VM runs from it.
-    #[error("{path} is in use by a running VM: stop it first (matchlock list, matchlock kill)")]
+    /// A VM runs from it, or a pull or an import is about to name it.
+    #[error(
+        "{path} is in use by a running VM, or by a pull or an import that goes on: stop the VM first (matchlock list, matchlock kill), or wait"
+    )]
     InUse {
         /// The blob.
         path: PathBuf,

@@ -21,6 +21,7 @@ use sha2::{Digest, Sha256};
 
 use super::workspace::failed;
 use super::{ImageError, ImportLimits, ImportProgress};
+use crate::registry::is_unseen;
 
 /// The size of the buffers that files are copied through.
 pub(super) const BUFFER: usize = 128 * 1024;
@@ -80,11 +81,11 @@ pub(super) fn readable(bytes: u64) -> String {
     format!("{bytes} bytes")
 }
 
-/// A text of the archive for messages: no control characters, and not longer than a few lines.
+/// A text of the archive for messages: nothing that is not seen as it is, and not longer than a few lines.
 pub(super) fn plain(text: &str) -> String {
     let escaped = |c: char| match c {
         '\n' => vec![c],
-        c if c.is_control() => c.escape_default().collect(),
+        c if is_unseen(c) => c.escape_default().collect(),
         c => vec![c],
     };
     let mut plain: String = text.chars().take(500).flat_map(escaped).collect();

@@ -113,7 +113,10 @@ impl Access<'_> {
     ) -> Result<String, RegistryError> {
         let url =
             Url::parse(realm).map_err(|_| self.denied("the realm that it names is no URL"))?;
-        let host = url.host_str().unwrap_or_default().to_owned();
+        let Some(host) = url.host_str().filter(|_| matches!(url.scheme(), "https" | "http")) else {
+            return Err(self.denied("the realm that it names is no web address"));
+        };
+        let host = words::line(host);
         if self.https && url.scheme() != "https" {
             return Err(RegistryError::Downgrade { host: self.registry.to_owned() });
         }

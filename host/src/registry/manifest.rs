@@ -23,6 +23,8 @@ pub struct ManifestBytes {
     pub bytes: Vec<u8>,
     /// Its digest: `sha256:` and 64 hex digits.
     pub digest: String,
+    /// What the registry calls it, if it does.
+    pub media_type: Option<String>,
 }
 
 /// Reads one that was asked for by a tag or a digest.
@@ -51,6 +53,10 @@ pub(super) async fn read(
             let (host, what) = (host.to_owned(), what.to_owned());
             Err(RegistryError::Digest { host, what, expected, found })
         }
-        _ => Ok(ManifestBytes { bytes, digest: found }),
+        _ => {
+            let media_type = kind.split(';').next().map(str::trim).filter(|kind| !kind.is_empty());
+            let media_type = media_type.map(str::to_owned);
+            Ok(ManifestBytes { bytes, digest: found, media_type })
+        }
     }
 }

@@ -15,8 +15,8 @@
 //! the registry where it belongs to the realm.
 //!
 //! # Invariants
-//! 1. A registry is a stranger: what it sends is capped, and its words are shown without control
-//!    characters. Whoever takes a blob checks its digest; a manifest's is checked here.
+//! 1. A registry is a stranger: what it sends is capped, and its words are shown without what a
+//!    terminal would not show. Whoever takes a blob checks its digest; a manifest's is checked here.
 //! 2. Credentials are looked up when a registry asks for them, go to that registry and the realm it
 //!    names, never to a mirror's, and never from https to http. A registry names its realm itself: a
 //!    host that it leads to is not heard, and a realm cannot lead on. They are not stored, and not shown.
@@ -45,6 +45,7 @@ pub use client::{Body, Session};
 pub use error::RegistryError;
 pub use manifest::ManifestBytes;
 pub use retry::{Attempts, Retry};
+pub(crate) use words::is_unseen;
 
 /// What the user said of registries.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

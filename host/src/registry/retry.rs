@@ -10,6 +10,8 @@ const LIMIT: u32 = 5;
 const CONNECT_LIMIT: u32 = 2;
 const FIRST: Duration = Duration::from_millis(500);
 const LONGEST: Duration = Duration::from_secs(15);
+/// How long is waited without a word.
+const UNSAID: Duration = Duration::from_secs(2);
 /// The longest wait that a registry may ask for; for longer ones the user is told.
 const LONGEST_ASKED: Duration = Duration::from_secs(60);
 
@@ -46,7 +48,12 @@ impl Attempts {
         let Some(wait) = self.wait(error.retry()) else {
             return Err(error);
         };
-        tracing::info!(%error, ?wait, "trying again");
+        // Nobody shall wonder for long what is waited for.
+        if wait > UNSAID {
+            tracing::warn!(%error, ?wait, "trying again");
+        } else {
+            tracing::info!(%error, ?wait, "trying again");
+        }
         tokio::time::sleep(wait).await;
         Ok(())
     }

@@ -8,13 +8,14 @@
 //! On an error nothing is kept but blobs that are what their digests say; `gc` removes those.
 
 use matchlock_model::reference::ImageReference;
+use serde::de::IgnoredAny;
 
 use super::super::ImageError;
 use super::super::build::check_count;
 use super::super::config::{self, Parsed, sha256_of};
 use super::super::content::{self, ContentLease};
 use super::super::select::{self, Descriptor, Index, MAX_NESTING, Manifest};
-use super::super::stream::readable;
+use super::super::stream::{plain, readable};
 use super::{COME_AGAIN, Pull, aside};
 use crate::registry::ManifestBytes;
 
@@ -49,7 +50,7 @@ impl Pull<'_> {
         };
         let layers = manifest.layers.unwrap_or_default();
         self.check(&manifest.config, &layers)?;
-        let ManifestBytes { bytes, digest } = found;
+        let ManifestBytes { bytes, digest, .. } = found;
         let hex = sha256_of(&digest)?.to_owned();
         let kept = loop {
             let (dirs, hex, bytes) = (self.dirs.clone(), hex.clone(), bytes.clone());
@@ -72,23 +73,41 @@ impl Pull<'_> {
     }
 
     fn read(&self, found: &ManifestBytes, image: &ImageReference) -> Result<Document, ImageError> {
-        let none = |why: String| ImageError::NotAnImage { what: image.to_string(), why };
-        let parsed: Kind = serde_json::from_slice(&found.bytes)
-            .map_err(|error| none(format!("its manifest cannot be read: {error}")))?;
+        let none = |why: &str| {
+            let (what, why) = (image.to_string(), plain(why));
+            ImageError::NotAnImage { what, why }
+        };
+        let unreadable =
+            |error: serde_json::Error| none(&format!("its manifest cannot be read: {error}"));
+        let parsed: Kind = serde_json::from_slice(&found.bytes).map_err(unreadable)?;
         if parsed.schema_version != Some(2) {
             let why = "its manifest is of an old version; push it again with a newer program";
-            return Err(none(why.to_owned()));
+            return Err(none(why));
         }
-        let is_index = parsed.media_type.as_deref().is_some_and(select::is_index)
-            || (parsed.media_type.is_none() && parsed.manifests.is_some());
-        let unreadable = |error| none(format!("its manifest cannot be read: {error}"));
+        // Who reads it as the one must not see another image than who reads it as the other.
+        if parsed.manifests.is_some() && (parsed.config.is_some() || parsed.layers.is_some()) {
+            return Err(none("its manifest is an index as well"));
+        }
+        let said = found.media_type.as_deref();
+        if let (Some(own), Some(said)) = (parsed.media_type.as_deref(), said)
+            && own != said
+        {
+            let why =
+                format!("its manifest calls itself {own:?}, and the registry calls it {said:?}");
+            return Err(none(&why));
+        }
+        let is_index = match parsed.media_type.as_deref().or(said) {
+            Some(kind) if select::is_index(kind) => true,
+            Some(OCI_MANIFEST | DOCKER_MANIFEST) => false,
+            _ => parsed.manifests.is_some(),
+        };
         if is_index {
             return Ok(Document::Index(serde_json::from_slice(&found.bytes).map_err(unreadable)?));
         }
         let manifest: Manifest = serde_json::from_slice(&found.bytes).map_err(unreadable)?;
         match manifest.config.media_type.as_deref() {
             None | Some(OCI_CONFIG | DOCKER_CONFIG) => Ok(Document::Manifest(manifest)),
-            Some(other) => Err(none(format!("its config is {other:?}"))),
+            Some(other) => Err(none(&format!("its config is {other:?}"))),
         }
     }
 
@@ -118,6 +137,8 @@ impl Pull<'_> {
     }
 }
 
+const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 
@@ -127,7 +148,9 @@ const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 struct Kind {
     schema_version: Option<u64>,
     media_type: Option<String>,
-    manifests: Option<serde::de::IgnoredAny>,
+    manifests: Option<IgnoredAny>,
+    config: Option<IgnoredAny>,
+    layers: Option<IgnoredAny>,
 }
 
 enum Document {
