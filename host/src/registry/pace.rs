@@ -40,6 +40,7 @@ mod tests {
         assert!(!pace.keeps(second, 1));
         assert!((0..100).all(|_| pace.keeps(second, 1024)));
         // Once in a while nothing comes.
+        let mut pace = Pace::default();
         assert!(pace.keeps(20 * second, 0) && pace.keeps(20 * second, LEAST));
     }
 }

@@ -33,6 +33,8 @@ const ENOUGH: u64 = 256 * 1024;
 struct Theirs {
     looked: Instant,
     had: u64,
+    /// Whether the user knows what is waited for.
+    is_said: bool,
 }
 
 impl Theirs {
@@ -115,11 +117,14 @@ impl Pull<'_> {
         };
         let now = Instant::now();
         let Some(theirs) = theirs else {
-            tracing::info!(blob = hex, "waiting for another process that downloads it");
-            *theirs = Some(Theirs { looked: now, had: has });
+            *theirs = Some(Theirs { looked: now, had: has, is_said: false });
             return Ok(None);
         };
+        let is_long = now.duration_since(theirs.looked) >= PATIENCE;
         if !theirs.is_stalled(now, has) {
+            if is_long && !std::mem::replace(&mut theirs.is_said, true) {
+                tracing::warn!(blob = hex, "waiting for another process that downloads it");
+            }
             return Ok(None);
         }
         let (dirs, name) = (self.dirs.clone(), hex.to_owned());
@@ -264,7 +269,7 @@ mod tests {
     fn a_download_that_drips_is_not_waited_for() {
         let began = Instant::now();
         let at = |seconds| began + Duration::from_secs(seconds);
-        let mut theirs = Theirs { looked: began, had: 0 };
+        let mut theirs = Theirs { looked: began, had: 0, is_said: false };
         assert!(!theirs.is_stalled(at(9), 3));
         assert!(theirs.is_stalled(at(10), 4));
         assert!(!theirs.is_stalled(at(11), 5));
