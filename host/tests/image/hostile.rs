@@ -168,7 +168,7 @@ fn what_makes_no_sense_is_damaged() {
     };
     for bad in [
         file("", "no name"),
-        file("/", "a root that is a file"),
+        file(".", "a root that is a file"),
         symlink(".", "x"),
         symlink("s", ""),
         Entry { kind: b'Z', ..file("unknown", "") },
@@ -187,6 +187,22 @@ fn what_makes_no_sense_is_damaged() {
     }
     let error = world.refused(&one_layer(&[file("a", "").pax("GNU.sparse.major", "1")]));
     assert!(matches!(error, ImageError::Damaged { .. }), "{error}");
+}
+
+#[test]
+fn the_content_of_a_directory_is_not_read_as_members() {
+    let Some(world) = World::new() else { return };
+    let hidden = members(&[file("smuggled", "").mode(0o4755)]);
+    // `tar`, Python and Go pass over it, whatever its name says.
+    let view = world.unpacked(&Image::of(&[&[file("dir/", &hidden), file("after", "a")]]));
+    assert_eq!(view["dir"].kind, Kind::Directory);
+    assert!(view.contains_key("after") && !view.contains_key("smuggled"), "{view:?}");
+    // Of the oldest form GNU tar passes over it and Go does not.
+    let oldest = Entry { kind: 0, ..file("dir/", &hidden) };
+    let error = world.refused(&one_layer(&[oldest]));
+    assert!(error.to_string().contains("programs read differently"), "{error}");
+    let empty = Entry { kind: 0, ..file("dir/", "") };
+    assert_eq!(world.unpacked(&Image::of(&[&[empty]]))["dir"].kind, Kind::Directory);
 }
 
 fn limit(world: &World, archive: &[u8], limits: &ImportLimits) -> String {
