@@ -286,6 +286,26 @@ fn files_that_are_mostly_holes_are_counted_in_full() {
 }
 
 #[test]
+fn a_file_for_which_the_disk_has_no_room_is_refused_before_it_is_written() {
+    let Some(world) = World::new() else { return };
+    let limits = ImportLimits { max_bytes: u64::MAX, ..ImportLimits::default() };
+    let disk = rustix::fs::statvfs(world.outside().as_path()).unwrap();
+    let size = disk.f_bavail * disk.f_frsize;
+    // Half a block in the archive and next to nothing in the tree; an EROFS has its holes in full.
+    let map = format!("{:\0<512}", "0\n");
+    let holes = file("sparse", map).pax("GNU.sparse.major", "1").pax("GNU.sparse.minor", "0");
+    let holes = holes.pax("GNU.sparse.realsize", size.to_string());
+    let error = world.import_with(&one_layer(&[holes]), &limits).map(drop).unwrap_err();
+    assert!(matches!(error, ImageError::NoSpace { needed, .. } if needed >= size), "{error}");
+    assert!(error.to_string().contains("matchlock image gc"), "{error}");
+    assert!(world.blobs().is_empty());
+    let few = ImportLimits { max_build_memory: 65 << 20, ..ImportLimits::default() };
+    let many: Vec<_> = (0..300).map(|n| file(format!("f{n}"), "")).collect();
+    let limit = limit(&world, &one_layer(&many), &few);
+    assert!(limit.contains("mkfs.erofs lacks memory"), "{limit}");
+}
+
+#[test]
 fn depth_is_limited_however_it_is_reached() {
     let Some(world) = World::new() else { return };
     let standard = ImportLimits::default();
