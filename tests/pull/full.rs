@@ -69,6 +69,6 @@ fn what_is_half_is_removed_where_nothing_more_can_be_written() {
         matchlock image ls | wc -l
         matchlock image gc >/dev/null; echo "gc $?""#;
     let output = on_a_small_disk(&installation, &registry.host(), script);
-    let expected = "pull 0\nfull 0\n2\ngc 0\nleft 1\n2\ngc 0\n";
+    let expected = "pull 0\nfull 0\n1\ngc 0\nleft 1\n1\ngc 0\n";
     assert_eq!((stdout(&output).as_str(), stderr(&output).as_str()), (expected, ""));
 }
