@@ -170,8 +170,9 @@ fn rootfs() -> Vec<Entry> {
         symlink("./up", "../../../etc"),
         device(EntryType::Char, "./null", 1, 3),
         entry(EntryType::Fifo, "./pipe"),
-        file("./usr/share/index.json", "{}"),
-        file("./usr/share/manifest.json", "{}"),
+        // As web servers' and add-ons' images have them.
+        file("./index.json", "[]"),
+        file("./manifest.json", "\n{\"name\": \"an app\"}"),
     ]
 }
 
