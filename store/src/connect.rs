@@ -2,7 +2,7 @@
 //!
 //! # Invariants
 //! * A connection never creates a database file; [`crate::files`] does, with its mode.
-//! * A reading connection is opened read-only *and* refuses writing statements; [`Access::ReadAlone`]
+//! * A reading connection is opened read-only *and* refuses writing statements; [`Access::Alone`]
 //!   only refuses them.
 
 use std::os::unix::ffi::OsStrExt as _;
@@ -21,7 +21,7 @@ pub(crate) enum Access {
     ReadWrite,
     /// To read while nobody else has it open: the index of the log is in memory then, not in a file
     /// for which the disk may have no room.
-    ReadAlone,
+    Alone,
 }
 
 /// The path as an SQLite URI. Every byte that has a meaning in a URI is escaped.
@@ -37,7 +37,7 @@ pub(crate) fn uri(path: &Path, access: Access) -> String {
     uri.push_str(match access {
         Access::ReadOnly => "?mode=ro",
         // To be alone takes a lock that only who may write can have.
-        Access::ReadWrite | Access::ReadAlone => "?mode=rw",
+        Access::ReadWrite | Access::Alone => "?mode=rw",
     });
     uri
 }
@@ -46,7 +46,7 @@ pub(crate) fn uri(path: &Path, access: Access) -> String {
 pub(crate) fn connect(path: &Path, access: Access) -> rusqlite::Result<Connection> {
     let mode = match access {
         Access::ReadOnly => OpenFlags::SQLITE_OPEN_READ_ONLY,
-        Access::ReadWrite | Access::ReadAlone => OpenFlags::SQLITE_OPEN_READ_WRITE,
+        Access::ReadWrite | Access::Alone => OpenFlags::SQLITE_OPEN_READ_WRITE,
     };
     let flags = mode | OpenFlags::SQLITE_OPEN_URI | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let conn = Connection::open_with_flags(uri(path, access), flags)?;
@@ -62,7 +62,7 @@ pub(crate) fn prepare(conn: &Connection, access: Access) -> rusqlite::Result<()>
     conn.pragma_update(None, "trusted_schema", false)?;
     match access {
         Access::ReadOnly => conn.pragma_update(None, "query_only", true),
-        Access::ReadAlone => {
+        Access::Alone => {
             conn.pragma_update_and_check(None, "locking_mode", "EXCLUSIVE", |_| Ok(()))?;
             conn.pragma_update(None, "query_only", true)
         }

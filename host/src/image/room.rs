@@ -116,7 +116,7 @@ fn content(stat: &Stat, kind: FileType) -> u64 {
 pub(super) fn default_memory() -> u64 {
     let host = rustix::system::sysinfo();
     let unit = u64::from(host.mem_unit.max(1));
-    let total = u64::try_from(host.totalram).unwrap_or(u64::MAX).saturating_mul(unit);
+    let total = host.totalram.saturating_mul(unit);
     (total / 2).max(1 << 30)
 }
 

@@ -100,7 +100,7 @@ pub(crate) fn open_to_read_alone(
     files: &DbFiles,
     known: &[Migration],
 ) -> Result<Option<Connection>, OpenError> {
-    open_to_read_within(files, known, Access::ReadAlone, LOCK_WAIT)
+    open_to_read_within(files, known, Access::Alone, LOCK_WAIT)
 }
 
 fn open_to_read_within(
