@@ -126,6 +126,8 @@ fn a_detached_vm_runs_what_was_pulled_for_it() {
     let logged = || stdout(&installation.output(&["log", &vm]).unwrap());
     let has_said = || Ok(logged().contains("made by umoci"));
     wait_until(PATIENCE, "the words of the registry's image", has_said).unwrap();
+    // Kept with its VM, which stays without its command.
+    pulled(&installation.output(&["kill", &vm]).unwrap());
     let stopped = || Ok(installation.list()?.iter().all(|(_, status)| status == "stopped"));
     wait_until(PATIENCE, "the end of the VM", stopped).unwrap();
     pulled(&installation.output(&["rm", &vm]).unwrap());
