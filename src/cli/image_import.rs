@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use clap::Args;
 use matchlock_actors::images::{ImportInput, TaggedImport};
 use matchlock_host::image::{Change, ImportWish, InvalidWish};
-use matchlock_model::failure::{Failure, FailureKind};
+use matchlock_model::failure::Failure;
 use matchlock_model::image::check_tag;
 use matchlock_model::platform::{InvalidPlatform, Platform};
 use matchlock_model::vm::StopMode;
@@ -20,6 +20,7 @@ use super::render;
 use crate::node::boot::Node;
 use crate::node::config::NodeConfig;
 use crate::node::signals::Interrupts;
+use crate::node::stdin::{Stdin, StopReading};
 
 /// The arguments of `image import`.
 #[derive(Debug, Args)]
@@ -28,7 +29,8 @@ Stdin is an archive of `docker save` or an OCI layout, or else the files of a ro
 packs them; plain, or packed by gzip or zstd. An archive of several images needs one of their names,
 or no tag at all: then each gets the names that the archive gives it.
 
-Exit codes: 0; 1 when the archive is refused: then nothing of it is an image; 2 wrong usage.
+Exit codes: 0; 1 when the archive is refused: then nothing of it is an image; 2 wrong usage; 130, 143
+or 129 when it was interrupted: then nothing of it is left.
 
 Examples:
   docker save busybox | matchlock image import busybox
@@ -90,14 +92,14 @@ pub(super) async fn import(args: ImportArgs, config: NodeConfig) -> Result<u8, C
         regular_size(&stdin).map_err(|e| CliError::failure(&e))?,
         elsewhere,
     );
-    let input = Box::new(shown.reader(stdin));
+    let (reader, stop) = Stdin::until_dropped().map_err(|e| CliError::failure(&e))?;
+    let input = (Box::new(shown.reader(reader)) as ImportInput, stop);
     let imported = interruptible(&node, input, wish, &mut interrupts).await;
     drop(shown);
+    node.shutdown(StopMode::Force).await?;
     if let Some(which) = interrupts.first() {
-        // An import that still waits for its archive ends with this process.
         return Ok(which.exit_code());
     }
-    node.shutdown(StopMode::Force).await?;
     tell(&imported?, json)?;
     Ok(0)
 }
@@ -133,12 +135,11 @@ fn regular_size(file: impl AsFd) -> std::io::Result<Option<u64>> {
     Ok(u64::try_from(found.st_size).ok().filter(|_| is_file))
 }
 
-/// Imports from stdin. The first signal cancels; it takes effect with the next bytes of the
-/// archive, and if none come a second one gives up waiting: what was made is locked only while we
-/// live, and the next import sweeps it.
+/// Imports from stdin. The first signal cancels, whatever the import is at, and waits until what it has
+/// made is gone; the second changes nothing of that. The third leaves at once.
 async fn interruptible(
     node: &Node,
-    input: ImportInput,
+    (input, stop): (ImportInput, StopReading),
     wish: ImportWish,
     interrupts: &mut Interrupts,
 ) -> Result<Vec<TaggedImport>, Failure> {
@@ -146,12 +147,10 @@ async fn interruptible(
     let mut importing = std::pin::pin!(node.client().import_images(input, wish, cancel.clone()));
     tokio::select! {
         imported = &mut importing => return imported,
-        _ = interrupts.next() => cancel.cancel(),
+        _ = interrupts.next() => {}
     }
-    tokio::select! {
-        imported = &mut importing => imported,
-        _ = interrupts.next() => {
-            Err(Failure::new(FailureKind::Cancelled, "the import was interrupted"))
-        }
-    }
+    // In this order: a read that was stopped asks whether it was cancelled.
+    cancel.cancel();
+    drop(stop);
+    importing.await
 }

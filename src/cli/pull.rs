@@ -68,6 +68,9 @@ pub(super) struct RunFlags {
         value_name = "WHEN"
     )]
     pull: Option<Policy>,
+    /// Platform of an image that is pulled; only this host's own can be run, e.g. linux/amd64/v2
+    #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
+    platform: Option<String>,
     /// Registry to ask by plain HTTP, may be repeated
     #[arg(long, value_name = "HOST[:PORT]")]
     insecure_registry: Vec<String>,
@@ -85,17 +88,25 @@ pub(super) enum Policy {
 }
 
 impl RunFlags {
-    /// Gives the configuration what was said of registries; when to pull. The owner of a detached VM
-    /// is started once the image is here.
+    /// Gives the configuration what was said of registries; when to pull, and for which platform.
     pub(super) fn take_in(
         &self,
         config: &mut NodeConfig,
-        is_detached: bool,
-    ) -> Result<Policy, CliError> {
+    ) -> Result<(Policy, Option<Platform>), CliError> {
         allow_insecure(config, &self.insecure_registry)?;
-        let policy = self.pull.unwrap_or(Policy::Missing);
-        Ok(if is_detached && policy == Policy::Always { Policy::Missing } else { policy })
+        let platform = self.platform.as_deref().map(platform).transpose()?;
+        let host = Platform::host();
+        if let Some(other) = platform.as_ref().filter(|it| it.architecture != host.architecture) {
+            return Err(CliError::input(format_args!(
+                "--platform {other}: this host runs images for {host} only"
+            )));
+        }
+        Ok((self.pull.unwrap_or(Policy::Missing), platform))
     }
+}
+
+fn platform(text: &str) -> Result<Platform, CliError> {
+    text.parse().map_err(|e| CliError::input(format_args!("--platform {e}")))
 }
 
 fn allow_insecure(config: &mut NodeConfig, hosts: &[String]) -> Result<(), CliError> {
@@ -120,8 +131,7 @@ struct JsonPulled<'a> {
 
 pub(super) async fn pull(args: PullArgs, mut config: NodeConfig) -> Result<u8, CliError> {
     let image: ImageReference = args.image.parse().map_err(CliError::input)?;
-    let platform = args.platform.as_deref().map(str::parse::<Platform>).transpose();
-    let platform = platform.map_err(|e| CliError::input(format_args!("--platform {e}")))?;
+    let platform = args.platform.as_deref().map(platform).transpose()?;
     allow_insecure(&mut config, &args.insecure_registry)?;
     let mut interrupts = Interrupts::install().map_err(|e| CliError::failure(&e))?;
     let pulled = match one(config, PullRequest { image, platform }, &mut interrupts).await? {
@@ -154,7 +164,7 @@ pub(super) async fn pull(args: PullArgs, mut config: NodeConfig) -> Result<u8, C
 pub(super) async fn for_run(
     config: &NodeConfig,
     name: &str,
-    policy: Policy,
+    (policy, platform): (Policy, Option<Platform>),
     interrupts: &mut Interrupts,
 ) -> Result<Result<ImageRecord, Interrupt>, CliError> {
     match policy {
@@ -167,7 +177,7 @@ pub(super) async fn for_run(
         Policy::Always => {}
     }
     let image = name.parse().map_err(CliError::input)?;
-    let request = PullRequest { image, platform: None };
+    let request = PullRequest { image, platform };
     Ok(match one(config.clone(), request, interrupts).await? {
         Ok(pulled) => Ok(runnable(pulled.record)?),
         Err(which) => Err(which),

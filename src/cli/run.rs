@@ -27,6 +27,7 @@ use super::vm_life::in_vm;
 use crate::node::boot::Node;
 use crate::node::config::NodeConfig;
 use crate::node::detach::{self, Asker, Detached};
+use crate::node::images::Chosen;
 use crate::node::owner::{self, KillRequest};
 use crate::node::relay::SOON;
 use crate::node::signals::Interrupts;
@@ -181,11 +182,14 @@ pub(super) async fn run(args: RunArgs, config: NodeConfig) -> Result<u8, CliErro
     let mut interrupts = Interrupts::install().map_err(|e| CliError::failure(&e))?;
     let detach = args.detach && asker.is_none();
     let mut config = config;
-    let policy = args.pull.take_in(&mut config, asker.is_some())?;
+    let how = args.pull.take_in(&mut config)?;
     let spec = check(args)?;
-    let image = match pull::for_run(&config, &spec.image, policy, &mut interrupts).await? {
-        Ok(image) => image,
-        Err(which) => return Ok(which.exit_code()),
+    let image = match asker.as_ref().and_then(Asker::image) {
+        Some(chosen) => chosen.find(&config)?,
+        None => match pull::for_run(&config, &spec.image, how, &mut interrupts).await? {
+            Ok(image) => image,
+            Err(which) => return Ok(which.exit_code()),
+        },
     };
     let command = own_command(&spec, &image)?;
     let kernel = own_kernel.map(std::path::absolute).transpose();
@@ -194,7 +198,7 @@ pub(super) async fn run(args: RunArgs, config: NodeConfig) -> Result<u8, CliErro
         GuestBundle::find_leased(&config.cache, kernel).map_err(|e| CliError::failure(&e))?;
     let lease = BlobLease::take(image.rootfs_path.as_ref()).map_err(|e| CliError::failure(&e))?;
     if detach {
-        return detached(&config, &mut interrupts).await;
+        return detached(&config, &Chosen::from(&image), &mut interrupts).await;
     }
     if spec.network.is_some() {
         config.subnet_pool.as_ref().map_err(|e| CliError::failure(e))?;
@@ -248,8 +252,12 @@ const HEARS: Duration = Duration::from_secs(5);
 const ENDS: Duration = Duration::from_secs(30);
 
 /// Has another process own the VM; prints its id once the command runs.
-async fn detached(config: &NodeConfig, interrupts: &mut Interrupts) -> Result<u8, CliError> {
-    let started = progress::waiting("starting a VM", detach::start(interrupts)).await?;
+async fn detached(
+    config: &NodeConfig,
+    image: &Chosen,
+    interrupts: &mut Interrupts,
+) -> Result<u8, CliError> {
+    let started = progress::waiting("starting a VM", detach::start(image, interrupts)).await?;
     match started {
         Detached::Started(id) => match render::line_for_somebody(&id.to_string()) {
             Ok(()) => Ok(0),

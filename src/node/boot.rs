@@ -19,7 +19,7 @@ use matchlock_actors::deps::Deps;
 use matchlock_actors::images::ImagesArgs;
 use matchlock_actors::root::{Root, RootArgs, RootMsg, Slots};
 use matchlock_host::guest_link::ExecSession;
-use matchlock_host::image::{ImageDirs, ImportLimits};
+use matchlock_host::image::ImageDirs;
 use matchlock_host::vm_log::LogLimits;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::id::{InstallId, VmId};
@@ -114,7 +114,7 @@ impl Opened {
             deps: deps.clone(),
             images: ImagesArgs {
                 dirs: ImageDirs::new(&config.cache),
-                limits: ImportLimits::default(),
+                limits: config.image_limits,
                 registries: config.registries.clone(),
                 now: jiff::Timestamp::now,
             },

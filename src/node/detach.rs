@@ -16,7 +16,8 @@
 //!    and with its exit code, by the process that was asked.
 //! 2. Until then the owner ends with that process: an id that nobody has read is no use to anybody.
 //!    The end of the socket is a SIGHUP to the owner, which takes its VM down as for any other.
-//! 3. From then on the owner needs nothing of it: no descriptor, no terminal, no session.
+//! 3. The owner runs the very image that whoever asked has found or pulled: it looks up no name.
+//! 4. From then on the owner needs nothing of it: no descriptor, no terminal, no session.
 //!
 //! # When things go wrong
 //! * **The asking process is killed** before the id: the owner gets its SIGHUP and cleans up.
@@ -44,11 +45,15 @@ use tokio::process::{Child, ChildStderr, Command};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use super::images::Chosen;
 use super::signals::{Interrupt, Interrupts};
 use super::stderr;
 
 /// Tells the owner's process what it is. Hypervisors get an environment of their own.
 const VARIABLE: &str = "MATCHLOCK_DETACHED";
+
+/// Tells the owner's process which image it is to run; see [`Chosen`](super::images::Chosen).
+pub const IMAGE_VARIABLE: &str = "MATCHLOCK_DETACHED_IMAGE";
 
 /// The owner's name in lists of processes.
 const NAME: &str = "matchlock";
@@ -133,13 +138,16 @@ pub async fn start_for_session(
     Err(Failure::new(FailureKind::Host, text))
 }
 
-/// Starts an owner with our own arguments, and waits until its command runs or it has ended.
+/// Starts an owner of a VM of this image with our own arguments, and waits until its command runs or it has ended.
 ///
 /// # Errors
 /// When it could not be started, or answered something else.
-pub async fn start(interrupts: &mut Interrupts) -> Result<Detached, Failure> {
+pub async fn start(image: &Chosen, interrupts: &mut Interrupts) -> Result<Detached, Failure> {
     let starting = failed("could not start the VM's owner");
-    let (ours, mut owner) = spawn(std::env::args_os().skip(1), |_| {}).map_err(&starting)?;
+    let (ours, mut owner) = spawn(std::env::args_os().skip(1), |command| {
+        command.env(IMAGE_VARIABLE, image.to_string());
+    })
+    .map_err(&starting)?;
     let repeating = tokio::spawn(repeat(owner.stderr.take()));
     let told =
         wait_for_id(ours, &owner, interrupts).await.map_err(failed("lost the VM's owner"))?;
@@ -239,6 +247,7 @@ pub fn exit_code(status: ExitStatus, passed_on: Option<Interrupt>) -> Result<u8,
 #[derive(Debug)]
 pub struct Asker {
     socket: StdUnixStream,
+    image: Option<Chosen>,
     /// Ends the watch over the one who asked.
     told: CancellationToken,
 }
@@ -266,7 +275,15 @@ impl Asker {
         let watched = UnixStream::from_std(watched).map_err(&detaching)?;
         let told = CancellationToken::new();
         tokio::spawn(watch(watched, told.clone()));
-        Ok(Some(Self { socket, told }))
+        let image = std::env::var(IMAGE_VARIABLE).ok();
+        let image = image.map(|text| text.parse()).transpose()?;
+        Ok(Some(Self { socket, image, told }))
+    }
+
+    /// The image that they have found, or pulled.
+    #[must_use]
+    pub const fn image(&self) -> Option<&Chosen> {
+        self.image.as_ref()
     }
 
     /// Cancelled once the id is told.

@@ -1,5 +1,7 @@
 //! Finds an image to run, here or in its registry.
 
+use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use matchlock_actors::images::Pulled;
@@ -47,6 +49,65 @@ pub fn look_up(config: &NodeConfig, tag: &str) -> Result<Option<ImageRecord>, Fa
         }
     }
     Ok(Some(record))
+}
+
+/// The row of an image that another process has found: as a text, for a process that it starts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chosen {
+    scope: String,
+    digest: String,
+    tag: String,
+}
+
+impl From<&ImageRecord> for Chosen {
+    fn from(image: &ImageRecord) -> Self {
+        let scope = image.scope.name().to_owned();
+        Self { scope, digest: image.digest.clone(), tag: image.tag.clone() }
+    }
+}
+
+impl fmt::Display for Chosen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {}", self.scope, self.digest, self.tag)
+    }
+}
+
+impl FromStr for Chosen {
+    type Err = Failure;
+
+    fn from_str(text: &str) -> Result<Self, Failure> {
+        let mut words = text.splitn(3, ' ').map(str::to_owned);
+        match (words.next(), words.next(), words.next()) {
+            (Some(scope), Some(digest), Some(tag)) => Ok(Self { scope, digest, tag }),
+            _ => Err(Failure::new(FailureKind::Internal, format!("{text:?} names no image"))),
+        }
+    }
+}
+
+impl Chosen {
+    /// Its row, or another one of the same image where that is not there any more.
+    ///
+    /// # Errors
+    /// When there is none, it is for another machine, or the images cannot be read.
+    pub fn find(&self, config: &NodeConfig) -> Result<ImageRecord, Failure> {
+        let host =
+            |e: &(dyn std::error::Error + 'static)| Failure::from_error(FailureKind::Host, e);
+        let images = matchlock_store::read_images(&ImageDirs::new(&config.cache).images)
+            .map_err(|e| host(&e))?;
+        let rows = match images {
+            Some(images) => images.list().map_err(|e| host(&e))?,
+            None => Vec::new(),
+        };
+        let mut same: Vec<_> = rows.into_iter().filter(|row| row.digest == self.digest).collect();
+        let at = same.iter().position(|row| row.scope.name() == self.scope && row.tag == self.tag);
+        match at.or((!same.is_empty()).then_some(0)) {
+            Some(at) => runnable(same.swap_remove(at)),
+            None => {
+                let text = format!("image {} was removed or replaced meanwhile", self.tag);
+                Err(Failure::new(FailureKind::NotFound, text))
+            }
+        }
+    }
 }
 
 /// The same image, unless it is for another machine.

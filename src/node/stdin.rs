@@ -84,6 +84,36 @@ fn feed(to: &mpsc::Sender<StdinInput>, stopped: &OwnedFd) -> bool {
     }
 }
 
+/// Our stdin, for whoever reads it on a thread of its own.
+#[derive(Debug)]
+pub struct Stdin {
+    stopped: OwnedFd,
+}
+
+/// Ends a read of [`Stdin`] that waits, and all later ones, by being dropped.
+#[derive(Debug)]
+pub struct StopReading {
+    _stop: OwnedFd,
+}
+
+impl Stdin {
+    /// To be read from, until the other is dropped.
+    ///
+    /// # Errors
+    /// When there is no descriptor to be had.
+    pub fn until_dropped() -> io::Result<(Self, StopReading)> {
+        let (stopped, stop) = pipe_with(PipeFlags::CLOEXEC)?;
+        Ok((Self { stopped }, StopReading { _stop: stop }))
+    }
+}
+
+impl io::Read for Stdin {
+    /// Answers [`io::ErrorKind::Interrupted`] once it is stopped: who reads asks then why.
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        next(buffer, &self.stopped)?.ok_or_else(|| io::ErrorKind::Interrupted.into())
+    }
+}
+
 /// The next bytes; `None` when nobody wants any more.
 fn next(chunk: &mut [u8], stopped: &OwnedFd) -> io::Result<Option<usize>> {
     let stdin = rustix::stdio::stdin();

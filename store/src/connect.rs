@@ -2,7 +2,8 @@
 //!
 //! # Invariants
 //! * A connection never creates a database file; [`crate::files`] does, with its mode.
-//! * A reading connection is opened read-only *and* refuses writing statements.
+//! * A reading connection is opened read-only *and* refuses writing statements; [`Access::Alone`]
+//!   only refuses them.
 
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
@@ -18,6 +19,9 @@ const STATEMENTS_KEPT: usize = 64;
 pub(crate) enum Access {
     ReadOnly,
     ReadWrite,
+    /// To read while nobody else has it open: the index of the log is in memory then, not in a file
+    /// for which the disk may have no room.
+    Alone,
 }
 
 /// The path as an SQLite URI. Every byte that has a meaning in a URI is escaped.
@@ -32,7 +36,8 @@ pub(crate) fn uri(path: &Path, access: Access) -> String {
     }
     uri.push_str(match access {
         Access::ReadOnly => "?mode=ro",
-        Access::ReadWrite => "?mode=rw",
+        // To be alone takes a lock that only who may write can have.
+        Access::ReadWrite | Access::Alone => "?mode=rw",
     });
     uri
 }
@@ -41,7 +46,7 @@ pub(crate) fn uri(path: &Path, access: Access) -> String {
 pub(crate) fn connect(path: &Path, access: Access) -> rusqlite::Result<Connection> {
     let mode = match access {
         Access::ReadOnly => OpenFlags::SQLITE_OPEN_READ_ONLY,
-        Access::ReadWrite => OpenFlags::SQLITE_OPEN_READ_WRITE,
+        Access::ReadWrite | Access::Alone => OpenFlags::SQLITE_OPEN_READ_WRITE,
     };
     let flags = mode | OpenFlags::SQLITE_OPEN_URI | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let conn = Connection::open_with_flags(uri(path, access), flags)?;
@@ -57,6 +62,10 @@ pub(crate) fn prepare(conn: &Connection, access: Access) -> rusqlite::Result<()>
     conn.pragma_update(None, "trusted_schema", false)?;
     match access {
         Access::ReadOnly => conn.pragma_update(None, "query_only", true),
+        Access::Alone => {
+            conn.pragma_update_and_check(None, "locking_mode", "EXCLUSIVE", |_| Ok(()))?;
+            conn.pragma_update(None, "query_only", true)
+        }
         // A power cut takes the processes, TAPs and tables along with the last commits.
         Access::ReadWrite => conn.pragma_update(None, "synchronous", "NORMAL"),
     }

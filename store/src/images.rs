@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use matchlock_model::image::{ImageRecord, ImageScope};
 use rusqlite::{Connection, TransactionBehavior};
 
-use crate::error::{OpenError, ReadError, WriteError};
+use crate::error::{DbFault, OpenError, ReadError, WriteError};
 use crate::files::DbFiles;
 use crate::migrate;
 use crate::migrations;
@@ -199,10 +199,18 @@ impl ImageReader {
 
 /// Opens the metadata in this directory for reading; `None` if there is none. Makes nothing.
 ///
+/// On a full disk too: that is where one wants to see what can go. SQLite has no room there for the
+/// index of its log, unless it is alone with the database; other processes wait for this one then.
+///
 /// # Errors
 /// When it cannot be opened, or another version made it.
 pub fn read_images(images_dir: &Path) -> Result<Option<ImageReader>, OpenError> {
     let files = DbFiles::new(images_dir, IMAGES_DB);
-    let found = migrate::open_to_read(&files, migrations::IMAGES)?;
+    let found = match migrate::open_to_read(&files, migrations::IMAGES) {
+        Err(OpenError::Database { fault: DbFault::Full, .. }) => {
+            migrate::open_to_read_alone(&files, migrations::IMAGES)?
+        }
+        found => found?,
+    };
     Ok(found.map(|conn| ImageReader { conn, path: files.db }))
 }

@@ -3,8 +3,13 @@
 use std::fs::File;
 use std::io::Write as _;
 use std::process::{Output, Stdio};
+use std::time::Duration;
 
-use matchlock_test_support::{Installation, busybox_archive};
+use matchlock_test_support::{Installation, Running, busybox_archive, wait_until};
+use rustix::process::Signal;
+
+/// How long something may take on a loaded machine before a test gives up.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn import(installation: &Installation, tag: &str, archive: &[u8]) -> Output {
     let mut child = installation
@@ -82,6 +87,26 @@ fn bad_archives_are_refused_and_leave_nothing() {
     }
     let listed = text(&installation.output(&["image", "ls"]).unwrap().stdout);
     assert_eq!(listed.lines().count(), 1, "{listed}");
+}
+
+#[test]
+fn a_signal_ends_an_import_that_waits_and_nothing_is_left() {
+    for (signal, code) in [(Signal::INT, 130), (Signal::TERM, 143)] {
+        let installation = Installation::bare().unwrap();
+        let mut command = installation.command(&["image", "import", "x"]).unwrap();
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut importing = Running::start(&mut command).unwrap();
+        let mut stdin = importing.stdin().unwrap();
+        stdin.write_all(&archive_of("a", b"x")[..700]).unwrap();
+        let has_begun = || Ok(temporary_files(&installation) > 0);
+        wait_until(PATIENCE, "the import", has_begun).unwrap();
+        importing.signal(signal).unwrap();
+        // Without a further byte, and without its end.
+        let output = importing.wait(PATIENCE).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{}", text(&output.stderr));
+        assert_eq!(temporary_files(&installation), 0);
+        drop(stdin);
+    }
 }
 
 /// A tar with one member, whose name is written as it is.

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod docker;
+mod full;
 mod hostile;
 mod interrupted;
 mod leaks;

@@ -4,11 +4,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use matchlock_test_support::{Installation, busybox_archive};
+use matchlock_test_support::{Installation, busybox_archive, wait_until};
 
 use super::docker::{DockerRegistry, Door, PASSWORD, USER};
 use super::{
-    assert_no_vm_left, assert_nothing_of_images_left, pull, pulled, refusal, stderr, stdout,
+    PATIENCE, assert_no_vm_left, assert_nothing_of_images_left, pull, pulled, refusal, stderr,
+    stdout,
 };
 
 fn busybox() -> String {
@@ -102,6 +103,34 @@ fn an_image_of_other_tools_with_its_own_command_boots() {
         .unwrap();
     assert_eq!(stdout(&output), "made by umoci\n", "{}", stderr(&output));
     assert!(stderr(&output).contains("pulling"), "{}", stderr(&output));
+    assert_no_vm_left(&installation);
+}
+
+#[test]
+fn a_detached_vm_runs_what_was_pulled_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = umoci_layout(dir.path());
+    let registry = DockerRegistry::start(Door::Http);
+    registry.push(&format!("oci:{}:tools", layout.display()), "some/where:1", &[]);
+    let installation = Installation::without_images().unwrap();
+    let name = format!("{}/some/where:1", registry.host());
+    // An image of the same name that was made here hides the registry's, until that is asked for.
+    let archive = fs::File::open(busybox_archive().unwrap()).unwrap();
+    let mut import = installation.command(&["image", "import", &name]).unwrap();
+    assert!(import.stdin(archive).status().unwrap().success());
+    let mut args = vec!["-q", "run", "-d", "--no-network", "--pull=always"];
+    args.extend(["--insecure-registry", registry.host(), "--image", &name]);
+    let asked = installation.output(&args).unwrap();
+    assert_eq!((asked.status.code(), stderr(&asked).as_str()), (Some(0), ""));
+    let vm = stdout(&asked).trim_end().to_owned();
+    let logged = || stdout(&installation.output(&["log", &vm]).unwrap());
+    let has_said = || Ok(logged().contains("made by umoci"));
+    wait_until(PATIENCE, "the words of the registry's image", has_said).unwrap();
+    // Kept with its VM, which stays without its command.
+    pulled(&installation.output(&["kill", &vm]).unwrap());
+    let stopped = || Ok(installation.list()?.iter().all(|(_, status)| status == "stopped"));
+    wait_until(PATIENCE, "the end of the VM", stopped).unwrap();
+    pulled(&installation.output(&["rm", &vm]).unwrap());
     assert_no_vm_left(&installation);
 }
 

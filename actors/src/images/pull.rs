@@ -106,26 +106,32 @@ fn record(args: &ImagesArgs, tag: String, image: &ImportedImage) -> Result<Pulle
         {
             tracing::warn!(%failure, "the blob of the replaced image stays");
         }
-        report(&sweep_content(args, Partials::Keep, false));
+        report(&sweep_unneeded(args));
     }
     Ok(Pulled { record, layers, is_new: true })
 }
 
-/// Removes downloads that no pulled image needs and nobody holds, or finds them.
-pub(super) fn sweep_content(args: &ImagesArgs, partials: Partials, dry_run: bool) -> Garbages {
-    let metadata = match matchlock_store::read_images(&args.dirs.images) {
-        Ok(metadata) => metadata,
+/// Removes downloads that no image needs any more, now that one is gone.
+pub(super) fn sweep_unneeded(args: &ImagesArgs) -> Garbages {
+    match matchlock_store::read_images(&args.dirs.images) {
+        Ok(metadata) => sweep_content(args, metadata.as_ref(), false),
         Err(error) => {
-            return Garbages {
-                errors: vec![unreadable(args, chain(&error))],
-                ..Garbages::default()
-            };
+            Garbages { errors: vec![unreadable(args, chain(&error))], ..Garbages::default() }
         }
-    };
+    }
+}
+
+/// Removes downloads that no pulled image needs and nobody holds, or finds them. What is on its way
+/// stays.
+pub(super) fn sweep_content(
+    args: &ImagesArgs,
+    metadata: Option<&ImageReader>,
+    dry_run: bool,
+) -> Garbages {
     let mut needed = HashMap::new();
     let mut failure = None;
     let mut is_wanted = |hex: &str| {
-        let wanted = match &metadata {
+        let wanted = match metadata {
             Some(metadata) => is_needed(args, metadata, &mut needed, hex),
             // Nothing was ever pulled: what is there belongs to no image.
             None => Ok(false),
@@ -135,7 +141,7 @@ pub(super) fn sweep_content(args: &ImagesArgs, partials: Partials, dry_run: bool
             true
         })
     };
-    let mut found = content::sweep(&args.dirs, partials, dry_run, &mut is_wanted);
+    let mut found = content::sweep(&args.dirs, Partials::Keep, dry_run, &mut is_wanted);
     found.errors.extend(failure);
     found
 }

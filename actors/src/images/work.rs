@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::path::Path;
 
 use matchlock_failpoints::mutated;
-use matchlock_host::image::content::Partials;
+use matchlock_host::image::content::{self, Partials};
 use matchlock_host::image::{self, Garbages, ImageError, ImportWish, Imported, ImportedImage};
 use matchlock_host::registry::RegistryError;
 use matchlock_model::failure::{Failure, FailureKind, chain};
@@ -14,7 +14,7 @@ use ractor::RpcReplyPort;
 use tokio_util::sync::CancellationToken;
 
 use super::actor::{ImagesArgs, ImportInput, RemovedImage, TaggedImport};
-use super::pull::sweep_content;
+use super::pull::{sweep_content, sweep_unneeded};
 
 /// Runs blocking work beside the actor and answers its caller.
 pub(super) fn spawn<T: Send + 'static>(
@@ -38,7 +38,11 @@ pub(super) fn image_failure(error: &ImageError) -> Failure {
         ) => FailureKind::NotFound,
         _ => FailureKind::Host,
     };
-    Failure::from_error(kind, error)
+    let mut failure = Failure::from_error(kind, error);
+    if error.is_full() && !matches!(error, ImageError::NoSpace { .. }) {
+        failure.message.push_str("; `matchlock image gc` removes what no image needs");
+    }
+    failure
 }
 
 pub(super) fn store_failure(error: &(dyn std::error::Error + 'static)) -> Failure {
@@ -173,17 +177,24 @@ pub(super) fn remove(args: &ImagesArgs, tag: &str) -> Result<RemovedImage, Failu
     };
     row.map_err(|e| store_failure(&e))?.ok_or_else(not_found)?;
     if record.scope == ImageScope::Registry {
-        report(&sweep_content(args, Partials::Keep, false));
+        report(&sweep_unneeded(args));
     }
     Ok(RemovedImage { record, blob_removed: blob.map_err(|e| image_failure(&e))? })
 }
 
 pub(super) fn sweep(args: &ImagesArgs, dry_run: bool) -> Garbages {
+    // What was not finished needs no metadata, and on a full disk these can be read only after it has
+    // made room.
     let mut found = image::sweep_workspaces(&args.dirs, dry_run);
-    found.add(sweep_content(args, Partials::Remove, dry_run));
+    found.add(content::sweep(&args.dirs, Partials::Remove, dry_run, &mut |_| true));
     match matchlock_store::read_images(&args.dirs.images) {
-        Ok(Some(metadata)) => found.add(sweep_unnamed(args, &metadata, dry_run)),
-        Ok(None) => found.errors.extend(nameless(args)),
+        Ok(metadata) => {
+            found.add(sweep_content(args, metadata.as_ref(), dry_run));
+            match metadata {
+                Some(metadata) => found.add(sweep_unnamed(args, &metadata, dry_run)),
+                None => found.errors.extend(nameless(args)),
+            }
+        }
         Err(error) => found.errors.push(unreadable(args, chain(&error))),
     }
     found

@@ -2,7 +2,8 @@
 //!
 //! # Invariants
 //! 1. No string holds a NUL, and the environment names each variable once.
-//! 2. `PATH`, `HOME` and `USER` are there, unless the user has no name; with a terminal, `TERM` too.
+//! 2. `PATH`, `HOSTNAME`, `HOME` and `USER` are there, unless the user has no name; with a terminal,
+//!    `TERM` too.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, OsStr};
@@ -131,8 +132,10 @@ fn environment(
     term: Option<&[u8]>,
 ) -> Result<(Vec<CString>, Vec<u8>), ExecFailure> {
     let name = identity.name.as_deref();
+    let host = rustix::system::uname().nodename().to_bytes().to_vec();
     let defaults = [
         (b"PATH".as_slice(), Some(DEFAULT_PATH)),
+        (b"HOSTNAME", Some(host.as_slice())),
         (b"HOME", Some(identity.home.as_slice())),
         (b"USER", name),
         (b"TERM", term),
@@ -209,11 +212,12 @@ mod tests {
     fn defaults_are_filled_in_and_later_entries_win() {
         let (entries, path) = env(&[]).unwrap();
         let default = String::from_utf8(DEFAULT_PATH.to_vec()).unwrap();
-        assert_eq!(entries, [&format!("PATH={default}"), "HOME=/me", "USER=me"]);
+        let host = format!("HOSTNAME={}", rustix::system::uname().nodename().to_str().unwrap());
+        assert_eq!(entries, [&*format!("PATH={default}"), &host, "HOME=/me", "USER=me"]);
         assert_eq!(path, default);
         let (entries, path) =
             env(&[("A", "1"), ("PATH", "/x"), ("A", "2=3"), ("HOME", ""), ("PATH", "/y")]).unwrap();
-        assert_eq!(entries, ["PATH=/y", "HOME=", "USER=me", "A=2=3"]);
+        assert_eq!(entries, ["PATH=/y", &host, "HOME=", "USER=me", "A=2=3"]);
         assert_eq!(path, "/y");
     }
 

@@ -122,11 +122,16 @@ struct Spooler<'c, 'a> {
     members: HashMap<String, Kept>,
     /// Why it cannot be an image archive.
     refused: Option<ImageError>,
-    /// It holds the list of what is in an image archive.
+    /// It holds the list of what is in an archive of `docker save`.
     has_list: bool,
+    /// It holds what an OCI layout has: the index, the file that says that it is one.
+    has_index: bool,
+    has_layout: bool,
     /// It holds what only image archives hold.
     has_part: bool,
     told: u64,
+    /// How the last file begins, after white space.
+    first: Option<u8>,
     buffer: Vec<u8>,
     context: &'c Context<'a>,
 }
@@ -138,6 +143,9 @@ impl<'c, 'a> Spooler<'c, 'a> {
             members: HashMap::new(),
             refused: None,
             has_list: false,
+            has_index: false,
+            has_layout: false,
+            first: None,
             has_part: false,
             told: 0,
             buffer: vec![0; BUFFER],
@@ -146,10 +154,11 @@ impl<'c, 'a> Spooler<'c, 'a> {
     }
 
     fn add(&mut self, member: &Member, reader: &mut Reader<'_, '_>) -> Result<(), ImageError> {
-        if let Ok(name) = components(&member.path).and_then(|parts| normal(&parts)) {
-            self.has_list |= matches!(name.as_str(), "manifest.json" | "index.json");
-            self.has_part |= is_part(&name);
-        }
+        let name = components(&member.path).and_then(|parts| normal(&parts)).unwrap_or_default();
+        self.has_index |= name == "index.json";
+        self.has_layout |= name == "oci-layout";
+        self.has_part |= is_part(&name);
+        self.first = None;
         if self.refused.is_none() {
             match self.keep(member, reader)? {
                 Ok(Some((name, kept))) => drop(self.members.insert(name, kept)),
@@ -161,6 +170,13 @@ impl<'c, 'a> Spooler<'c, 'a> {
                 self.refused = Some(ImageError::TooLarge { limit });
                 self.members = HashMap::new();
             }
+        }
+        if name == "manifest.json" {
+            if self.first.is_none() && member.kind == Kind::File {
+                drop(self.file(reader)?);
+            }
+            // Programs have files of this name too, which are no list of images. A link is one.
+            self.has_list |= self.first == Some(b'[') || member.kind != Kind::File;
         }
         self.tell(reader.position());
         Ok(())
@@ -204,7 +220,10 @@ impl<'c, 'a> Spooler<'c, 'a> {
             if offset != size {
                 return Ok(None);
             }
-            hash.update(&self.buffer[..count]);
+            let read = &self.buffer[..count];
+            let begin = || read.iter().copied().find(|byte| !byte.is_ascii_whitespace());
+            self.first = self.first.or_else(begin);
+            hash.update(read);
             size += count as u64;
             self.tell(reader.position());
         }
@@ -221,7 +240,7 @@ impl<'c, 'a> Spooler<'c, 'a> {
 
     /// What all of it was.
     fn judge(self, whole: Spooled) -> Result<Content, ImageError> {
-        if self.has_list {
+        if self.has_list || (self.has_index && self.has_layout) {
             return match self.refused {
                 Some(refused) => Err(refused),
                 None => {
@@ -231,8 +250,12 @@ impl<'c, 'a> Spooler<'c, 'a> {
             };
         }
         if self.has_part {
-            let what = "it has parts of an image and neither manifest.json (docker save) nor \
-                        index.json (an OCI layout)";
+            let what = if self.has_index {
+                "it has parts of an image, index.json and no oci-layout"
+            } else {
+                "it has parts of an image and neither manifest.json (docker save) nor index.json \
+                 (an OCI layout)"
+            };
             return Err(ImageError::NotAnArchive { what: what.into() });
         }
         Ok(Content::Rootfs(whole))

@@ -24,6 +24,7 @@ use super::blob::{self, BlobLease};
 use super::config::{self, Parsed};
 use super::content::{self, BuildLock};
 use super::layer::Layers;
+use super::room;
 use super::select::{self, Selected};
 use super::stream::{Budget, Context, Stream, plain};
 use super::tree::Tree;
@@ -341,6 +342,9 @@ impl Place<'_> {
                 _ => {}
             }
         }
+        let measured = room::measure(tree, context)?;
+        measured.check_memory(context.limits.max_build_memory)?;
+        room::check_at(self.workspace.path(), measured.bytes)?;
         let made = self.workspace.path().join("out.erofs");
         POINTS.before("build").map_err(|error| failed("make", &made, error))?;
         erofs::build(tree, &made, content, context)?;

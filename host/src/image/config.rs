@@ -1,6 +1,7 @@
 //! The image's config: which machine it is for, its layers' diff ids, how to run it.
 //!
-//! `null`, `[]` and an absent key mean the same, as they do for Docker. Everything else that is not
+//! `null`, `[]` and an absent key mean the same, as they do for Docker; so does `null` in place of a
+//! text and an empty one. A variable without `=` is none. Everything else that is not
 //! what it should be is refused: it comes from a stranger and ends in a command line.
 
 use std::collections::BTreeMap;
@@ -54,11 +55,18 @@ struct Rootfs {
 struct Run {
     user: Option<String>,
     working_dir: Option<String>,
-    entrypoint: Option<Vec<String>>,
-    cmd: Option<Vec<String>>,
-    env: Option<Vec<String>>,
-    labels: Option<BTreeMap<String, String>>,
+    entrypoint: Option<Vec<Text>>,
+    cmd: Option<Vec<Text>>,
+    env: Option<Vec<Text>>,
+    labels: Option<BTreeMap<String, Text>>,
     stop_signal: Option<String>,
+}
+
+/// A text that may be `null`, which Docker reads as an empty one.
+type Text = Option<String>;
+
+fn texts(list: Option<Vec<Text>>) -> Vec<String> {
+    list.unwrap_or_default().into_iter().map(Option::unwrap_or_default).collect()
 }
 
 fn damaged(what: impl Into<String>) -> ImageError {
@@ -114,10 +122,12 @@ pub(super) fn parse_for(text: &[u8], wanted: &Platform) -> Result<Parsed, ImageE
     let config = ImageConfig {
         user: run.user.unwrap_or_default(),
         working_dir: run.working_dir.unwrap_or_default(),
-        entrypoint: run.entrypoint.unwrap_or_default(),
-        cmd: run.cmd.unwrap_or_default(),
-        env: environment(run.env.unwrap_or_default())?,
-        labels: run.labels.unwrap_or_default(),
+        entrypoint: texts(run.entrypoint),
+        cmd: texts(run.cmd),
+        env: environment(texts(run.env))?,
+        labels: (run.labels.into_iter().flatten())
+            .map(|(name, value)| (name, value.unwrap_or_default()))
+            .collect(),
         stop_signal: run.stop_signal.unwrap_or_default(),
         platform: if architecture == host_architecture() {
             String::new()
@@ -165,11 +175,15 @@ pub(super) fn of_rootfs(layer: &str, changes: &[Change]) -> Vec<u8> {
 fn environment(list: Vec<String>) -> Result<BTreeMap<String, String>, ImageError> {
     let mut map = BTreeMap::new();
     for entry in list {
-        let pair = entry.split_once('=').filter(|(key, _)| !key.is_empty());
-        let pair = pair.filter(|_| !entry.contains('\0'));
-        // Values may be secrets of whoever built the image: not shown.
-        let (key, value) =
-            pair.ok_or_else(|| damaged("an Env entry of the image's config is not NAME=VALUE"))?;
+        let Some((key, value)) = entry.split_once('=') else {
+            // A name alone takes a variable away, for Docker.
+            map.remove(&entry);
+            continue;
+        };
+        if key.is_empty() || entry.contains('\0') {
+            // Values may be secrets of whoever built the image: not shown.
+            return Err(damaged("an Env entry of the image's config is not NAME=VALUE"));
+        }
         map.insert(key.to_owned(), value.to_owned());
     }
     Ok(map)
@@ -209,12 +223,19 @@ mod tests {
         let nulls = r#"{"User":null,"WorkingDir":null,"Entrypoint":null,"Cmd":null,"Env":null}"#;
         assert_eq!(with_layer(nulls).unwrap().config, ImageConfig::default());
         assert_eq!(with_layer("null").unwrap().config, ImageConfig::default());
+        let inside =
+            r#"{"Env":["A=1","B=2","A",null,"ALONE"],"Labels":{"a":null},"Cmd":["x",null]}"#;
+        let config = with_layer(inside).unwrap().config;
+        assert_eq!(config.env, [("B".to_owned(), "2".to_owned())].into());
+        assert_eq!(
+            (config.labels["a"].as_str(), config.cmd),
+            ("", vec!["x".into(), String::new()])
+        );
     }
 
     #[test]
     fn what_makes_no_sense_is_damaged() {
         for config in [
-            r#"{"Env":["NOVALUE"]}"#,
             r#"{"Env":["=x"]}"#,
             r#"{"Env":["A=\u0000"]}"#,
             r#"{"Env":"A=b"}"#,

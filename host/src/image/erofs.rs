@@ -5,6 +5,9 @@
 //! times down to it, so it is the end of the year 9999; unpacking keeps times within 1970 and that.
 //! Nothing is compressed: the file is read from the page cache of the host by many VMs.
 //!
+//! It may take only so much memory, and offers itself first to a kernel that has none left: how much
+//! it takes is up to whoever made the image.
+//!
 //! # On stop and crash
 //! The child is killed and reaped when the caller cancels, and dies with the thread that runs this.
 
@@ -14,8 +17,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::process::Signal;
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 
 use super::ImageError;
 use super::stream::{Context, plain};
@@ -52,7 +56,7 @@ fn build_with(
         command.current_dir("/").env("SOURCE_DATE_EPOCH", MAX_TIME.to_string()).env("LC_ALL", "C");
         // A terminal's Ctrl-C is for us: what becomes of the image is decided here.
         command.process_group(0);
-        match spawn(command) {
+        match spawn(command, context.limits.max_build_memory) {
             Ok((child, output)) => return wait(child, output, context),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed("run", *program, error)),
@@ -67,7 +71,7 @@ fn uuid(content: &str) -> String {
     [part(0..8), part(8..12), part(12..16), part(16..20), part(20..32)].join("-")
 }
 
-fn spawn(mut command: Command) -> io::Result<(Child, PipeReader)> {
+fn spawn(mut command: Command, max_memory: u64) -> io::Result<(Child, PipeReader)> {
     let (output, writer) = io::pipe()?;
     command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
     let parent = rustix::process::getpid();
@@ -77,9 +81,14 @@ fn spawn(mut command: Command) -> io::Result<(Child, PipeReader)> {
         if rustix::process::getppid() != Some(parent) {
             return Err(Errno::SRCH.into());
         }
+        let limit = getrlimit(Resource::As).maximum.map_or(max_memory, |now| now.min(max_memory));
+        setrlimit(Resource::As, Rlimit { current: Some(limit), maximum: Some(limit) })?;
+        let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+        let score = rustix::fs::open(c"/proc/self/oom_score_adj", flags, Mode::empty())?;
+        rustix::io::write(&score, b"1000")?;
         Ok(())
     };
-    // SAFETY: the closure makes two plain system calls and allocates nothing, so it may run between
+    // SAFETY: the closure makes a few plain system calls and allocates nothing, so it may run between
     // fork and exec.
     unsafe { command.pre_exec(in_child) };
     // The command, and with it our copies of the writing end, goes when this returns.
@@ -176,6 +185,15 @@ mod tests {
             &|| false,
         )
         .unwrap();
+    }
+
+    #[test]
+    fn its_memory_is_limited_and_it_goes_first() {
+        let limits = ImportLimits::default();
+        let kib = limits.max_build_memory / 1024;
+        let limit = format!(r#"test "$(ulimit -v)" = {kib}"#);
+        run(&format!(r#"{limit} && test "$(cat /proc/self/oom_score_adj)" = 1000"#), &|| false)
+            .unwrap();
     }
 
     #[test]

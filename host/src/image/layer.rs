@@ -30,6 +30,7 @@ use sha2::{Digest, Sha256};
 
 use super::ImageError;
 use super::attributes::Attributes;
+use super::room;
 use super::stream::{BUFFER, Budget, Context, Stream};
 use super::tarball::{Kind, Member, Reader, shown};
 use super::tree::{Parent, Tree, components, is, name};
@@ -210,6 +211,7 @@ impl<'c, 'a> Layers<'c, 'a> {
         let file = File::from(made.map_err(|error| failed("create", at, error))?);
         let mut end = 0;
         while let Some((offset, count)) = content.read(&mut self.buffer)? {
+            room::check(&file, at, count as u64)?;
             let written = file.write_all_at(&self.buffer[..count], offset);
             written.map_err(|error| failed("write", at, error))?;
             end = offset + count as u64;

@@ -24,7 +24,9 @@
 //!    (RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS); nothing is written outside it, ever.
 //! 2. Digests are checked: each layer against the config's diff id, the config against its name
 //!    where the archive names it by digest, OCI blobs against their descriptors.
-//! 3. Counts and sizes are capped, and the cap that was met is named.
+//! 3. Counts and sizes are capped, and the cap that was met is named. What is not free on the disk, a
+//!    reserve for others apart, is not taken; mkfs.erofs gets a limit of memory, and is the first to
+//!    go where that runs out all the same.
 //! 4. A blob is visible only when complete. What a crash leaves lies in `images/tmp/`, is locked
 //!    (flock) only while its maker lives, and is swept by the next import and by `gc`; or it is a
 //!    blob that no row names, which `gc` removes.
@@ -55,6 +57,7 @@ mod fields;
 mod garbage;
 mod layer;
 mod pull;
+mod room;
 mod roots;
 mod select;
 mod sparse;
@@ -130,6 +133,8 @@ pub struct ImportLimits {
     pub max_bytes: u64,
     /// The entries of all layers together.
     pub max_entries: u64,
+    /// The bytes of memory that mkfs.erofs may take.
+    pub max_build_memory: u64,
     /// The layers.
     pub max_layers: usize,
     /// The bytes of a JSON document in the archive.
@@ -140,7 +145,9 @@ impl Default for ImportLimits {
     fn default() -> Self {
         Self {
             max_bytes: 64 * 1024 * 1024 * 1024,
-            max_entries: 4_000_000,
+            // The largest images in use have half of it; each takes memory of the build.
+            max_entries: 1_000_000,
+            max_build_memory: room::default_memory(),
             max_layers: 512,
             max_json_bytes: 8 * 1024 * 1024,
         }
@@ -230,15 +237,18 @@ pub enum ImageError {
     Registry(#[from] RegistryError),
     /// It does not fit on the disk.
     #[error(
-        "no space in {path}: the layers that are missing have {needed} bytes, and {free} are free"
+        "no space in {path}: it needs {needed} bytes, and {free} are free, {reserve} for others apart; \
+         `matchlock image gc` removes what no image needs"
     )]
     NoSpace {
         /// Where it was to be put.
         path: PathBuf,
         /// How much.
         needed: u64,
-        /// How much there is.
+        /// How much there is, without the reserve.
         free: u64,
+        /// How much stays free for others.
+        reserve: u64,
     },
     /// What is in the registry is no image for containers.
     #[error("{what} is not a container image: {why}")]
@@ -278,6 +288,20 @@ pub enum ImageError {
         /// The blob.
         path: PathBuf,
     },
+}
+
+impl ImageError {
+    /// Whether the disk is full.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        use rustix::io::Errno;
+        let full = [Errno::NOSPC, Errno::DQUOT].map(|errno| Some(errno.raw_os_error()));
+        match self {
+            Self::NoSpace { .. } => true,
+            Self::File { source, .. } => full.contains(&source.raw_os_error()),
+            _ => false,
+        }
+    }
 }
 
 /// The directories of the image store, below `$MATCHLOCK_CACHE`.

@@ -6,9 +6,10 @@
 //! # Invariants
 //! 1. With a tag exactly one image of the wanted platform is selected, or the error names those there
 //!    are. Without one, all that have names.
-//! 2. What a descriptor says about digest and size is checked before the content is looked at.
+//! 2. The work grows as the lists do, whose length is capped: nobody can be kept computing.
+//! 3. What a descriptor says about digest and size is checked before the content is looked at.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use matchlock_model::platform::Platform as Wanted;
 use serde::Deserialize;
@@ -22,6 +23,8 @@ use super::wish::ImportWish;
 
 /// How deep an index may lie in another.
 pub(super) const MAX_NESTING: usize = 4;
+/// How many images a list may have: archives of a whole registry have fewer.
+const MAX_LISTED: usize = 1000;
 /// How many images are named in an error.
 const NAMED: usize = 10;
 
@@ -166,7 +169,7 @@ fn saved(
     manifest: &Spooled,
     wish: &ImportWish,
 ) -> Result<Vec<Selected>, ImageError> {
-    let images: Vec<Saved> = json(archive, manifest, "manifest.json")?;
+    let images: Vec<Saved> = checked(json(archive, manifest, "manifest.json")?)?;
     if images.is_empty() {
         return Err(damaged("manifest.json names no image"));
     }
@@ -217,7 +220,7 @@ fn layout(
     }
     let index: Index = json(archive, index, "index.json")?;
     let platform = wish.platform.clone().unwrap_or_else(Wanted::host);
-    let groups = by_name(index);
+    let groups = by_name(index)?;
     if groups.is_empty() {
         return Err(damaged("an index of it names no image"));
     }
@@ -241,34 +244,65 @@ struct Group {
     images: Vec<Descriptor>,
 }
 
-/// The images of an index, by name; one image may have several.
-fn by_name(index: Index) -> Vec<Group> {
-    let mut groups: Vec<Group> = Vec::new();
-    let listed = index.manifests.unwrap_or_default();
-    for descriptor in listed.into_iter().filter(|descriptor| !is_attestation(descriptor)) {
+/// Groups, and where in them a name or a digest is.
+#[derive(Default)]
+struct Groups {
+    all: Vec<Group>,
+    named: HashMap<String, usize>,
+    nameless: Option<usize>,
+    /// The latest group with names that began with this digest.
+    begun: HashMap<String, usize>,
+    /// Digests, each in its group.
+    seen: HashSet<(usize, String)>,
+}
+
+impl Groups {
+    /// The first group where an image belongs.
+    fn of(&self, name: Option<&String>, digest: &str) -> Option<usize> {
+        let Some(name) = name else { return self.nameless };
+        // Another name of what is there already, alone.
+        let again = self.begun.get(digest).filter(|at| self.all[**at].images.len() == 1);
+        again.into_iter().chain(self.named.get(name)).min().copied()
+    }
+
+    fn add(&mut self, descriptor: Descriptor) {
         let name = own_name(&descriptor);
-        let same = |group: &Group| match (&name, group.names.first()) {
-            (Some(name), _) if group.names.contains(name) => true,
-            (None, None) => true,
-            // Another name of what is there already.
-            (Some(_), Some(_)) => {
-                matches!(&group.images[..], [only] if only.digest == descriptor.digest)
+        let at = self.of(name.as_ref(), &descriptor.digest).unwrap_or_else(|| {
+            let at = self.all.len();
+            self.all.push(Group { names: Vec::new(), images: Vec::new() });
+            match &name {
+                None => self.nameless = Some(at),
+                Some(_) => drop(self.begun.insert(descriptor.digest.clone(), at)),
             }
-            _ => false,
-        };
-        match groups.iter_mut().find(|group| same(group)) {
-            None => {
-                groups.push(Group { names: name.into_iter().collect(), images: vec![descriptor] });
-            }
-            Some(group) => {
-                group.names.extend(name.filter(|name| !group.names.contains(name)));
-                if group.images.iter().all(|image| image.digest != descriptor.digest) {
-                    group.images.push(descriptor);
-                }
-            }
+            at
+        });
+        if let Some(name) = name
+            && self.named.get(&name) != Some(&at)
+        {
+            self.named.insert(name.clone(), at);
+            self.all[at].names.push(name);
+        }
+        if self.seen.insert((at, descriptor.digest.clone())) {
+            self.all[at].images.push(descriptor);
         }
     }
-    groups
+}
+
+/// The images of an index, by name; one image may have several.
+fn by_name(index: Index) -> Result<Vec<Group>, ImageError> {
+    let mut groups = Groups::default();
+    for descriptor in checked(index.images())?.into_iter().filter(|image| !is_attestation(image)) {
+        groups.add(descriptor);
+    }
+    Ok(groups.all)
+}
+
+/// Refuses a list that nobody has made for an image.
+fn checked<T>(listed: Vec<T>) -> Result<Vec<T>, ImageError> {
+    if listed.len() > MAX_LISTED {
+        return Err(ImageError::TooLarge { limit: format!("{MAX_LISTED} images in a list") });
+    }
+    Ok(listed)
 }
 
 fn layout_one(archive: &Archive, group: Group, platform: &Wanted) -> Result<Selected, ImageError> {
@@ -326,13 +360,9 @@ pub(super) fn choose(
     descriptors: Vec<Descriptor>,
     platform: &Wanted,
 ) -> Result<Descriptor, ImageError> {
-    let mut images: Vec<Descriptor> = Vec::new();
-    for descriptor in descriptors {
-        let known = images.iter().any(|image| image.digest == descriptor.digest);
-        if !known && !is_attestation(&descriptor) {
-            images.push(descriptor);
-        }
-    }
+    let mut images = checked(descriptors)?;
+    let mut known = HashSet::new();
+    images.retain(|image| !is_attestation(image) && known.insert(image.digest.clone()));
     if images.is_empty() {
         return Err(damaged("an index of it names no image"));
     }

@@ -213,6 +213,7 @@ impl<'a> Stream<'a> {
                     self.count += count as u64;
                     self.hash.update(&buffer[..count]);
                     if let Some((file, path)) = &mut self.kept {
+                        super::room::check(&*file, path, count as u64)?;
                         let written = file.write_all(&buffer[..count]);
                         written.map_err(|error| failed("write", &*path, error))?;
                     }

@@ -11,6 +11,7 @@
 //! # Invariants
 //! 1. What describes a member is capped ([`MAX_DESCRIPTION`], [`MAX_RUNS`]) before it is held.
 //! 2. A stream that ends inside a member's content or description is an error, always.
+//! 3. Whether content follows a header is told by its type flag alone.
 
 use std::collections::VecDeque;
 
@@ -295,8 +296,22 @@ impl<'s, 'a> Reader<'s, 'a> {
             size: 0,
             xattrs: xattrs(&described),
         };
-        if matches!(member.kind, Kind::File | Kind::Unknown(_)) {
+        // By the flag, not by what the name makes of the member: content that is not passed over would
+        // be read as headers, of members that no other program sees.
+        let flag = header.entry_type();
+        if matches!(flag, EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse)
+            || matches!(member.kind, Kind::Unknown(_))
+        {
             member.size = self.content(header, stored, &described)?;
+        }
+        if member.kind == Kind::Directory && self.pending > 0 {
+            self.runs.clear();
+            member.size = 0;
+            if old.linkflag == [0] {
+                return Err(self.damaged(
+                    "a directory of the oldest form has content, which programs read differently",
+                ));
+            }
         }
         Ok(member)
     }

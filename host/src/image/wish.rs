@@ -41,8 +41,8 @@ pub struct Change(Setting);
 enum Setting {
     Cmd(Vec<String>),
     Entrypoint(Vec<String>),
-    Env(String, String),
-    Label(String, String),
+    Env(Vec<(String, String)>),
+    Label(Vec<(String, String)>),
     StopSignal(String),
     User(String),
     WorkingDir(String),
@@ -58,17 +58,19 @@ impl FromStr for Change {
         if rest.is_empty() || rest.contains('\0') {
             return refused("a change is an instruction and what it sets, such as 'CMD [\"sh\"]'");
         }
-        let pair = || match rest.split_once('=') {
-            Some((name, value)) if !name.is_empty() => {
-                Ok((name.to_owned(), value.trim_matches('"').to_owned()))
-            }
-            _ => Err(InvalidWish(format!("{text:?}: use {} NAME=VALUE", word.to_uppercase()))),
+        let pairs = || {
+            pairs(rest).ok_or_else(|| {
+                let word = word.to_uppercase();
+                InvalidWish(format!(
+                    "{text:?}: use {word} NAME=VALUE, once or more; a value with spaces in quotes"
+                ))
+            })
         };
         Ok(Self(match word.to_ascii_uppercase().as_str() {
             "CMD" => Setting::Cmd(words(rest)),
             "ENTRYPOINT" => Setting::Entrypoint(words(rest)),
-            "ENV" => pair().map(|(name, value)| Setting::Env(name, value))?,
-            "LABEL" => pair().map(|(name, value)| Setting::Label(name, value))?,
+            "ENV" => Setting::Env(pairs()?),
+            "LABEL" => Setting::Label(pairs()?),
             "STOPSIGNAL" if signal::number(rest).is_none() => {
                 return refused("there is no such signal");
             }
@@ -91,13 +93,23 @@ impl Change {
         match self.0.clone() {
             Setting::Cmd(words) => config.cmd = words,
             Setting::Entrypoint(words) => config.entrypoint = words,
-            Setting::Env(name, value) => drop(config.env.insert(name, value)),
-            Setting::Label(name, value) => drop(config.labels.insert(name, value)),
+            Setting::Env(pairs) => config.env.extend(pairs),
+            Setting::Label(pairs) => config.labels.extend(pairs),
             Setting::StopSignal(name) => config.stop_signal = name,
             Setting::User(user) => config.user = user,
             Setting::WorkingDir(path) => config.working_dir = path,
         }
     }
+}
+
+/// Names and values as a Dockerfile writes them: words, quoted as for a shell.
+fn pairs(text: &str) -> Option<Vec<(String, String)>> {
+    let words = shlex::split(text)?;
+    let pair = |word: String| {
+        let (name, value) = word.split_once('=').filter(|(name, _)| !name.is_empty())?;
+        Some((name.to_owned(), value.to_owned()))
+    };
+    words.into_iter().map(pair).collect()
 }
 
 /// A command as a Dockerfile writes it: a JSON list, or a line for the shell.
@@ -118,7 +130,8 @@ mod tests {
             "entrypoint exec top -b",
             "ENV A=b=c",
             "ENV Q=\"two words\"",
-            "LABEL one=1",
+            "ENV B=1 C='2 3' D=4\\ 5 E=",
+            "LABEL one=1 two=2",
             "STOPSIGNAL SIGQUIT",
             "USER 7:8",
             "WORKDIR /srv/a b",
@@ -128,9 +141,21 @@ mod tests {
         assert_eq!(config.cmd, ["a", "b c"]);
         assert_eq!(config.entrypoint, ["/bin/sh", "-c", "exec top -b"]);
         assert_eq!((config.env["A"].as_str(), config.env["Q"].as_str()), ("b=c", "two words"));
+        let env = ["B", "C", "D", "E"].map(|name| config.env[name].as_str());
+        assert_eq!((env, config.labels["two"].as_str()), (["1", "2 3", "4 5", ""], "2"));
         assert_eq!((config.labels["one"].as_str(), config.stop_signal.as_str()), ("1", "SIGQUIT"));
         assert_eq!((config.user.as_str(), config.working_dir.as_str()), ("7:8", "/srv/a b"));
-        for bad in ["", "CMD", "ENV A", "ENV =x", "RUN ls", "STOPSIGNAL SIGNO", "WORKDIR rel"] {
+        for bad in [
+            "",
+            "CMD",
+            "ENV A",
+            "ENV =x",
+            "ENV A=b c",
+            "ENV A='b",
+            "RUN ls",
+            "STOPSIGNAL SIGNO",
+            "WORKDIR rel",
+        ] {
             assert!(bad.parse::<Change>().is_err(), "{bad}");
         }
     }

@@ -112,8 +112,6 @@ fn documents_with_the_wrong_shape_are_damaged() {
     let Some(world) = World::new() else { return };
     let put = |manifest: &str| tar(&[file("a", ""), file("manifest.json", manifest)]);
     for bad in [
-        "",
-        "{}",
         "[]",
         "[1]",
         "[{}]",
@@ -127,7 +125,7 @@ fn documents_with_the_wrong_shape_are_damaged() {
         damaged(&world, &put(bad));
     }
     let mut image = small();
-    for config in [json!({"Cmd": "sh"}), json!({"Env": ["X"]}), json!([]), json!({"User": {}})] {
+    for config in [json!({"Cmd": "sh"}), json!({"Env": ["=X"]}), json!([]), json!({"User": {}})] {
         image.config = config;
         damaged(&world, &image.saved());
         damaged(&world, &image.oci());
@@ -160,7 +158,9 @@ fn what_is_no_archive_is_called_so() {
     assert!(what.contains("index.json"), "{what}");
     assert!(not_an_archive(&world, b"\xfd7zXZ\0rest").contains("xz"));
     assert!(not_an_archive(&world, b"BZh91AY&SY").contains("bzip2"));
-    assert!(not_an_archive(&world, &tar(&[file("index.json", "{}")])).contains("oci-layout"));
+    let mut parts = small().oci_blobs().0;
+    parts.push(file("index.json", "{}"));
+    assert!(not_an_archive(&world, &tar(&parts)).contains("oci-layout"));
     let strange =
         [file("index.json", "{}"), file("oci-layout", r#"{"imageLayoutVersion":"2.0.0"}"#)];
     assert!(not_an_archive(&world, &tar(&strange)).contains("2.0.0"));

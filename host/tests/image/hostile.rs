@@ -168,7 +168,7 @@ fn what_makes_no_sense_is_damaged() {
     };
     for bad in [
         file("", "no name"),
-        file("/", "a root that is a file"),
+        file(".", "a root that is a file"),
         symlink(".", "x"),
         symlink("s", ""),
         Entry { kind: b'Z', ..file("unknown", "") },
@@ -187,6 +187,22 @@ fn what_makes_no_sense_is_damaged() {
     }
     let error = world.refused(&one_layer(&[file("a", "").pax("GNU.sparse.major", "1")]));
     assert!(matches!(error, ImageError::Damaged { .. }), "{error}");
+}
+
+#[test]
+fn the_content_of_a_directory_is_not_read_as_members() {
+    let Some(world) = World::new() else { return };
+    let hidden = members(&[file("smuggled", "").mode(0o4755)]);
+    // `tar`, Python and Go pass over it, whatever its name says.
+    let view = world.unpacked(&Image::of(&[&[file("dir/", &hidden), file("after", "a")]]));
+    assert_eq!(view["dir"].kind, Kind::Directory);
+    assert!(view.contains_key("after") && !view.contains_key("smuggled"), "{view:?}");
+    // Of the oldest form GNU tar passes over it and Go does not.
+    let oldest = Entry { kind: 0, ..file("dir/", &hidden) };
+    let error = world.refused(&one_layer(&[oldest]));
+    assert!(error.to_string().contains("programs read differently"), "{error}");
+    let empty = Entry { kind: 0, ..file("dir/", "") };
+    assert_eq!(world.unpacked(&Image::of(&[&[empty]]))["dir"].kind, Kind::Directory);
 }
 
 fn limit(world: &World, archive: &[u8], limits: &ImportLimits) -> String {
@@ -267,6 +283,26 @@ fn files_that_are_mostly_holes_are_counted_in_full() {
     };
     assert_eq!(limit(&world, &pax(map("0\n")), &standard), "64 GiB of unpacked files");
     assert_eq!(limit(&world, &pax(map("70000\n")), &standard), "65536 pieces of a file");
+}
+
+#[test]
+fn a_file_for_which_the_disk_has_no_room_is_refused_before_it_is_written() {
+    let Some(world) = World::new() else { return };
+    let limits = ImportLimits { max_bytes: u64::MAX, ..ImportLimits::default() };
+    let disk = rustix::fs::statvfs(world.outside().as_path()).unwrap();
+    let size = disk.f_bavail * disk.f_frsize;
+    // Half a block in the archive and next to nothing in the tree; an EROFS has its holes in full.
+    let map = format!("{:\0<512}", "0\n");
+    let holes = file("sparse", map).pax("GNU.sparse.major", "1").pax("GNU.sparse.minor", "0");
+    let holes = holes.pax("GNU.sparse.realsize", size.to_string());
+    let error = world.import_with(&one_layer(&[holes]), &limits).map(drop).unwrap_err();
+    assert!(matches!(error, ImageError::NoSpace { needed, .. } if needed >= size), "{error}");
+    assert!(error.to_string().contains("matchlock image gc"), "{error}");
+    assert!(world.blobs().is_empty());
+    let few = ImportLimits { max_build_memory: 65 << 20, ..ImportLimits::default() };
+    let many: Vec<_> = (0..300).map(|n| file(format!("f{n}"), "")).collect();
+    let limit = limit(&world, &one_layer(&many), &few);
+    assert!(limit.contains("mkfs.erofs lacks memory"), "{limit}");
 }
 
 #[test]

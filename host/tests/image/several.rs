@@ -143,6 +143,24 @@ fn a_platform_is_chosen_by_its_name() {
     assert!(matches!(error, ImageError::Platform { .. }), "{error}");
 }
 
+#[test]
+fn a_list_that_nobody_would_make_is_refused() {
+    let Some(world) = World::new() else { return };
+    let (blobs, descriptor) = two()[0].oci_blobs();
+    let listed = |count: usize| {
+        let name = |n: usize| {
+            let mut one = descriptor.clone();
+            one["annotations"] = json!({ "org.opencontainers.image.ref.name": format!("n:{n}") });
+            one
+        };
+        oci(blobs.clone(), &json!((0..count).map(name).collect::<Vec<_>>()))
+    };
+    let all = world.wished(&listed(1000), &ImportWish::default()).unwrap();
+    assert_eq!((all.len(), all[0].tags.len()), (1, 1000), "all are names of one image");
+    let refused = world.wished(&listed(1001), &ImportWish::default());
+    assert!(matches!(refused, Err(ImageError::TooLarge { .. })), "{refused:?}");
+}
+
 fn rootfs() -> Vec<Entry> {
     vec![
         dir("./").mode(0o755),
@@ -152,8 +170,9 @@ fn rootfs() -> Vec<Entry> {
         symlink("./up", "../../../etc"),
         device(EntryType::Char, "./null", 1, 3),
         entry(EntryType::Fifo, "./pipe"),
-        file("./usr/share/index.json", "{}"),
-        file("./usr/share/manifest.json", "{}"),
+        // As web servers' and add-ons' images have them.
+        file("./index.json", "[]"),
+        file("./manifest.json", "\n{\"name\": \"an app\"}"),
     ]
 }
 

@@ -11,6 +11,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use matchlock_host::image::ImportLimits;
 use matchlock_host::registry::RegistrySettings;
 use matchlock_host::vm_log::LogLimits;
 use matchlock_model::subnet::{InvalidPool, SubnetPool};
@@ -18,6 +19,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Deserializer};
 
+mod images;
 pub mod registries;
 
 /// The environment variable of the state directory.
@@ -60,6 +62,8 @@ pub struct NodeConfig {
     pub subnet_pool: Result<SubnetPool, BadPool>,
     /// How much of what a VM's command prints is kept.
     pub vm_log: LogLimits,
+    /// How much an image may take.
+    pub image_limits: ImportLimits,
     /// What is said of image registries.
     pub registries: RegistrySettings,
 }
@@ -94,6 +98,7 @@ struct FileConfig {
     vm_log_size_mb: Option<u64>,
     #[serde(deserialize_with = "number")]
     vm_log_files: Option<u64>,
+    image: images::Section,
     registry: registries::Section,
 }
 
@@ -300,6 +305,7 @@ impl NodeConfig {
         Ok(Self {
             subnet_pool,
             vm_log: from.log_limits(&file)?,
+            image_limits: images::limits(&from, &file.image)?,
             registries: registries::settings(&from, file.registry.clone())?,
             boot_timeout: from.seconds(BOOT_TIMEOUT_VARIABLE, "boot_timeout", file.boot_timeout)?,
             hang_timeout: from.seconds(HANG_TIMEOUT_VARIABLE, "hang_timeout", file.hang_timeout)?,

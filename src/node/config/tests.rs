@@ -145,6 +145,25 @@ fn a_file_that_cannot_be_trusted_is_refused_and_nothing_is_waited_for() {
 }
 
 #[test]
+fn what_an_image_may_take_is_said_in_the_file() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join(CONFIG_FILE);
+    let read = |text: &str| {
+        std::fs::write(&file, text).unwrap();
+        config(&[("HOME", "/h"), ("MATCHLOCK_HOME", home.path().to_str().unwrap())])
+    };
+    let limits = read("[image]\nmax_size_mb = 3\nmax_files = 7\n").unwrap().image_limits;
+    let default = ImportLimits::default();
+    let expected = ImportLimits { max_bytes: 3 << 20, max_entries: 7, ..default };
+    assert_eq!(limits, expected);
+    let limits = read("[image]\nmax_build_memory_mb = 9\n").unwrap().image_limits;
+    assert_eq!(limits, ImportLimits { max_build_memory: 9 << 20, ..default });
+    let error = read("[image]\nmax_files = 0\n").unwrap_err().to_string();
+    assert!(error.contains("max_files in [image] in "), "{error}");
+    assert!(read("[image]\nmax_file = 1\n").is_err());
+}
+
+#[test]
 fn registries_are_named_in_the_file() {
     let home = tempfile::tempdir().unwrap();
     let path = home.path().to_str().unwrap();

@@ -36,8 +36,8 @@ use super::session::{Done, Session};
 use super::vms::{Coming, SessionVm, Which, ended, told};
 use crate::node::client::{NodeClient, OwnCommand, not_cleaned_up, running, settled};
 use crate::node::config::{CACHE_VARIABLE, HOME_VARIABLE, NodeConfig};
-use crate::node::detach::start_for_session;
-use crate::node::images::find_or_pull;
+use crate::node::detach::{IMAGE_VARIABLE, start_for_session};
+use crate::node::images::{Chosen, find_or_pull};
 use crate::node::output_log::{self, Audience};
 use crate::node::owner::{self, KillRequest};
 
@@ -72,7 +72,8 @@ pub(super) async fn create(
         _ => vm_failed(&failure),
     })?;
     if let Some(arguments) = arguments {
-        return create_detached(session, coming, wanted, arguments, begun).await;
+        let chosen = Chosen::from(&image);
+        return create_detached(session, coming, wanted, (arguments, chosen), begun).await;
     }
     let prepared = tokio::task::spawn_blocking(move || prepare(&config, wanted, image));
     let create = prepared.await.map_err(|e| RpcError::new(Code::Internal, e.to_string()))??;
@@ -130,7 +131,7 @@ async fn create_detached(
     session: &Session,
     coming: Coming,
     wanted: Wanted,
-    run: RunArguments,
+    (run, image): (RunArguments, Chosen),
     begun: &Begun,
 ) -> Result<Done, RpcError> {
     let NodeConfig { home, cache, .. } = session.host.config.clone();
@@ -143,6 +144,7 @@ async fn create_detached(
     arguments.insert(2, format!("--env-file=/proc/{pid}/fd/{number}").into());
     let started = start_for_session(arguments, move |command| {
         command.env(HOME_VARIABLE, home).env(CACHE_VARIABLE, cache);
+        command.env(IMAGE_VARIABLE, image.to_string());
         if let Some(kernel) = wanted.kernel {
             command.env(KERNEL_VARIABLE, kernel);
         }

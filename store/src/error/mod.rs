@@ -76,7 +76,7 @@ impl fmt::Display for DbFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Busy => "another process held its lock for too long, try again",
-            Self::Full => "the disk is full, free some space and try again",
+            Self::Full => "the disk is full, free some space (`matchlock gc` may) and try again",
             Self::ReadOnly => "it cannot be written, check the rights on it and on its directory",
             Self::Corrupt => "it is damaged, move it away or put a backup in its place",
             Self::Other => "SQLite failed",

@@ -92,18 +92,27 @@ pub(crate) fn open_to_read(
     files: &DbFiles,
     known: &[Migration],
 ) -> Result<Option<Connection>, OpenError> {
-    open_to_read_within(files, known, LOCK_WAIT)
+    open_to_read_within(files, known, Access::ReadOnly, LOCK_WAIT)
+}
+
+/// The same for a database on a full disk, which nobody else may have open meanwhile.
+pub(crate) fn open_to_read_alone(
+    files: &DbFiles,
+    known: &[Migration],
+) -> Result<Option<Connection>, OpenError> {
+    open_to_read_within(files, known, Access::Alone, LOCK_WAIT)
 }
 
 fn open_to_read_within(
     files: &DbFiles,
     known: &[Migration],
+    access: Access,
     lock_wait: Duration,
 ) -> Result<Option<Connection>, OpenError> {
     if !files.is_there_to_read()? {
         return Ok(None);
     }
-    let conn = connect::connect(&files.db, Access::ReadOnly)
+    let conn = connect::connect(&files.db, access)
         .map_err(|e| OpenError::database("open", &files.db, e))?;
     if Applied::read_checked(&conn, files, known)?.pending(known).is_empty() {
         return Ok(Some(conn));

@@ -5,10 +5,11 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Write as _};
 use std::path::Path;
 
+use matchlock_model::image::ImageScope;
 use matchlock_model::phase::Phase;
 use matchlock_store::{
     DbFault, OpenError, ReadPool, STATE_DB, WriteConn, WriteError, WriteOp, WriteOutcome,
-    open_state,
+    open_images, open_state, read_images,
 };
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -16,8 +17,9 @@ use rusqlite::Connection;
 use tempfile::TempDir;
 
 use crate::child::{Child, note};
+use crate::images::image;
 use crate::support::{
-    EPOCH, apply_one, check_integrity, contents, insert, new_vm, plain, reference_home_in,
+    EPOCH, apply_one, at, check_integrity, contents, insert, new_vm, plain, reference_home_in,
     set_phase, set_phase_saying, vm,
 };
 
@@ -100,6 +102,30 @@ fn stored(conn: &Connection) -> Vec<String> {
         .prepare("SELECT last_error FROM vm_lifecycle WHERE version > 1 ORDER BY version")
         .unwrap();
     query.query_map([], |row| row.get(0)).unwrap().collect::<Result<_, _>>().unwrap()
+}
+
+#[test]
+fn images_can_be_looked_up_on_a_full_disk() {
+    on_a_small_disk(|disk| {
+        let images = disk.join("images");
+        let mut conn = open_images(&images).unwrap();
+        let record = image(ImageScope::Local, "tools:1", "a", 1);
+        conn.put_image(&record, "sha256:a", at(0)).unwrap();
+        drop(conn);
+        fill(disk, 0);
+        for _ in 0..2 {
+            let reader = read_images(&images).unwrap().unwrap();
+            assert_eq!(reader.find("tools:1").unwrap().as_ref(), Some(&record));
+            // Whoever comes meanwhile waits, and is not misled.
+            drop(reader);
+        }
+        make_room(disk);
+        let mut conn = open_images(&images).unwrap();
+        conn.put_image(&image(ImageScope::Local, "tools:2", "b", 2), "sha256:b", at(0)).unwrap();
+        // Not alone with it, the index of the log is there.
+        fill(disk, 0);
+        assert_eq!(read_images(&images).unwrap().unwrap().list().unwrap().len(), 2);
+    });
 }
 
 #[test]

@@ -9,7 +9,7 @@ use tempfile::TempDir;
 
 use crate::support::at;
 
-fn image(scope: ImageScope, tag: &str, blob: &str, millis: i64) -> ImageRecord {
+pub(crate) fn image(scope: ImageScope, tag: &str, blob: &str, millis: i64) -> ImageRecord {
     ImageRecord {
         scope,
         tag: tag.to_owned(),

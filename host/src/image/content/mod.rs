@@ -19,7 +19,7 @@
 //!
 //! # On error, stop and crash
 //! A partial file stays, unlocked: the next download goes on with it, or a sweep removes it. One
-//! whose bytes turned out wrong is removed at once.
+//! whose bytes turned out wrong, or for which the disk has no room, is removed at once.
 
 use std::fs::{DirBuilder, File, Permissions};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
@@ -37,7 +37,7 @@ use super::config::is_sha256;
 use super::garbage::{Garbage, GarbageKind, Garbages};
 use super::stream::BUFFER;
 use super::workspace::{failed, is_named};
-use super::{ImageDirs, ImageError};
+use super::{ImageDirs, ImageError, room};
 use crate::locked::Locked;
 
 mod damaged;
@@ -244,7 +244,14 @@ impl Partial {
     pub(super) fn write(&mut self, bytes: &[u8]) -> Result<(), ImageError> {
         let at = self.fail("write");
         POINTS.before("write").map_err(|error| at(error.into()))?;
-        self.file.write_all(bytes).map_err(&at)?;
+        let room = room::check(&self.file, &self.path, bytes.len() as u64);
+        if let Err(error) = room.and_then(|()| self.file.write_all(bytes).map_err(&at)) {
+            if error.is_full() {
+                // What cannot be finished takes the room of what can.
+                remove(&self.path)?;
+            }
+            return Err(error);
+        }
         self.hash.update(bytes);
         self.done += bytes.len() as u64;
         POINTS.after("write").map_err(|error| at(error.into()))
@@ -372,6 +379,15 @@ pub enum Partials {
     Keep,
     /// They go, unless they are being downloaded.
     Remove,
+}
+
+/// Removes those of these blobs that are on their way and that nobody holds. An error is told once
+/// they are all seen to.
+pub(super) fn forget_partials(dirs: &ImageDirs, hexes: &[String]) -> Result<(), ImageError> {
+    let mut found = Garbages::default();
+    let mut is_other = |hex: &str| !hexes.iter().any(|one| one == hex);
+    sweep_dir(&partial_dir(dirs), &[BLOB], false, &mut is_other, &mut found);
+    found.errors.into_iter().next().map_or(Ok(()), Err)
 }
 
 /// Removes the blobs that nobody wants and nobody holds; of a dry run, only finds them.

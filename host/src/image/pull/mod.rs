@@ -39,8 +39,7 @@ use super::config::{Parsed, sha256_of};
 use super::content::{self, ContentLease};
 use super::select::Descriptor;
 use super::stream::Context;
-use super::workspace::failed;
-use super::{ImageDirs, ImageError, ImportLimits, ImportProgress, ImportedImage};
+use super::{ImageDirs, ImageError, ImportLimits, ImportProgress, ImportedImage, room};
 use crate::registry::{RegistrySettings, Session};
 
 mod download;
@@ -184,20 +183,19 @@ impl Pull<'_> {
         for layer in each.values() {
             needed += content::missing(&self.dirs, sha256_of(&layer.digest)?, layer.size);
         }
-        self.check_space(needed)?;
+        room::check_at(&self.dirs.content(), needed)?;
         self.progress(0);
+        let hexes: Result<_, _> =
+            each.keys().map(|digest| sha256_of(digest).map(str::to_owned)).collect();
+        let hexes: Vec<String> = hexes?;
         let fetches: Vec<_> = each.into_values().map(|layer| self.fetch(layer)).collect();
-        futures::stream::iter(fetches).buffer_unordered(PARALLEL).try_collect().await
-    }
-
-    fn check_space(&self, needed: u64) -> Result<(), ImageError> {
-        let path = self.dirs.content();
-        let found = rustix::fs::statvfs(&path).map_err(|e| failed("look at", &path, e))?;
-        let free = found.f_bavail.saturating_mul(found.f_frsize);
-        if needed <= free {
-            return Ok(());
+        let fetched = futures::stream::iter(fetches).buffer_unordered(PARALLEL).try_collect().await;
+        if fetched.as_ref().is_err_and(ImageError::is_full) {
+            // The other layers of an image that has no room have none either.
+            let dirs = self.dirs.clone();
+            aside(move || content::forget_partials(&dirs, &hexes)).await?;
         }
-        Err(ImageError::NoSpace { path, needed, free })
+        fetched
     }
 
     fn progress(&self, bytes: u64) {

@@ -329,7 +329,8 @@ fn readers_wait_for_a_setup_that_is_under_way() {
     apply(&mut conn, &FIRST).unwrap();
     // Half of it is there, and whoever does the rest has the lock: that is not an older database.
     let short = Duration::from_millis(30);
-    let impatient = open_to_read_within(&db.files, &[FIRST, SECOND], short).unwrap_err();
+    let impatient =
+        open_to_read_within(&db.files, &[FIRST, SECOND], Access::ReadOnly, short).unwrap_err();
     assert!(matches!(impatient, OpenError::SetupLocked { .. }), "{impatient:?}");
     std::thread::scope(|scope| {
         let (started, start) = std::sync::mpsc::channel();
