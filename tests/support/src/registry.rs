@@ -315,11 +315,12 @@ fn answer(shared: &Shared, mut stream: TcpStream) -> Result<()> {
         }
         Some(Fault::Drip) => {
             for byte in rest {
-                if shared.state().ended {
+                stream.write_all(std::slice::from_ref(byte))?;
+                let state = shared.state();
+                let waited = shared.changed.wait_timeout(state, Duration::from_millis(250));
+                if waited.unwrap_or_else(PoisonError::into_inner).0.ended {
                     break;
                 }
-                stream.write_all(std::slice::from_ref(byte))?;
-                std::thread::sleep(Duration::from_millis(250));
             }
         }
         Some(Fault::Hold) => {
