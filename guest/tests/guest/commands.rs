@@ -105,11 +105,14 @@ fn a_command_starts_with_a_clean_process() {
         assert_eq!(out, format!("2\n0022\n1024\n{hard}\n/\n0\n"));
         let (_, out, _) = run(&host, start(4, &["cat"])).await;
         assert_eq!(out, "", "stdin is empty");
-        let (_, out, _) = run(&host, start(5, &["env"])).await;
-        assert_eq!(
-            out,
-            "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\nHOME=/root\nUSER=root\n"
-        );
+        let (_, out, _) = run(&host, start(5, &["sh", "-c", "hostname; env"])).await;
+        let (name, variables) = out.split_once('\n').unwrap();
+        let path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+        let set: Vec<_> = variables.lines().filter(|line| !line.starts_with("PWD=")).collect();
+        let hostname = format!("HOSTNAME={name}");
+        for wanted in [path, &hostname, "HOME=/root", "USER=root"] {
+            assert!(set.contains(&wanted), "{out}");
+        }
         // Process 1 of the namespace and this shell: nobody else is to be seen.
         let (_, out, _) = shell(&host, 6, "cd /proc; set -- [0-9]*; echo $*").await;
         assert_eq!(out, "1 2\n");
