@@ -9,7 +9,7 @@ use std::time::Duration;
 use matchlock_host::guest_bundle::GuestBundle;
 use matchlock_host::hypervisor::{
     Acceleration, ExitReason, FakeHypervisor, Hypervisor, HypervisorError, LaunchFault, Machine,
-    MachineExit, MachineSpec, Nic, Qemu, QemuOptions,
+    MachineExit, MachineSpec, Nic, Qemu, QemuOptions, Start,
 };
 use matchlock_host::process::{FakeProcesses, LinuxProcesses, Processes, Spawner};
 use matchlock_host::rootfs::{LinuxRootfs, Rootfs, VmPaths};
@@ -62,7 +62,17 @@ async fn make_spec(home: &Path, mark: Mark, init: Init<'_>) -> MachineSpec {
     fs::write(&initramfs, archive(init)).expect("an initramfs");
     fs::write(&base_disk, vec![0; 1024 * 1024]).expect("a base disk");
     let kernel = kernel();
-    MachineSpec { mark, paths, kernel, initramfs, base_disk, vcpus: 1, memory_mb: 256, nic: None }
+    MachineSpec {
+        mark,
+        paths,
+        kernel,
+        initramfs,
+        base_disk,
+        vcpus: 1,
+        memory_mb: 256,
+        nic: None,
+        start: Start::Boot,
+    }
 }
 
 /// The kernel of the guest bundle that the tests are given.
@@ -151,6 +161,7 @@ async fn the_fake_conforms() {
             tap: Arc::clone(&tap),
             firewall: None,
         }),
+        start: Start::Boot,
     };
     let fake = FakeHypervisor::new(processes.clone());
     hypervisor_conforms(&fake, &processes, &spec).await;
