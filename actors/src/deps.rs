@@ -132,7 +132,7 @@ impl Default for Limits {
             vms: 256,
             // Software emulation on a loaded machine: a boot takes 3 s of CPU, 20 may share two.
             boot: Duration::from_secs(120),
-            restore: Duration::from_secs(10),
+            restore: Duration::from_secs(20),
             hang: Duration::from_secs(30),
             kill: Duration::from_secs(10),
             power_off: Duration::from_secs(10),

@@ -13,6 +13,7 @@ use clap::Args;
 use matchlock_actors::vm::{CreateVm, StartMode};
 use matchlock_host::facts;
 use matchlock_host::guest_bundle::GuestBundle;
+use matchlock_model::failure::chain;
 use matchlock_model::image::ImageConfig;
 use matchlock_model::spec::{MIN_DISK_SIZE_MB, NetworkInput, VmSpec, VmSpecInput};
 use matchlock_model::vm::StopMode;
@@ -81,6 +82,12 @@ pub(super) async fn warm(args: WarmArgs, config: NodeConfig) -> Result<u8, CliEr
         Ok(()) => made(&node, create, &mut interrupts).await,
         Err(error) => Err(CliError::failure(&error)),
     };
+    // What was half-made is of no use to anybody, and large.
+    if !matches!(made, Ok(0))
+        && let Err(error) = node.deps().snapshots.sweep().await
+    {
+        render::note(&format!("{}; `matchlock gc` tries again", chain(&error)));
+    }
     node.shutdown(StopMode::Force).await?;
     let code = made?;
     if code == 0 {

@@ -183,3 +183,6 @@ impl Snapshot {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

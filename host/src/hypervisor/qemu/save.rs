@@ -31,6 +31,9 @@ use crate::rootfs::VmPaths;
 /// No machine that is saved has so much in use: it is a fresh one.
 const MAX_BYTES: u64 = 4 << 30;
 
+/// The most that QEMU takes.
+const MAX_DOWNTIME_MS: u64 = 2_000_000;
+
 /// How often QEMU is asked whether it is done, after the end of the pipe, and how long between.
 const ASKED_AGAIN: u32 = 100;
 const ASK_AGAIN: Duration = Duration::from_millis(10);
@@ -40,8 +43,9 @@ pub(super) async fn save(control: &Control, to: File) -> Result<Saved, Hyperviso
     let (reader, writer) = io::pipe().map_err(failed("make a pipe"))?;
     let name = json!({ "fdname": "memory" });
     control.ask("getfd", name, Some(writer.into())).await?;
-    // It stands still, so nothing is gained by going easy on the host.
-    let speed = json!({ "max-bandwidth": MAX_BYTES });
+    // Nobody waits for its guest: it may stand still for as long as it takes, after one look at its
+    // memory. A machine that was stopped before would be restored as a stopped one.
+    let speed = json!({ "max-bandwidth": MAX_BYTES, "downtime-limit": MAX_DOWNTIME_MS });
     control.ask("migrate-set-parameters", speed, None).await?;
     let copied = spawn_blocking(move || copy(reader, to));
     control.ask("migrate", json!({ "uri": "fd:memory" }), None).await?;
