@@ -27,10 +27,9 @@ fn make_warm(installation: &Installation) -> PathBuf {
     let made = installation.output(&["warm", "--no-network"]).unwrap();
     assert_eq!((made.status.code(), &*stdout(&made)), (Some(0), "Warm\n"), "{}", stderr(&made));
     installation.assert_nothing_left().unwrap();
-    let [snapshot] = &snapshots(installation)[..] else {
-        panic!("{:?}", snapshots(installation));
-    };
-    snapshot.clone()
+    let found = snapshots(installation);
+    assert_eq!(found.len(), 1, "{found:?}");
+    found[0].clone()
 }
 
 /// All that is in the directory of snapshots.
