@@ -172,11 +172,8 @@ impl CreateParams {
                 add(flag, &value.to_string());
             }
         }
-        for (flag, given) in [("privileged", self.privileged), ("cold", self.cold)] {
-            if given {
-                add(flag, "");
-            }
-        }
+        let bare = [("privileged", self.privileged), ("cold", self.cold)];
+        bare.iter().filter(|(_, given)| *given).for_each(|(flag, _)| add(flag, ""));
         self.network_arguments(&mut add);
         let image = self.image_config.clone().unwrap_or_default();
         let mut env_file = String::new();
