@@ -114,8 +114,11 @@ fn a_warm_vm_is_like_any_other_and_cold_boots() {
         assert!(!stderr(&booted).contains("snapshot"), "{}", stderr(&booted));
     }
     let timed = installation.run(&["--timings"], &["true"]).unwrap();
-    let restore =
-        stderr(&timed).lines().find(|line| line.starts_with("restore")).unwrap().to_owned();
+    let restore = stderr(&timed)
+        .lines()
+        .find(|line| line.starts_with("matchlock: restore "))
+        .unwrap()
+        .to_owned();
     assert!(restore.contains(" ms "), "{restore}");
     // In the background, with further commands and with a shutdown that syncs.
     let started = installation
@@ -184,8 +187,9 @@ fn a_warm_vm_has_a_network_of_its_own() {
     kept.signal(Signal::TERM).unwrap();
     let kept = kept.wait(PATIENCE).unwrap();
     let lines = |output: &Output| -> Vec<String> {
-        let restored =
-            stderr(output).lines().any(|l| l.starts_with("restore") && l.contains(" ms "));
+        let restored = stderr(output)
+            .lines()
+            .any(|l| l.starts_with("matchlock: restore ") && l.contains(" ms "));
         assert!(restored, "{}", stderr(output));
         stdout(output).lines().map(str::to_owned).collect()
     };
