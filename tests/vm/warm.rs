@@ -8,9 +8,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use matchlock_test_support::Installation;
 use matchlock_test_support::netns::{HOST, PUBLIC, TestNet};
-use rustix::process::Signal;
 
-use super::{PATIENCE, network, stderr, stdout};
+use super::{network, stderr, stdout};
 
 /// What is logged of a start from a snapshot, and of one that had to boot.
 const WARM: &str = "started from a snapshot";
@@ -178,20 +177,21 @@ fn a_warm_vm_has_a_network_of_its_own() {
         "ip -o link show eth0 | grep -o 'mtu [0-9]*'; cat /sys/class/net/eth0/address
          wget -qO- http://{PUBLIC}/; wget -qO- http://any.test/; ip -o -4 addr show eth0 | grep -o '192[0-9.]*'"
     );
-    let flags = ["--timings", "--mtu", "1400"];
-    let kept =
-        network::start(&net, &installation, &["--timings"], &format!("{script}\nsleep 1000"));
-    installation.wait_for_status("running").unwrap();
-    let other = network::run(&net, &installation, &flags, &script);
+    let detached = ["run", "-d", "--image", "busybox", "--", "sleep", "1000"];
+    let started = network::output(&net, &installation, &detached);
+    let vm = stdout(&started).trim().to_owned();
+    let other = network::run(&net, &installation, &["--timings", "--mtu", "1400"], &script);
     assert_eq!(other.status.code(), Some(0), "{}", stderr(&other));
-    kept.signal(Signal::TERM).unwrap();
-    let kept = kept.wait(PATIENCE).unwrap();
+    let said = stderr(&other);
+    let is_restored = |line: &str| line.starts_with("matchlock: restore ") && line.contains(" ms ");
+    assert!(said.lines().any(is_restored), "{said}");
+    let kept = network::output(&net, &installation, &["exec", &vm, "--", "sh", "-c", &script]);
+    let removed = network::output(&net, &installation, &["rm", "--force", &vm]);
+    assert_eq!(removed.status.code(), Some(0), "{}", stderr(&removed));
     let lines = |output: &Output| -> Vec<String> {
-        let restored = stderr(output)
-            .lines()
-            .any(|l| l.starts_with("matchlock: restore ") && l.contains(" ms "));
-        assert!(restored, "{}", stderr(output));
-        stdout(output).lines().map(str::to_owned).collect()
+        let lines: Vec<_> = stdout(output).lines().map(str::to_owned).collect();
+        assert_eq!(lines.len(), 6, "{lines:?}: {}", stderr(output));
+        lines
     };
     let (kept, other) = (lines(&kept), lines(&other));
     let peer = format!("peer {HOST}");
