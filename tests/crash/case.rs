@@ -192,7 +192,7 @@ impl<'a> Stage<'a> {
         if self.has_own_cache.load(Ordering::Relaxed) {
             command.env("MATCHLOCK_CACHE", self.cache());
         }
-        if self.warm_cache().exists() {
+        if self.warm_cache().try_exists().unwrap() {
             command.env("MATCHLOCK_CACHE", self.warm_cache());
         }
         if let Some(mutation) = self.mutation {
