@@ -73,6 +73,7 @@ const BANNED: &[(&str, &[&str], &str)] = &[
             "SELECT ",
             "INSERT ",
             "LinuxRootfs",
+            "LinuxSnapshots",
             "LinuxProcesses",
             "LinuxOwnerLocks",
             "LinuxTaps",
@@ -90,6 +91,7 @@ const BANNED: &[(&str, &[&str], &str)] = &[
         "src/cli",
         &[
             "LinuxRootfs",
+            "LinuxSnapshots",
             "LinuxProcesses",
             "LinuxOwnerLocks",
             "LinuxTaps",

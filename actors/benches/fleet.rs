@@ -116,6 +116,7 @@ async fn memory_of_fakes() -> f64 {
             vcpus: 1,
             memory_mb: 256,
             nic: None,
+            start: matchlock_host::hypervisor::Start::Boot,
         };
         let machine = deps.hypervisor.launch(&spec).await.unwrap();
         links.push(deps.connector.connect(&*machine, HANG).await.unwrap());

@@ -14,6 +14,7 @@ use matchlock_host::netlock::NetworkLocks;
 use matchlock_host::owner_lock::OwnerLocks;
 use matchlock_host::process::Processes;
 use matchlock_host::rootfs::{Rootfs, VmPaths};
+use matchlock_host::snapshot::Snapshots;
 use matchlock_host::tap::Taps;
 use matchlock_model::failure::Failure;
 use matchlock_model::id::{InstallId, Mark, OwnerEpoch, VmId};
@@ -107,6 +108,8 @@ pub struct Limits {
     pub vms: usize,
     /// From the hypervisor's start to the agent's answer.
     pub boot: Duration,
+    /// From the hypervisor's start to a restored guest's going on: less than a boot, or it boots.
+    pub restore: Duration,
     /// From a ping to the record that the guest does not answer.
     pub hang: Duration,
     /// From SIGKILL to the process being gone.
@@ -129,6 +132,7 @@ impl Default for Limits {
             vms: 256,
             // Software emulation on a loaded machine: a boot takes 3 s of CPU, 20 may share two.
             boot: Duration::from_secs(120),
+            restore: Duration::from_secs(20),
             hang: Duration::from_secs(30),
             kill: Duration::from_secs(10),
             power_off: Duration::from_secs(10),
@@ -150,6 +154,8 @@ pub struct Deps {
     pub hypervisor: Arc<dyn Hypervisor>,
     /// Connects to guests.
     pub connector: Arc<dyn LinkConnector>,
+    /// What VMs may go on from.
+    pub snapshots: Arc<dyn Snapshots>,
     /// VMs' files.
     pub rootfs: Arc<dyn Rootfs>,
     /// VMs' TAPs, and what this host uses of the IPv4 space.

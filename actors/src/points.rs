@@ -44,6 +44,7 @@ pub(crate) const VM: Area = Area::new(
         "apply_firewall",
         "launch",
         "connect_guest",
+        "save_snapshot",
         "configure_guest",
         "reattach",
         "note",
@@ -161,6 +162,7 @@ pub(crate) const fn of_effect(effect: &Effect) -> Option<&'static str> {
         | Effect::ApplyFirewall
         | Effect::Launch
         | Effect::ConnectGuest
+        | Effect::SaveSnapshot
         | Effect::ConfigureGuest
         | Effect::Reattach { .. }
         | Effect::Note { .. }
@@ -333,6 +335,7 @@ mod tests {
             Effect::ApplyFirewall,
             Effect::Launch,
             Effect::ConnectGuest,
+            Effect::SaveSnapshot,
             Effect::ConfigureGuest,
             Effect::Reattach { cause: Failure::new(FailureKind::Guest, "") },
             Effect::Note { cause: None },

@@ -66,6 +66,23 @@ pub enum PortError {
         /// Why.
         source: io::Error,
     },
+    /// It cannot be watched.
+    #[error("cannot watch the virtio port")]
+    Watch(#[source] io::Error),
+}
+
+/// Finds the link's port by its name, waits for it if need be, and opens it, not blocking.
+///
+/// # Errors
+/// When it does not come up within `patience`, or cannot be opened.
+pub fn open_file(uevents: &Uevents, patience: Duration) -> Result<OwnedFd, PortError> {
+    let path = uevents
+        .wait_for(patience, find)
+        .map_err(PortError::Look)?
+        .ok_or(PortError::Missing { waited: patience })?;
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+    rustix::fs::open(&path, flags, Mode::empty())
+        .map_err(|errno| PortError::Open { path, source: errno.into() })
 }
 
 /// The open port.
@@ -84,16 +101,20 @@ impl Port {
     /// # Errors
     /// When it does not come up within `patience`, or cannot be opened.
     pub fn open(uevents: &Uevents, patience: Duration) -> Result<Self, PortError> {
-        let path = uevents
-            .wait_for(patience, find)
-            .map_err(PortError::Look)?
-            .ok_or(PortError::Missing { waited: patience })?;
-        Self::open_at(&path).map_err(|source| PortError::Open { path, source })
+        Self::adopt(open_file(uevents, patience)?)
     }
 
-    fn open_at(path: &PathBuf) -> io::Result<Self> {
-        let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
-        let file = rustix::fs::open(path, flags, Mode::empty())?;
+    /// Takes the port over from [`open_file`].
+    ///
+    /// # Errors
+    /// When it cannot be watched.
+    pub fn adopt(file: OwnedFd) -> Result<Self, PortError> {
+        Self::watch(file).map_err(PortError::Watch)
+    }
+
+    fn watch(file: OwnedFd) -> io::Result<Self> {
+        // One that was handed over an exec is for nobody else.
+        rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::CLOEXEC)?;
         let events = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let edges = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
         epoll::add(&events, &file, epoll::EventData::new_u64(0), edges)?;

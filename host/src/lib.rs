@@ -18,6 +18,7 @@
 //! | [`firewall`] | a VM's nftables tables: what its guest may reach |
 //! | [`netlock`] | one lock per network namespace, for choosing a subnet |
 //! | [`guest_bundle`] | the kernel and initramfs to boot: which are installed, and whether they are whole |
+//! | [`snapshot`] | what machines on hold were saved as, for others to go on from |
 //! | [`diagnose`] | whether this host can run VMs, and what to do if not |
 
 #[cfg(not(target_os = "linux"))]
@@ -39,6 +40,7 @@ pub mod points;
 pub mod process;
 pub mod registry;
 pub mod rootfs;
+pub mod snapshot;
 pub mod socket;
 pub mod tap;
 pub mod vm_log;

@@ -5,8 +5,12 @@
 //! lock with the process that holds it.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, open, stat};
+use rustix::io::Errno;
+
+const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
 /// Something open that is unlocked when it is dropped.
 #[derive(Debug)]
@@ -16,6 +20,40 @@ impl Locked {
     /// Takes what the caller has just locked.
     pub(crate) fn new(locked: OwnedFd) -> Self {
         Self(locked)
+    }
+
+    /// Locks a directory beside others who use it. `None` when it is not there (any more), or is being
+    /// removed: whoever gets a lock has looked again at the name.
+    pub(crate) fn shared(dir: &Path) -> Result<Option<Self>, Errno> {
+        let opened = match open(dir, DIRECTORY, Mode::empty()) {
+            Err(Errno::NOENT) => return Ok(None),
+            opened => opened?,
+        };
+        match flock(&opened, FlockOperation::NonBlockingLockShared) {
+            Err(Errno::WOULDBLOCK) => return Ok(None),
+            locked => locked?,
+        }
+        let lock = Self(opened);
+        let ours = fstat(lock.as_fd())?;
+        match stat(dir) {
+            Ok(there) if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino) => {
+                Ok(Some(lock))
+            }
+            Ok(_) | Err(Errno::NOENT) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Locks a directory for oneself; `None` when somebody else has a lock on it.
+    pub(crate) fn exclusive(dir: &Path) -> Result<Option<Self>, Errno> {
+        let opened = open(dir, DIRECTORY, Mode::empty())?;
+        match flock(&opened, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => Ok(None),
+            locked => {
+                locked?;
+                Ok(Some(Self(opened)))
+            }
+        }
     }
 }
 

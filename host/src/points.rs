@@ -3,8 +3,8 @@
 use matchlock_failpoints::Area;
 
 use crate::{
-    firewall, guest_bundle, hypervisor, image, netlock, owner_lock, process, rootfs, socket, tap,
-    vm_log,
+    firewall, guest_bundle, hypervisor, image, netlock, owner_lock, process, rootfs, snapshot,
+    socket, tap, vm_log,
 };
 
 /// Every area of this crate.
@@ -22,4 +22,5 @@ pub const AREAS: &[Area] = &[
     image::POINTS,
     image::content::POINTS,
     guest_bundle::POINTS,
+    snapshot::POINTS,
 ];

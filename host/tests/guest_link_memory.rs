@@ -9,7 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::BytesMut;
 use matchlock_host::guest_link::{LinkConnector, YamuxConnector};
-use matchlock_host::hypervisor::{ExitReason, HypervisorError, Machine, MachineExit};
+use matchlock_host::hypervisor::{ExitReason, HypervisorError, Machine, MachineExit, Saved};
 use matchlock_model::exec::ExecSpec;
 use matchlock_model::identity::ProcessIdentity;
 use matchlock_wire::frame::{Codec, MAX_CHUNK_BYTES};
@@ -51,6 +51,10 @@ impl Machine for Attacker {
 
     async fn kill(&self, _deadline: Duration) -> Result<(), HypervisorError> {
         Ok(())
+    }
+
+    async fn save(&self, _to: std::fs::File) -> Result<Saved, HypervisorError> {
+        Err(HypervisorError::Control { what: "nobody saves it".to_owned() })
     }
 
     fn console_tail(&self, _max_lines: usize) -> Result<Vec<String>, HypervisorError> {

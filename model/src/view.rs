@@ -34,7 +34,9 @@ pub struct Timings {
     pub network: Option<Duration>,
     /// Starting the hypervisor's process.
     pub spawn: Option<Duration>,
-    /// From there until the guest kernel started `/init`, by the guest's clock.
+    /// Starting it from a snapshot, until its guest went on as a machine of its own.
+    pub restore: Option<Duration>,
+    /// From there until the guest kernel started `/init`, by the guest's clock; of a boot only.
     pub kernel: Option<Duration>,
     /// From the start of the hypervisor until the agent answered.
     pub agent_ready: Option<Duration>,

@@ -44,7 +44,7 @@ up is waited for, and is an error if that takes too long; --force-running overru
 command (--rm) is removed; one that was to be kept keeps its record and logs until `matchlock rm`.
 What looks like ours and cannot be told to be (a link fc-... without our mark) is named and left alone.
 Without ID it also forgets the history of VMs that were removed long ago, and removes what
-interrupted imports and removals left in the cache.
+interrupted imports and removals left in the cache, and stale snapshots.
 
 Exit codes: 0 when nothing is left to do; 1 when something could not be removed or looked at.
 
@@ -190,12 +190,15 @@ async fn collect(node: &Node, config: &NodeConfig, args: &GcArgs) -> Result<Coll
     Ok(collected)
 }
 
-/// Removes what killed imports, pulls and changes of the guest bundles left; how much.
+/// Removes what killed imports, pulls and changes of the guest bundles left, and snapshots that nobody
+/// can use any more; how much.
 async fn sweep(node: &Node, config: &NodeConfig) -> Result<usize, Failure> {
     let images = swept(node.client().sweep_images(false).await);
     let bundles = GuestBundles::new(&config.cache).sweep();
     let bundles = bundles.map_err(|error| Failure::from_error(FailureKind::Host, &error));
-    Ok(images? + bundles?)
+    let snapshots = node.deps().snapshots.sweep().await;
+    let snapshots = snapshots.map_err(|error| Failure::from_error(FailureKind::Host, &error));
+    Ok(images? + bundles? + snapshots?)
 }
 
 /// How much was removed, unless something could not be.

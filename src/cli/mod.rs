@@ -41,6 +41,7 @@ mod timings;
 mod verbosity;
 mod version;
 mod vm_life;
+mod warm;
 
 pub use error::CliError;
 
@@ -143,6 +144,8 @@ Exit codes: 0; 1 when one could not be removed: its record is kept, the others a
     Image(image::ImageArgs),
     /// List guest bundles (kernel and initramfs), choose the one to boot, remove others
     Guest(guest::GuestArgs),
+    /// Make the snapshot from which later microVMs start
+    Warm(warm::WarmArgs),
     /// Check whether this host can run microVMs, and say what to do if not
     Diagnose(diagnose::DiagnoseArgs),
     /// Print the version, the guest and the hypervisor
@@ -250,6 +253,7 @@ fn dispatch(verb: Verb) -> Result<u8, CliError> {
             Verb::Pull(args) => pull::pull(args, config).await,
             Verb::Image(args) => image::image(args, config).await,
             Verb::Guest(args) => guest::guest(args, &config),
+            Verb::Warm(args) => warm::warm(args, config).await,
             Verb::Version(_) | Verb::Diagnose(_) | Verb::Later(_) => Ok(0),
         }
     })

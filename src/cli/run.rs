@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use matchlock_actors::vm::CreateVm;
+use matchlock_actors::vm::{CreateVm, StartMode};
 use matchlock_host::facts;
 use matchlock_host::guest_bundle::GuestBundle;
 use matchlock_host::image::BlobLease;
@@ -133,6 +133,9 @@ pub(super) struct RunArgs {
     /// says]
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
+    /// Boot, also where there is a snapshot to start from (`matchlock warm`)
+    #[arg(long)]
+    cold: bool,
     /// Print how long each step took
     #[arg(long)]
     timings: bool,
@@ -177,6 +180,7 @@ fn hypervisor(flag: Option<HypervisorChoice>) -> Result<HypervisorChoice, CliErr
 pub(super) async fn run(args: RunArgs, config: NodeConfig) -> Result<u8, CliError> {
     let mut watch = Stopwatch::start();
     let timings = args.timings;
+    let start = if args.cold { StartMode::Cold } else { StartMode::Warm };
     let own_kernel = args.kernel.clone();
     let asker = Asker::of_this_process()?;
     let mut interrupts = Interrupts::install().map_err(|e| CliError::failure(&e))?;
@@ -226,6 +230,7 @@ pub(super) async fn run(args: RunArgs, config: NodeConfig) -> Result<u8, CliErro
         guest_lease,
         kernel: bundle.kernel,
         initramfs: bundle.initramfs,
+        start,
     };
     let untold = asker.as_ref().map(Asker::told);
     let result = in_vm(&node, create, &spec, command, asker, &mut interrupts, &mut watch).await;

@@ -43,6 +43,7 @@ impl Stopwatch {
             ("disk", timings.disk, "made directory and disk"),
             ("network", timings.network, "took a subnet, made TAP and firewall tables"),
             ("spawn", timings.spawn, "started the hypervisor"),
+            ("restore", timings.restore, "of it, until the guest went on from a snapshot"),
             ("kernel", timings.kernel, "guest kernel, until /init, by the guest's clock"),
             (
                 "agent ready",

@@ -15,6 +15,7 @@ use matchlock_host::netlock::LinuxNetworkLocks;
 use matchlock_host::owner_lock::{LinuxOwnerLocks, OwnerLocks};
 use matchlock_host::process::{LinuxProcesses, Processes, Spawner};
 use matchlock_host::rootfs::LinuxRootfs;
+use matchlock_host::snapshot::LinuxSnapshots;
 use matchlock_host::tap::LinuxTaps;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::id::InstallId;
@@ -89,6 +90,7 @@ pub(super) fn deps(
         vms_dir: config.vms_dir(),
         hypervisor: Arc::new(Qemu::new(spawner, options)),
         connector: Arc::new(YamuxConnector),
+        snapshots: Arc::new(LinuxSnapshots::new(&config.cache)),
         rootfs: Arc::new(LinuxRootfs::new()),
         taps: Arc::new(LinuxTaps::new()),
         firewall: Arc::new(LinuxFirewall::new()),

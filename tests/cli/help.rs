@@ -33,6 +33,7 @@ fn help_of_everything() {
         &["image", "rm", "--help"],
         &["image", "gc", "--help"],
         &["guest", "--help"],
+        &["warm", "--help"],
     ];
     for args in verbs {
         insta::assert_snapshot!(args.join("_").replace("--", ""), help(args));

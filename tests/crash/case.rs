@@ -192,6 +192,9 @@ impl<'a> Stage<'a> {
         if self.has_own_cache.load(Ordering::Relaxed) {
             command.env("MATCHLOCK_CACHE", self.cache());
         }
+        if self.warm_cache().try_exists().unwrap() {
+            command.env("MATCHLOCK_CACHE", self.warm_cache());
+        }
         if let Some(mutation) = self.mutation {
             command.env("MATCHLOCK_MUTATION", mutation);
         }
@@ -274,6 +277,7 @@ impl<'a> Stage<'a> {
         wrong.extend(host::false_claims(&self.installation)?);
         wrong.extend(self.remove_images()?);
         wrong.extend(self.remove_bundles()?);
+        wrong.extend(self.look_at_snapshots()?);
         let kept = self.installation.sql("select id from vms")?;
         for vm in kept.lines() {
             let removed = self.start("", &["rm", vm])?.wait(PATIENCE)?;
@@ -420,6 +424,9 @@ fn lead(stage: &Stage<'_>, case: &Case, props: &mut Props) -> Result<(ExitStatus
             let left = stage.start(leave, &["guest", "rm", "1-other"])?.wait(PATIENCE)?;
             ensure!(left.status.signal() == Some(9), "{}", String::from_utf8_lossy(&left.stderr));
             finish(stage.start(&armed, &["gc"])?)
+        }
+        Scenario::Warm | Scenario::WarmAgain | Scenario::WarmRun | Scenario::WarmSweep => {
+            finish(stage.start_warm(&case.point, &armed)?)
         }
     }
 }

@@ -27,3 +27,4 @@ mod soak;
 mod suite;
 mod table;
 mod terminal;
+mod warm;

@@ -45,6 +45,14 @@ pub(crate) enum Scenario {
     GuestRemove,
     /// `gc` after a `guest rm` that was killed.
     GuestSweep,
+    /// `warm`.
+    Warm,
+    /// `warm` where there is a snapshot already.
+    WarmAgain,
+    /// `run` from a snapshot.
+    WarmRun,
+    /// `gc` after a `warm` that was killed.
+    WarmSweep,
 }
 
 /// Who has the point.
@@ -71,7 +79,11 @@ pub(crate) fn boots(point: &str) -> bool {
         | Scenario::LosesMachine
         | Scenario::Hangs(_)
         | Scenario::Kill(_)
-        | Scenario::Exec(_) => true,
+        | Scenario::Exec(_)
+        | Scenario::Warm
+        | Scenario::WarmAgain
+        | Scenario::WarmRun
+        | Scenario::WarmSweep => true,
         Scenario::Run("") => NEED_A_GUEST.iter().any(|prefix| point.starts_with(prefix)),
         Scenario::Run(lead) => lead == STOP_FAILS,
         Scenario::Overslept
@@ -163,6 +175,12 @@ const SPECIAL: &[(&str, Scenario)] = &[
     ("guest_bundle.name_default", Scenario::GuestUse),
     ("guest_bundle.sweep", Scenario::GuestSweep),
     ("guest_bundle.", Scenario::GuestRemove),
+    ("vm.save_snapshot", Scenario::Warm),
+    ("hypervisor.save", Scenario::Warm),
+    ("snapshot.publish", Scenario::Warm),
+    ("snapshot.remove", Scenario::WarmAgain),
+    ("snapshot.restore", Scenario::WarmRun),
+    ("snapshot.sweep", Scenario::WarmSweep),
     // An owner that stands still keeps the tables of a VM that is taken from it.
     ("firewall.take", Scenario::TakeOver),
     ("vm.shutdown_guest", Scenario::Stop),

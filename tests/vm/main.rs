@@ -21,6 +21,7 @@ mod secrets;
 mod signals;
 mod terminal;
 mod verbs;
+mod warm;
 
 use std::process::Output;
 use std::time::Duration;

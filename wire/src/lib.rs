@@ -23,6 +23,7 @@
 //! This crate knows nothing of Matchlock's model: an old guest must be able to meet a new host.
 
 pub mod frame;
+pub mod hold;
 pub mod message;
 pub mod resync;
 

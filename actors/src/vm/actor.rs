@@ -12,7 +12,7 @@ use matchlock_model::vm::{Effect, Heard, OpResult, StopMode, VmEvent, VmState, s
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio_util::sync::CancellationToken;
 
-use super::context::VmContext;
+use super::context::{StartMode, VmContext};
 use super::effects::{self, Progress};
 use super::scope::EffectScope;
 use super::watch;
@@ -119,6 +119,7 @@ impl Actor for Vm {
             StartAs::Recover { phase, .. } => *phase,
         };
         let mut vm = VmState::new(args.context.create.spec.ephemeral);
+        vm.template = args.context.create.start == StartMode::Template;
         vm.phase = recorded;
         let (event, stop) = match args.start {
             StartAs::New => (VmEvent::Begin, None),

@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use matchlock_host::firewall::FirewallHandle;
 use matchlock_host::guest_bundle::BundleLease;
 use matchlock_host::guest_link::GuestLink;
-use matchlock_host::hypervisor::{Machine, MachineSpec, Nic};
+use matchlock_host::hypervisor::{Machine, MachineSpec, Nic, Start};
 use matchlock_host::image::BlobLease;
 use matchlock_host::rootfs::VmPaths;
+use matchlock_host::snapshot::Wanted;
 use matchlock_host::tap::TapHandle;
 use matchlock_model::failure::Failure;
 use matchlock_model::id::{Generation, OwnerEpoch, VmId};
@@ -26,6 +27,18 @@ use tokio::time::Instant;
 use super::phases::{PhaseFollower, PhaseLog};
 use crate::budget::RestartBudget;
 use crate::deps::{Deps, ServeGuard};
+
+/// How a VM begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum StartMode {
+    /// From a snapshot, if there is one that fits; otherwise it boots.
+    #[default]
+    Warm,
+    /// It boots.
+    Cold,
+    /// It boots as far as all of its kind are the same, to be saved for others.
+    Template,
+}
 
 /// A VM to create.
 #[derive(Debug)]
@@ -44,6 +57,8 @@ pub struct CreateVm {
     pub kernel: PathBuf,
     /// The initramfs.
     pub initramfs: PathBuf,
+    /// How it begins.
+    pub start: StartMode,
 }
 
 /// What of a VM outlives a life of its actor. Kept by Fleet, shared with effects.
@@ -67,6 +82,8 @@ pub struct VmContext {
 struct Held {
     machine: Option<Arc<dyn Machine>>,
     launched_at: Option<Instant>,
+    /// Of a template: what snapshot it makes. Its NIC is not ours any more when it is made.
+    launched_as: Option<Wanted>,
     link: Option<Arc<dyn GuestLink>>,
     server: Option<ServeGuard>,
     subnet: Option<Subnet>,
@@ -86,6 +103,7 @@ impl Default for Held {
         Self {
             machine: None,
             launched_at: None,
+            launched_as: None,
             link: None,
             server: None,
             subnet: None,
@@ -140,6 +158,15 @@ impl VmContext {
         let mut held = self.held();
         held.machine = machine;
         held.launched_at = Some(launched_at);
+    }
+
+    /// What snapshot a template makes, once it is being launched.
+    pub(crate) fn launched_as(&self) -> Option<Wanted> {
+        self.held().launched_as.clone()
+    }
+
+    pub(crate) fn set_launched_as(&self, wanted: Wanted) {
+        self.held().launched_as = Some(wanted);
     }
 
     /// The link to the guest, once it is there.
@@ -243,6 +270,10 @@ impl VmContext {
             vcpus: self.create.spec.vcpus(),
             memory_mb: self.create.spec.memory_mb,
             nic,
+            start: match self.create.start {
+                StartMode::Warm | StartMode::Cold => Start::Boot,
+                StartMode::Template => Start::Hold,
+            },
         }
     }
 

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::context::VmContext;
 use super::watch;
-use super::{machine, network};
+use super::{machine, network, snapshot};
 use crate::points;
 
 /// How far an operation has come.
@@ -159,6 +159,7 @@ async fn check_fence(context: &VmContext, effect: &Effect) -> OpResult {
         | Effect::CreateTap
         | Effect::ApplyFirewall
         | Effect::Launch
+        | Effect::SaveSnapshot
         | Effect::RemoveTap
         | Effect::RemoveFirewall
         | Effect::RemoveSockets
@@ -179,7 +180,7 @@ async fn check_fence(context: &VmContext, effect: &Effect) -> OpResult {
     }
 }
 
-async fn see_epoch(context: &VmContext) -> OpResult {
+pub(super) async fn see_epoch(context: &VmContext) -> OpResult {
     let current = context.deps.reader.owner_epoch(context.id).await.map_err(|e| host(&e))?;
     match current {
         Some(epoch) if epoch == context.epoch => Ok(()),
@@ -231,6 +232,7 @@ const fn is_cancellable(effect: &Effect) -> bool {
             | Effect::ApplyFirewall
             | Effect::Launch
             | Effect::ConnectGuest
+            | Effect::SaveSnapshot
             | Effect::ConfigureGuest
             | Effect::Reattach { .. }
             | Effect::ShutdownGuest { .. }
@@ -260,6 +262,7 @@ async fn carry_out(context: &Arc<VmContext>, effect: &Effect, recorded: Phase) -
         Effect::ApplyFirewall => network::apply_firewall(context).await,
         Effect::Launch => machine::launch(context).await,
         Effect::ConnectGuest => machine::connect_guest(context).await,
+        Effect::SaveSnapshot => snapshot::save(context).await,
         Effect::ConfigureGuest => machine::configure_guest(context).await,
         Effect::Reattach { cause } => watch::reattach(context, cause).await,
         Effect::Note { cause } => watch::note(context, cause.as_ref()).await,
@@ -335,6 +338,7 @@ fn note(context: &VmContext, effect: &Effect, result: &OpResult, took: Duration)
         Effect::Record { .. }
         | Effect::ServeOwner
         | Effect::ConnectGuest
+        | Effect::SaveSnapshot
         | Effect::ConfigureGuest
         | Effect::Reattach { .. }
         | Effect::Note { .. }

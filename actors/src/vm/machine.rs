@@ -11,8 +11,9 @@ use matchlock_model::vm::OpResult;
 use matchlock_store::WriteOp;
 use tokio::time::{Instant, timeout};
 
-use super::context::VmContext;
+use super::context::{StartMode, VmContext};
 use super::effects::host;
+use super::snapshot;
 
 /// How long a lost link may wait for the machine's own, better reason.
 pub(super) const EXIT_AFTER_LINK_LOSS: Duration = Duration::from_secs(2);
@@ -21,11 +22,25 @@ pub(super) const EXIT_AFTER_LINK_LOSS: Duration = Duration::from_secs(2);
 const CONSOLE_LINES: usize = 5;
 
 pub(super) async fn launch(context: &VmContext) -> OpResult {
-    let started = Instant::now();
     let spec = context.machine_spec();
+    match context.create.start {
+        StartMode::Warm if snapshot::restore(context, &spec).await? => return Ok(()),
+        StartMode::Warm | StartMode::Cold => {}
+        StartMode::Template => snapshot::note_template(context, &spec).await?,
+    }
+    let started = Instant::now();
     let machine = context.deps.hypervisor.launch(&spec).await.map_err(|e| host(&e))?;
     // The hypervisor has its own descriptors now.
     drop(spec);
+    keep(context, machine, started).await
+}
+
+/// Keeps a machine that was launched, and records it.
+pub(super) async fn keep(
+    context: &VmContext,
+    machine: Arc<dyn Machine>,
+    started: Instant,
+) -> OpResult {
     let hypervisor = machine.identity();
     // Kept before it is recorded: if the write fails, closing the machine must find it.
     context.set_machine(Some(machine), started);
@@ -57,20 +72,23 @@ pub(super) async fn connect_guest(context: &VmContext) -> OpResult {
     let agent = link.agent().clone();
     let ready = context.launched_at().map(|launched| launched.elapsed());
     context.time(|timings| {
-        timings.kernel = Some(Duration::from_micros(agent.init_started_us));
+        // The clock of a guest that goes on counts the boot of its template.
+        if timings.restore.is_none() {
+            timings.kernel = Some(Duration::from_micros(agent.init_started_us));
+        }
         timings.agent_ready = ready;
     });
     context.set_link(Some(link));
     Ok(())
 }
 
-fn ended_early(machine: &dyn Machine, exit: &MachineExit) -> Failure {
+pub(super) fn ended_early(machine: &dyn Machine, exit: &MachineExit) -> Failure {
     let text = format!("the guest ended before its agent was ready: {exit}{}", console(machine));
     Failure::new(FailureKind::Guest, text)
 }
 
 /// A link that failed because the machine has ended is better explained by the machine.
-async fn never_ready(machine: &dyn Machine, error: &LinkError) -> Failure {
+pub(super) async fn never_ready(machine: &dyn Machine, error: &LinkError) -> Failure {
     if let Ok(exit) = timeout(EXIT_AFTER_LINK_LOSS, machine.wait_exit()).await {
         return ended_early(machine, &exit);
     }

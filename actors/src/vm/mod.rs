@@ -31,11 +31,12 @@ mod machine;
 mod network;
 mod phases;
 mod scope;
+mod snapshot;
 mod watch;
 
 pub(crate) use effects::abandon;
 
 pub use actor::{StartAs, Vm, VmArgs, VmMsg};
-pub use context::{CreateVm, VmContext};
+pub use context::{CreateVm, StartMode, VmContext};
 pub use phases::{PhaseChange, PhaseFollower};
 pub use scope::{EffectScope, ScopeStuck};

@@ -1,5 +1,6 @@
 //! Hypervisors, and the guests in them.
 
+use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -9,7 +10,7 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use matchlock_host::guest_link::{ExecSession, GuestLink, LinkConnector, LinkError};
 use matchlock_host::hypervisor::{
-    ExitReason, FakeMachine, Hypervisor, HypervisorError, Machine, MachineExit, MachineSpec,
+    ExitReason, FakeMachine, Hypervisor, HypervisorError, Machine, MachineExit, MachineSpec, Saved,
 };
 use matchlock_host::rootfs::VmPaths;
 use matchlock_model::exec::ExecSpec;
@@ -41,6 +42,10 @@ impl Hypervisor for Host {
 
     fn check(&self) -> Result<(), HypervisorError> {
         Ok(())
+    }
+
+    async fn fingerprint(&self, spec: &MachineSpec) -> Result<String, HypervisorError> {
+        self.0.sim.hypervisor.fingerprint(spec).await
     }
 
     async fn launch(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>, HypervisorError> {
@@ -94,6 +99,10 @@ impl Machine for SimMachine {
     async fn kill(&self, deadline: Duration) -> Result<(), HypervisorError> {
         let identity = self.inner.identity();
         Ok(self.host.kill_process(Some(self.vm), &identity, deadline).await?)
+    }
+
+    async fn save(&self, to: File) -> Result<Saved, HypervisorError> {
+        self.inner.save(to).await
     }
 
     fn console_tail(&self, max_lines: usize) -> Result<Vec<String>, HypervisorError> {
@@ -159,6 +168,16 @@ impl LinkConnector for Host {
         tokio::time::timeout(deadline, asked)
             .await
             .unwrap_or_else(|_| Err(LinkError::Timeout { what: "the handshake", waited: deadline }))
+    }
+
+    async fn held(&self, _machine: &dyn Machine, _deadline: Duration) -> Result<(), LinkError> {
+        self.0.gate().await;
+        Ok(())
+    }
+
+    async fn resume(&self, _machine: &dyn Machine, _deadline: Duration) -> Result<(), LinkError> {
+        self.0.gate().await;
+        Ok(())
     }
 }
 

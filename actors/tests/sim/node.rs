@@ -13,9 +13,10 @@ use matchlock_actors::images::ImagesArgs;
 use matchlock_actors::reconciler::{ReconcilerMsg, Target, VmReport};
 use matchlock_actors::root::{Root, RootArgs, RootMsg, Services, Slots};
 use matchlock_actors::subnet_allocator::SubnetHandle;
-use matchlock_actors::vm::CreateVm;
+use matchlock_actors::vm::{CreateVm, StartMode};
 use matchlock_host::image::{ImageDirs, ImportLimits};
 use matchlock_host::registry::RegistrySettings;
+use matchlock_host::snapshot::FakeSnapshots;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::id::VmId;
 use matchlock_model::image::ImageConfig;
@@ -49,6 +50,7 @@ fn limits() -> Limits {
     Limits {
         vms: 256,
         boot: Duration::from_secs(30),
+        restore: Duration::from_secs(3),
         hang: Duration::from_secs(30),
         reap: Duration::from_secs(20),
         kill: Duration::from_secs(3),
@@ -76,6 +78,7 @@ fn deps(host: &Host, services: &Services) -> Deps {
         vms_dir: Sim::vms_dir(),
         hypervisor: host.clone(),
         connector: host.clone(),
+        snapshots: Arc::new(FakeSnapshots::default()),
         rootfs: host.clone(),
         taps: host.clone(),
         firewall: host.clone(),
@@ -139,6 +142,7 @@ impl Node {
             guest_lease: None,
             kernel: "/fake/kernel".into(),
             initramfs: "/fake/initramfs".into(),
+            start: StartMode::Warm,
         });
         let message = |reply| FleetMsg::CreateVm { create, reply };
         self.services.fleet.call(message, ANSWER).await

@@ -11,4 +11,5 @@ mod network;
 mod reconciling;
 mod subnets;
 mod supervision;
+mod warm;
 mod world;

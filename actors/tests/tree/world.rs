@@ -15,7 +15,7 @@ use matchlock_actors::images::ImagesArgs;
 use matchlock_actors::reconciler::{ReconcilerMsg, Target, VmReport};
 use matchlock_actors::root::{Root, RootArgs, RootMsg, Services, Slots};
 use matchlock_actors::subnet_allocator::SubnetHandle;
-use matchlock_actors::vm::CreateVm;
+use matchlock_actors::vm::{CreateVm, StartMode};
 use matchlock_host::firewall::FakeFirewall;
 use matchlock_host::guest_link::{FakeConnector, LinkError};
 use matchlock_host::hypervisor::{ExitReason, FakeHypervisor};
@@ -25,6 +25,7 @@ use matchlock_host::owner_lock::FakeOwnerLocks;
 use matchlock_host::process::{FakeProcesses, Processes as _};
 use matchlock_host::registry::RegistrySettings;
 use matchlock_host::rootfs::{FakeRootfs, VmPaths};
+use matchlock_host::snapshot::FakeSnapshots;
 use matchlock_host::tap::FakeTaps;
 use matchlock_model::failure::Failure;
 use matchlock_model::id::{InstallId, VmId};
@@ -89,6 +90,7 @@ impl OwnerServer for NoServer {
 pub(crate) struct World {
     pub(crate) hypervisor: FakeHypervisor,
     pub(crate) connector: FakeConnector,
+    pub(crate) snapshots: FakeSnapshots,
     pub(crate) rootfs: FakeRootfs,
     pub(crate) taps: FakeTaps,
     pub(crate) firewall: FakeFirewall,
@@ -134,6 +136,7 @@ impl World {
         let connector = FakeConnector::default();
         let Host { install, first_id, hang, cancel, no_network, taps, network_locks } = host;
         let firewall = FakeFirewall::default().in_process(processes.own_identity().unwrap());
+        let snapshots = FakeSnapshots::default();
         let (rootfs, locks) = (FakeRootfs::new(), FakeOwnerLocks::default());
         power_off_on_shutdown(&connector, &hypervisor);
         let ids = AtomicU32::new(first_id);
@@ -142,6 +145,7 @@ impl World {
             vms_dir: PathBuf::from("/fake/vms"),
             hypervisor: Arc::new(hypervisor.clone()),
             connector: Arc::new(connector.clone()),
+            snapshots: Arc::new(snapshots.clone()),
             rootfs: Arc::new(rootfs.clone()),
             processes: Arc::new(processes.clone()),
             taps: Arc::new(taps.clone()),
@@ -161,6 +165,7 @@ impl World {
                 boot: Duration::from_secs(30),
                 hang,
                 kill: Duration::from_millis(300),
+                restore: Duration::from_millis(300),
                 power_off: Duration::from_millis(300),
                 cancel,
                 reap: Duration::from_secs(1),
@@ -187,6 +192,7 @@ impl World {
         Self {
             hypervisor,
             connector,
+            snapshots,
             rootfs,
             taps,
             firewall,
@@ -203,6 +209,14 @@ impl World {
     }
 
     pub(crate) async fn create(&self, ephemeral: bool) -> Result<VmHandle, Failure> {
+        self.create_as(StartMode::Warm, ephemeral).await
+    }
+
+    pub(crate) async fn create_as(
+        &self,
+        start: StartMode,
+        ephemeral: bool,
+    ) -> Result<VmHandle, Failure> {
         let create = Box::new(CreateVm {
             spec: spec(ephemeral, self.no_network),
             image: ImageConfig::default(),
@@ -211,6 +225,7 @@ impl World {
             guest_lease: None,
             kernel: "/fake/kernel".into(),
             initramfs: "/fake/initramfs".into(),
+            start,
         });
         let message = |reply| FleetMsg::CreateVm { create, reply };
         self.services.fleet.call(message, PATIENCE).await.unwrap()

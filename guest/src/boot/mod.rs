@@ -1,7 +1,8 @@
 //! From `/init` in the initramfs to the agent in the guest's root.
 //!
 //! ```text
-//!  proc, sys, dev ─► console ─► modules ─► disks ─► overlay ─► switch root
+//!  proc, sys, dev ─► console ─► modules ─┬──────────────────────────────►┬─► disks ─► overlay ─► switch root
+//!                                        └─ hold (only of a template) ───┘
 //!     ─► proc, sys, dev, pts, shm, mqueue, run, tmp, cgroup ─► loopback ─► port ─► agent
 //! ```
 //!
@@ -14,6 +15,8 @@
 //! `warning` line.
 
 pub mod console;
+pub mod devices;
+pub mod hold;
 pub mod modules;
 pub mod mounts;
 pub mod network;
@@ -38,6 +41,7 @@ use crate::launch::Launcher;
 use crate::port::{Port, PortError};
 use crate::reaper::Reaper;
 use crate::{session, shutdown};
+use hold::HoldError;
 use modules::ModuleError;
 use uevent::Uevents;
 
@@ -102,6 +106,9 @@ pub enum BootError {
         /// Why.
         source: io::Error,
     },
+    /// The guest was on hold and cannot go on.
+    #[error("the guest cannot be held")]
+    Hold(#[from] HoldError),
     /// This process could not be prepared.
     #[error("cannot prepare the agent's process")]
     Process(#[source] io::Error),
@@ -135,10 +142,19 @@ pub fn main() -> ! {
 }
 
 fn boot(started_us: u64) -> Result<std::convert::Infallible, BootError> {
-    mounts::mount_needed()?;
-    console::attach().map_err(|errno| BootError::Console(errno.into()))?;
+    // What an init that goes on after a hold has behind it is not done again.
+    let port = hold::resumed_port(std::env::args_os().skip(1));
+    if port.is_none() {
+        mounts::mount_needed()?;
+        console::attach().map_err(|errno| BootError::Console(errno.into()))?;
+    }
     let uevents = Uevents::subscribe().map_err(BootError::Uevents)?;
-    modules::load_all(Path::new("/modules"))?;
+    if port.is_none() {
+        modules::load_all(Path::new("/modules"))?;
+        if hold::is_wanted()? {
+            match hold::hold(&uevents, DEVICE_PATIENCE)? {}
+        }
+    }
     let layer = rootfs::assemble(&uevents, DEVICE_PATIENCE)?;
     rootfs::switch()?;
     mounts::mount_needed()?;
@@ -154,7 +170,7 @@ fn boot(started_us: u64) -> Result<std::convert::Infallible, BootError> {
         .enable_all()
         .build()
         .map_err(BootError::Runtime)?;
-    LocalSet::new().block_on(&runtime, run(started_us, &uevents, &layer, cgroups))
+    LocalSet::new().block_on(&runtime, run(started_us, &uevents, &layer, cgroups, port))
 }
 
 fn set_up_cgroups() -> Option<Cgroups> {
@@ -176,13 +192,17 @@ async fn run(
     uevents: &Uevents,
     layer: &OwnedFd,
     cgroups: Option<Cgroups>,
+    port: Option<OwnedFd>,
 ) -> Result<std::convert::Infallible, BootError> {
     let reaper = Reaper::start().map_err(BootError::Runtime)?;
     let group = match cgroups.as_ref().map(Cgroups::open_jobs).transpose() {
         Ok(group) => group,
         Err(error) => return Err(BootError::Process(error)),
     };
-    let port = Port::open(uevents, DEVICE_PATIENCE)?;
+    let port = match port {
+        Some(open) => Port::adopt(open)?,
+        None => Port::open(uevents, DEVICE_PATIENCE)?,
+    };
     let info = AgentInfo {
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         kernel_release: rustix::system::uname().release().to_string_lossy().into_owned(),

@@ -28,7 +28,7 @@ use tokio::time::timeout;
 use super::codec;
 use super::driver::Mux;
 use super::session::{Requests, YamuxLink, no_random};
-use super::{GuestLink, LinkConnector, LinkError};
+use super::{GuestLink, LinkConnector, LinkError, hold};
 use crate::hypervisor::Machine;
 
 /// What a deadline that passed was for.
@@ -50,6 +50,14 @@ impl LinkConnector for YamuxConnector {
     ) -> Result<Arc<dyn GuestLink>, LinkError> {
         let (session, agent) = begin(machine, deadline).await?;
         Ok(Arc::new(YamuxLink::new(session, agent)))
+    }
+
+    async fn held(&self, machine: &dyn Machine, deadline: Duration) -> Result<(), LinkError> {
+        hold::held(machine, deadline).await
+    }
+
+    async fn resume(&self, machine: &dyn Machine, deadline: Duration) -> Result<(), LinkError> {
+        hold::resume(machine, deadline).await
     }
 }
 

@@ -249,6 +249,20 @@ impl LinkConnector for FakeConnector {
             given_up,
         }))
     }
+
+    async fn held(&self, machine: &dyn Machine, _deadline: Duration) -> Result<(), LinkError> {
+        on_hold(machine).await
+    }
+
+    async fn resume(&self, machine: &dyn Machine, _deadline: Duration) -> Result<(), LinkError> {
+        on_hold(machine).await
+    }
+}
+
+/// A guest is on hold at once, and goes on at once, unless its machine has ended.
+async fn on_hold(machine: &dyn Machine) -> Result<(), LinkError> {
+    let opened = machine.open_link().await;
+    opened.map(drop).map_err(|error| LinkError::Lost { cause: error.to_string() })
 }
 
 /// Ends the link with its transport or its handle.

@@ -22,7 +22,7 @@ use tokio_util::codec::{FramedRead, FramedWrite};
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt, TokioAsyncReadCompatExt};
 
 use super::mini_jobs::MiniJobs;
-use crate::hypervisor::{ExitReason, HypervisorError, Machine, MachineExit};
+use crate::hypervisor::{ExitReason, HypervisorError, Machine, MachineExit, Saved};
 
 type Serve = dyn Fn(UnixStream) -> BoxFuture<'static, ()> + Send + Sync;
 
@@ -94,6 +94,10 @@ impl Machine for TestMachine {
     async fn kill(&self, _deadline: Duration) -> Result<(), HypervisorError> {
         self.end();
         Ok(())
+    }
+
+    async fn save(&self, _to: std::fs::File) -> Result<Saved, HypervisorError> {
+        Err(HypervisorError::Control { what: "nobody saves it".to_owned() })
     }
 
     fn console_tail(&self, _max_lines: usize) -> Result<Vec<String>, HypervisorError> {

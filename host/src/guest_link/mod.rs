@@ -47,6 +47,7 @@ mod fake;
 mod fake_files;
 mod files;
 mod guard;
+mod hold;
 mod job;
 mod ledger;
 mod line;
@@ -239,4 +240,24 @@ pub trait LinkConnector: Send + Sync {
         machine: &dyn crate::hypervisor::Machine,
         deadline: Duration,
     ) -> Result<Arc<dyn GuestLink>, LinkError>;
+
+    /// Waits until the guest of a machine that is to be saved is on hold.
+    ///
+    /// # Errors
+    /// When the transport fails, the versions differ, or `deadline` passes.
+    async fn held(
+        &self,
+        machine: &dyn crate::hypervisor::Machine,
+        deadline: Duration,
+    ) -> Result<(), LinkError>;
+
+    /// Tells the guest of a restored machine to go on as a machine of its own, and waits until it does.
+    ///
+    /// # Errors
+    /// When the transport fails, the versions differ, or `deadline` passes.
+    async fn resume(
+        &self,
+        machine: &dyn crate::hypervisor::Machine,
+        deadline: Duration,
+    ) -> Result<(), LinkError>;
 }

@@ -5,18 +5,26 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::io;
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::os::unix::fs::FileExt as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use matchlock_model::id::VmId;
 use matchlock_model::identity::ProcessIdentity;
+use sha2::Digest as _;
 use tokio::net::UnixStream;
 use tokio::sync::Notify;
 
-use super::{ExitReason, Hypervisor, HypervisorError, Machine, MachineExit, MachineSpec, Nic};
+use super::{
+    ExitReason, Hypervisor, HypervisorError, Machine, MachineExit, MachineSpec, Nic, Saved, Start,
+};
 use crate::process::{FakeProcesses, Processes};
+
+/// What the memory of every fake machine is saved as.
+const MEMORY: &[u8] = b"the memory of a fake machine";
 
 /// What happens to a launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,6 +111,11 @@ impl Hypervisor for FakeHypervisor {
         Ok(())
     }
 
+    async fn fingerprint(&self, spec: &MachineSpec) -> Result<String, HypervisorError> {
+        self.check()?;
+        Ok(format!("fake {} {}", spec.vcpus, spec.memory_mb))
+    }
+
     async fn launch(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>, HypervisorError> {
         let fault = {
             let mut state = lock(&self.state);
@@ -138,8 +151,18 @@ impl Hypervisor for FakeHypervisor {
         if fault == Some(LaunchFault::DiesAtOnce) {
             machine.end(ExitReason::Died("injected fault".to_owned()));
         }
+        if let Start::Restore(memory) = &spec.start
+            && !is_whole(memory)
+        {
+            machine.end(ExitReason::Died("load of migration failed".to_owned()));
+        }
         Ok(machine)
     }
+}
+
+fn is_whole(memory: &File) -> bool {
+    let mut found = [0; MEMORY.len() + 1];
+    memory.read_at(&mut found, 0).is_ok_and(|read| found.get(..read) == Some(MEMORY))
 }
 
 fn without_nic(spec: &MachineSpec) -> MachineSpec {
@@ -267,6 +290,16 @@ impl Machine for FakeMachine {
             lock(&self.inner).reason = None;
         }
         killed.map_err(HypervisorError::from)
+    }
+
+    async fn save(&self, mut to: File) -> Result<Saved, HypervisorError> {
+        if !self.processes.is_alive(&self.identity)? {
+            return Err(Self::ended());
+        }
+        to.write_all(MEMORY)
+            .map_err(|source| HypervisorError::Io { doing: "save".to_owned(), source })?;
+        let sha256 = hex::encode(sha2::Sha256::digest(MEMORY));
+        Ok(Saved { bytes: MEMORY.len() as u64, sha256 })
     }
 
     fn console_tail(&self, max_lines: usize) -> Result<Vec<String>, HypervisorError> {

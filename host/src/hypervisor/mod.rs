@@ -3,6 +3,7 @@
 //! ```text
 //!   launch ──► Machine ──┬─ open_link()   bytes to the guest's agent
 //!                        ├─ wait_exit()   why it ended: power-off, reset, panic, a signal, an error
+//!                        ├─ save()        its memory, for others to go on from
 //!                        ├─ kill()        SIGKILL through a pidfd, waits until it is gone
 //!                        └─ console_tail()  the last lines of the guest's console
 //! ```
@@ -16,11 +17,15 @@
 //! 5. `kill` of a machine that is gone is success.
 //! 6. A machine holds its TAP open as long as it lives, and nothing here does after the launch.
 //!
+//! 7. A machine that is to be saved, and one that goes on from what was saved, have the same devices,
+//!    memory and kernel command line; what is behind the devices may differ.
+//!
 //! # Failure
 //! A launch that fails leaves no process: what was spawned is killed before the error is returned.
 //! Dropping the launch future half-way does the same.
 
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -61,6 +66,29 @@ pub struct MachineSpec {
     pub memory_mb: u64,
     /// The NIC, if it has one.
     pub nic: Option<Nic>,
+    /// How it begins.
+    pub start: Start,
+}
+
+/// How a machine begins.
+#[derive(Debug, Clone, Default)]
+pub enum Start {
+    /// It boots.
+    #[default]
+    Boot,
+    /// It boots as far as no two machines differ, and waits to be saved.
+    Hold,
+    /// It goes on from the memory of a machine that was held, once it is told to.
+    Restore(Arc<File>),
+}
+
+/// What was saved of a machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Saved {
+    /// How many bytes.
+    pub bytes: u64,
+    /// Their SHA-256, in hex.
+    pub sha256: String,
 }
 
 /// A NIC on a TAP that is open already: a hypervisor needs no privilege for it.
@@ -182,6 +210,13 @@ pub trait Hypervisor: Send + Sync {
     /// What is missing and how to get it.
     fn check(&self) -> Result<(), HypervisorError>;
 
+    /// What must be the same for a saved machine to be restored, besides the machine's own
+    /// specification: the program, and all that is said to it.
+    ///
+    /// # Errors
+    /// When the program is missing or cannot be looked at.
+    async fn fingerprint(&self, spec: &MachineSpec) -> Result<String, HypervisorError>;
+
     /// Starts a machine. Returns when its process runs; the guest's agent is awaited through the
     /// link.
     ///
@@ -212,6 +247,13 @@ pub trait Machine: Send + Sync {
     /// # Errors
     /// When it is still there after `deadline` or could not be looked at.
     async fn kill(&self, deadline: Duration) -> Result<(), HypervisorError>;
+
+    /// Saves the memory and the devices' state of a machine into a file, from where the file is at.
+    /// The machine stands still afterwards and is of no more use.
+    ///
+    /// # Errors
+    /// When it could not be saved as a whole, or has ended.
+    async fn save(&self, to: File) -> Result<Saved, HypervisorError>;
 
     /// The last lines of the guest's console, at most `max_lines`, oldest first, without control
     /// characters.

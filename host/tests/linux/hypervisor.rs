@@ -1,6 +1,7 @@
 //! Hypervisors: one suite for QEMU and the fake, and the ways in which a real guest ends.
 
 use std::fs;
+use std::io::Seek as _;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use std::time::Duration;
 use matchlock_host::guest_bundle::GuestBundle;
 use matchlock_host::hypervisor::{
     Acceleration, ExitReason, FakeHypervisor, Hypervisor, HypervisorError, LaunchFault, Machine,
-    MachineExit, MachineSpec, Nic, Qemu, QemuOptions,
+    MachineExit, MachineSpec, Nic, Qemu, QemuOptions, Start,
 };
 use matchlock_host::process::{FakeProcesses, LinuxProcesses, Processes, Spawner};
 use matchlock_host::rootfs::{LinuxRootfs, Rootfs, VmPaths};
@@ -62,7 +63,17 @@ async fn make_spec(home: &Path, mark: Mark, init: Init<'_>) -> MachineSpec {
     fs::write(&initramfs, archive(init)).expect("an initramfs");
     fs::write(&base_disk, vec![0; 1024 * 1024]).expect("a base disk");
     let kernel = kernel();
-    MachineSpec { mark, paths, kernel, initramfs, base_disk, vcpus: 1, memory_mb: 256, nic: None }
+    MachineSpec {
+        mark,
+        paths,
+        kernel,
+        initramfs,
+        base_disk,
+        vcpus: 1,
+        memory_mb: 256,
+        nic: None,
+        start: Start::Boot,
+    }
 }
 
 /// The kernel of the guest bundle that the tests are given.
@@ -124,6 +135,51 @@ async fn hypervisor_conforms(
     assert_eq!(ended(&machine).await, exit);
 }
 
+/// What every implementation must do with a machine that is saved.
+async fn saving_conforms(hypervisor: &dyn Hypervisor, spec: &MachineSpec) {
+    let held = MachineSpec { start: Start::Hold, ..spec.clone() };
+    let machine = soon("launch", hypervisor.launch(&held)).await.unwrap();
+    let mut memory = tempfile::tempfile().unwrap();
+    let saved = soon("save", machine.save(memory.try_clone().unwrap())).await.unwrap();
+    assert_eq!((memory.metadata().unwrap().len(), saved.sha256.len()), (saved.bytes, 64));
+    soon("kill", machine.kill(DEADLINE)).await.unwrap();
+    machine.save(tempfile::tempfile().unwrap()).await.expect_err("it is gone");
+
+    // As often as wanted; and cut off, it ends by itself.
+    for is_whole in [true, true, false] {
+        memory.set_len(if is_whole { saved.bytes } else { saved.bytes / 2 }).unwrap();
+        memory.rewind().unwrap();
+        let start = Start::Restore(Arc::new(memory.try_clone().unwrap()));
+        let restored = MachineSpec { start, ..spec.clone() };
+        let machine = soon("launch", hypervisor.launch(&restored)).await.unwrap();
+        if is_whole {
+            let early = tokio::time::timeout(Duration::from_secs(2), machine.wait_exit()).await;
+            assert!(early.is_err(), "it ended by itself: {early:?}");
+        } else {
+            let exit = ended(&machine).await;
+            assert!(
+                matches!(&exit.reason, ExitReason::Died(said) if said.contains("load of migration failed")),
+                "{exit:?}"
+            );
+        }
+        soon("kill", machine.kill(DEADLINE)).await.unwrap();
+    }
+
+    // Whose machine it is makes no difference, and what it is like does.
+    let of = |spec: MachineSpec| async move { hypervisor.fingerprint(&spec).await.unwrap() };
+    let here = of(spec.clone()).await;
+    let other = VmPaths::new(Path::new("/elsewhere"), spec.mark.vm);
+    let elsewhere = MachineSpec { mark: unique_mark(), paths: other, ..spec.clone() };
+    assert_eq!(of(elsewhere).await, here);
+    assert_ne!(of(MachineSpec { vcpus: 2, ..spec.clone() }).await, here);
+}
+
+#[tokio::test]
+async fn qemu_saves_and_restores() {
+    let world = World::new(Init::Sleep("")).await;
+    saving_conforms(&world.qemu, &world.spec).await;
+}
+
 #[tokio::test]
 async fn qemu_conforms() {
     let mut world = World::new(Init::Sleep("")).await;
@@ -151,6 +207,7 @@ async fn the_fake_conforms() {
             tap: Arc::clone(&tap),
             firewall: None,
         }),
+        start: Start::Boot,
     };
     let fake = FakeHypervisor::new(processes.clone());
     hypervisor_conforms(&fake, &processes, &spec).await;
@@ -188,6 +245,7 @@ async fn the_fake_conforms() {
     guest.end(ExitReason::PowerOff);
     assert_eq!(ended(&machine).await.reason, ExitReason::PowerOff);
     assert_eq!(fake.launches().len(), 6);
+    saving_conforms(&fake, &MachineSpec { nic: None, ..spec.clone() }).await;
     drop(spec);
     assert!(guest.nic().is_none());
     assert_eq!(Arc::strong_count(&tap), 1, "a machine that has ended holds its TAP");

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use matchlock_host::guest_bundle::GuestBundle;
 use matchlock_host::guest_link::{ExecEvent, GuestLink, LinkConnector, YamuxConnector};
-use matchlock_host::hypervisor::{Hypervisor, Machine, MachineSpec, Nic, Qemu, QemuOptions};
+use matchlock_host::hypervisor::{Hypervisor, Machine, MachineSpec, Nic, Qemu, QemuOptions, Start};
 use matchlock_host::process::Spawner;
 use matchlock_host::rootfs::{LinuxRootfs, Rootfs, VmPaths};
 use matchlock_model::exec::{ExecSpec, ExitStatus};
@@ -87,6 +87,7 @@ async fn make_spec(home: &Path, nic: Nic) -> MachineSpec {
         vcpus: 1,
         memory_mb: 256,
         nic: Some(nic),
+        start: Start::default(),
     }
 }
 

@@ -35,6 +35,8 @@ pub enum Effect {
     Launch,
     /// Shake hands with the guest's agent.
     ConnectGuest,
+    /// Wait until the guest of a template is on hold, save it, and show the snapshot to others.
+    SaveSnapshot,
     /// Tell the guest its hostname and the like.
     ConfigureGuest,
     /// See that the hypervisor and the guest of a running VM are there and answer, and connect
@@ -86,6 +88,7 @@ impl Effect {
             Self::ApplyFirewall => "apply_firewall",
             Self::Launch => "launch",
             Self::ConnectGuest => "connect_guest",
+            Self::SaveSnapshot => "save_snapshot",
             Self::ConfigureGuest => "configure_guest",
             Self::Reattach { .. } => "reattach",
             Self::Note { .. } => "note",

@@ -14,6 +14,7 @@
 //!        Forget (--rm)  Conclude    Conclude            Conclude: write *_failed, then settle
 //!             └───────────┴── settle ──┘
 //!
+//!  The Boot of a template ends with its snapshot, and then with Stop.
 //!  Heard (silence, or an answer after it) in running ─► Note ─► (running)
 //!  A life after a failed one begins with Reattach in running, else with Clean or Stop.
 //!  A stop during Create, Boot, Reattach or Note cancels the operation; its OpDone leads to Clean or

@@ -19,6 +19,8 @@ pub struct VmState {
     pub cause: Option<Failure>,
     /// What was heard of a running VM's guest during an operation, to be noted after it.
     pub unnoted: Option<Heard>,
+    /// Whether it is brought up only to be saved, for others to go on from.
+    pub template: bool,
     /// Whether the VM is removed once it is clean.
     pub ephemeral: bool,
     /// Whether its directory and row are gone too.
@@ -43,6 +45,7 @@ impl VmState {
             stop: None,
             cause: None,
             unnoted: None,
+            template: false,
             ephemeral,
             forgotten: false,
             settled: false,
@@ -64,7 +67,7 @@ pub enum Heard {
 pub enum Op {
     /// Directory and disk.
     Create,
-    /// Hypervisor and agent.
+    /// Hypervisor and agent; of a template, hypervisor and snapshot.
     Boot,
     /// See that a running VM is still there, whose actor was restarted or whose link was lost.
     Reattach,

@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use matchlock_actors::vm::CreateVm;
+use matchlock_actors::vm::{CreateVm, StartMode};
 use matchlock_host::facts;
 use matchlock_host::guest_bundle::GuestBundle;
 use matchlock_host::image::BlobLease;
@@ -48,6 +48,8 @@ pub(super) struct CreateParams {
     remove: bool,
     /// Ours: the VM gets an owner of its own, and outlives the session.
     pub(super) detached: bool,
+    /// Ours: the VM boots, also where there is a snapshot to start from.
+    cold: bool,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -104,6 +106,7 @@ pub(super) struct Wanted {
     /// Instead of the image's own.
     pub(super) image_config: ImageConfig,
     pub(super) kernel: Option<PathBuf>,
+    start: StartMode,
 }
 
 impl CreateParams {
@@ -150,7 +153,8 @@ impl CreateParams {
         }
         let mut arguments: Vec<OsString> = vec!["run".into(), "-d".into()];
         let is_bare = |flag: &str| {
-            ["privileged", "no-network", "allow-private", "allow-host-access"].contains(&flag)
+            ["privileged", "cold", "no-network", "allow-private", "allow-host-access"]
+                .contains(&flag)
         };
         let mut add = |flag: &str, value: &str| {
             let argument =
@@ -168,9 +172,8 @@ impl CreateParams {
                 add(flag, &value.to_string());
             }
         }
-        if self.privileged {
-            add("privileged", "");
-        }
+        let bare = [("privileged", self.privileged), ("cold", self.cold)];
+        bare.iter().filter(|(_, given)| *given).for_each(|(flag, _)| add(flag, ""));
         self.network_arguments(&mut add);
         let image = self.image_config.clone().unwrap_or_default();
         let mut env_file = String::new();
@@ -285,7 +288,8 @@ impl CreateParams {
             host_cpus: u32::try_from(host_cpus).unwrap_or(u32::MAX),
         };
         let spec = VmSpec::check(input).map_err(|e| RpcError::params(in_our_words(&e)))?;
-        Ok(Wanted { spec, image_config, kernel })
+        let start = if self.cold { StartMode::Cold } else { StartMode::Warm };
+        Ok(Wanted { spec, image_config, kernel, start })
     }
 }
 
@@ -408,6 +412,7 @@ pub(super) fn prepare(
         guest_lease,
         kernel: bundle.kernel,
         initramfs: bundle.initramfs,
+        start: wanted.start,
     })
 }
 

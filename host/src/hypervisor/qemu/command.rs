@@ -5,9 +5,10 @@ use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
+use matchlock_wire::hold::HOLD_WORD;
 use matchlock_wire::{BASE_DISK_SERIAL, PORT_NAME, ROOTFS_DISK_SERIAL};
 
-use super::super::{MachineSpec, Nic};
+use super::super::{MachineSpec, Nic, Start};
 
 /// How guests are run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,10 +43,12 @@ pub(super) struct Wiring {
     pub(super) qmp: RawFd,
     /// The TAP, if there is a NIC.
     pub(super) tap: Option<RawFd>,
+    /// The memory that it goes on from, if it does.
+    pub(super) memory: Option<RawFd>,
 }
 
 /// The guest kernel's command line. Nothing that a user supplied is on it.
-pub(super) fn kernel_command_line(wiring: &Wiring) -> String {
+pub(super) fn kernel_command_line(start: &Start, wiring: &Wiring) -> String {
     // `panic=-1` and `reboot=t` turn a panic into a reset at once, and `-no-reboot` that into an
     // end. The rest spares a kernel that was built for every machine work on this one.
     let mut line = "console=ttyS0 reboot=t panic=-1 quiet loglevel=1 mitigations=off nokaslr \
@@ -56,6 +59,14 @@ pub(super) fn kernel_command_line(wiring: &Wiring) -> String {
         // Without KVM the microvm has no clock to calibrate the TSC with: a kernel that is not
         // told its speed hangs, silently. It is the host's.
         line.push_str(&format!(" tsc_early_khz={khz} tsc=reliable"));
+    }
+    match start {
+        Start::Boot => {}
+        // The restored one's is in its memory already; what is said here is then only as long.
+        Start::Hold | Start::Restore(_) => {
+            line.push(' ');
+            line.push_str(HOLD_WORD);
+        }
     }
     line
 }
@@ -78,7 +89,7 @@ pub(super) fn arguments(spec: &MachineSpec, base_disk: &Path, wiring: &Wiring) -
         .pair("-m", format!("{}M", spec.memory_mb))
         .pair("-kernel", &spec.kernel)
         .pair("-initrd", &spec.initramfs)
-        .pair("-append", kernel_command_line(wiring));
+        .pair("-append", kernel_command_line(&spec.start, wiring));
     argv.pair("-chardev", "file,id=console,path=logs/console.log")
         .pair("-serial", "chardev:console");
     argv.pair("-chardev", format!("socket,id=qmp,fd={},server=on,wait=off", wiring.qmp))
@@ -102,6 +113,10 @@ pub(super) fn arguments(spec: &MachineSpec, base_disk: &Path, wiring: &Wiring) -
         // guests that nobody trusts.
         argv.pair("-netdev", format!("tap,id=net0,fd={tap},vhost=off"))
             .pair("-device", network_device(nic));
+    }
+    if let Some(memory) = wiring.memory {
+        // It runs as soon as it is loaded; what cannot be loaded ends QEMU.
+        argv.pair("-incoming", format!("fd:{memory}"));
     }
     argv.0
 }
@@ -170,11 +185,12 @@ mod tests {
             vcpus: 2,
             memory_mb: 256,
             nic: None,
+            start: Start::Boot,
         }
     }
 
     fn wiring(acceleration: Acceleration) -> Wiring {
-        Wiring { acceleration, tsc_khz: Some(2_445_426), link: 7, qmp: 9, tap: None }
+        Wiring { acceleration, tsc_khz: Some(2_445_426), link: 7, qmp: 9, tap: None, memory: None }
     }
 
     fn value<'a>(argv: &'a [OsString], option: &str) -> Vec<&'a str> {
@@ -191,9 +207,10 @@ mod tests {
 
     #[test]
     fn the_clock_is_told_without_kvm_only() {
-        let tcg = kernel_command_line(&wiring(Acceleration::Tcg));
+        let tcg = kernel_command_line(&Start::Boot, &wiring(Acceleration::Tcg));
         assert!(tcg.ends_with(" tsc_early_khz=2445426 tsc=reliable"), "{tcg}");
-        assert!(!kernel_command_line(&wiring(Acceleration::Kvm)).contains("tsc"));
+        let kvm = kernel_command_line(&Start::Boot, &wiring(Acceleration::Kvm));
+        assert!(!kvm.contains("tsc"));
         assert!(!tcg.contains("  ") && !tcg.contains('\n'), "{tcg}");
     }
 
@@ -221,6 +238,21 @@ mod tests {
         assert_eq!(value(&argv, "-device").last(), Some(&device));
         // Everything else is as it was.
         assert_eq!(argv[..none.len()], none);
+    }
+
+    #[test]
+    fn a_restored_machine_is_told_what_the_held_one_was_told_and_its_memory() {
+        let mut spec = spec();
+        let booted = arguments(&spec, &spec.base_disk, &wiring(Acceleration::Tcg));
+        assert!(!value(&booted, "-append")[0].contains(HOLD_WORD));
+        spec.start = Start::Hold;
+        let held = arguments(&spec, &spec.base_disk, &wiring(Acceleration::Tcg));
+        assert!(value(&held, "-append")[0].ends_with(&format!(" {HOLD_WORD}")));
+        spec.start = Start::Restore(std::fs::File::open("/dev/null").unwrap().into());
+        let wiring = Wiring { memory: Some(12), ..wiring(Acceleration::Tcg) };
+        let restored = arguments(&spec, &spec.base_disk, &wiring);
+        assert_eq!(restored[..held.len()], held);
+        assert_eq!(restored[held.len()..], ["-incoming", "fd:12"]);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //!   launch:  bind + listen link.sock, qmp.sock ─► connect QMP ─► hypervisor.json ─► spawn QEMU
 //!            (the listening descriptors go to QEMU, so a connection never comes too early)
 //!   then:    task "follow"  reads QMP to its end ─┐
+//!            and sends what we ask of QEMU   │
 //!            task "watch"   waits for the process ┴─► MachineExit ─► everyone who waits
 //! ```
 //!
@@ -39,7 +40,9 @@ use tokio::sync::{OnceCell, watch};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
 
-use super::{ExitReason, Hypervisor, HypervisorError, Machine, MachineExit, MachineSpec};
+use super::{
+    ExitReason, Hypervisor, HypervisorError, Machine, MachineExit, MachineSpec, Saved, Start,
+};
 use crate::facts;
 use crate::process::{Child, ChildSpec, Spawner};
 use crate::socket;
@@ -47,12 +50,13 @@ use crate::socket;
 mod command;
 mod exit;
 mod qmp;
+mod save;
 
 pub use command::Acceleration;
 
 use command::{Wiring, arguments};
 use exit::{Evidence, decide, tail};
-use qmp::Shutdown;
+use qmp::{Control, Shutdown};
 
 /// The program.
 const PROGRAM: &str = "qemu-system-x86_64";
@@ -74,7 +78,7 @@ const MIN_FILE_BYTES: u64 = 64 * 1024 * 1024;
 
 /// What a crash may come between. After `spawn` the process runs and no row names it yet.
 pub const POINTS: Area =
-    Area::new("hypervisor", &["link_socket", "qmp_socket", "json", "spawn", "kill"]);
+    Area::new("hypervisor", &["link_socket", "qmp_socket", "json", "spawn", "kill", "save"]);
 
 impl From<Injected> for HypervisorError {
     fn from(injected: Injected) -> Self {
@@ -200,6 +204,11 @@ impl Hypervisor for Qemu {
         self.find_program().map(drop)
     }
 
+    async fn fingerprint(&self, spec: &MachineSpec) -> Result<String, HypervisorError> {
+        let tsc_khz = self.tsc_khz().await?;
+        save::fingerprint(&self.find_program()?, spec, self.acceleration, tsc_khz)
+    }
+
     async fn launch(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>, HypervisorError> {
         let program = self.find_program()?;
         let tsc_khz = self.tsc_khz().await?;
@@ -266,12 +275,19 @@ fn prepare(
     let firewall = spec.nic.as_ref().and_then(|nic| nic.firewall.as_ref());
     let firewall = firewall.map(|tables| tables.keeper()).transpose();
     let firewall = firewall.map_err(failed("hand the firewall's socket over"))?.flatten();
+    let memory = match &spec.start {
+        Start::Boot | Start::Hold => None,
+        Start::Restore(memory) => {
+            Some(OwnedFd::from(memory.try_clone().map_err(failed("hand the saved memory over"))?))
+        }
+    };
     let wiring = Wiring {
         acceleration,
         tsc_khz,
         link: link.as_raw_fd(),
         qmp: qmp_listener.as_raw_fd(),
         tap: tap.as_ref().map(AsRawFd::as_raw_fd),
+        memory: memory.as_ref().map(AsRawFd::as_raw_fd),
     };
     let args = arguments(spec, &base_disk, &wiring);
     let log = open_log(&dir)?;
@@ -291,6 +307,7 @@ fn prepare(
             .into_iter()
             .chain(tap)
             .chain(firewall)
+            .chain(memory)
             .collect(),
         max_file_bytes: Some(largest_file(disk_bytes)),
     };
@@ -381,6 +398,7 @@ struct QemuMachine {
     dir: Arc<OwnedFd>,
     killed: Arc<AtomicBool>,
     exit: watch::Receiver<Option<MachineExit>>,
+    control: Control,
 }
 
 impl QemuMachine {
@@ -388,13 +406,14 @@ impl QemuMachine {
     fn start(child: Child, dir: OwnedFd, qmp: UnixStream) -> Self {
         let (dir, killed) = (Arc::new(dir), Arc::new(AtomicBool::new(false)));
         let (sender, exit) = watch::channel(None);
-        let follow = tokio::spawn(qmp::follow(qmp));
+        let (control, asked) = Control::new();
+        let follow = tokio::spawn(qmp::follow(qmp, asked));
         let watched = (child.clone(), Arc::clone(&dir), Arc::clone(&killed));
         tokio::spawn(async move {
             let (child, dir, killed) = watched;
             sender.send_replace(Some(watch_exit(&child, &dir, &killed, follow).await));
         });
-        Self { child, dir, killed, exit }
+        Self { child, dir, killed, exit, control }
     }
 }
 
@@ -463,6 +482,13 @@ impl Machine for QemuMachine {
         POINTS.before("kill")?;
         self.child.kill(deadline).await?;
         Ok(POINTS.after("kill")?)
+    }
+
+    async fn save(&self, to: File) -> Result<Saved, HypervisorError> {
+        POINTS.before("save")?;
+        let saved = save::save(&self.control, to).await?;
+        POINTS.after("save")?;
+        Ok(saved)
     }
 
     fn console_tail(&self, max_lines: usize) -> Result<Vec<String>, HypervisorError> {

@@ -159,6 +159,8 @@ fn created(state: VmState, result: OpResult) -> (VmState, Vec<Effect>) {
 
 fn booted(state: VmState, result: OpResult) -> (VmState, Vec<Effect>) {
     match (result, state.stop) {
+        // It has been saved: that was all.
+        (Ok(()), None) if state.template => take_down(state, StopMode::Force),
         (Ok(()), None) => (state, Vec::new()),
         (Ok(()), Some(mode)) => take_down(state, mode),
         // The guest may be half up: there is nobody in it who could be asked.
@@ -213,13 +215,12 @@ fn op_stuck(
 }
 
 fn boot(state: VmState) -> (VmState, Vec<Effect>) {
-    let effects = vec![
-        record(Phase::Starting),
-        Effect::Launch,
-        Effect::ConnectGuest,
-        Effect::ConfigureGuest,
-        record(Phase::Running),
-    ];
+    let mut effects = vec![record(Phase::Starting), Effect::Launch];
+    if state.template {
+        effects.push(Effect::SaveSnapshot);
+    } else {
+        effects.extend([Effect::ConnectGuest, Effect::ConfigureGuest, record(Phase::Running)]);
+    }
     (VmState { phase: Phase::Starting, op: Some(Op::Boot), ..state }, effects)
 }
 

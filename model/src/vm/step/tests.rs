@@ -84,6 +84,43 @@ fn a_clean_life_goes_through_the_runbooks_phases() {
 }
 
 #[test]
+fn a_template_is_saved_and_taken_down_and_never_runs() {
+    let mut life = Life::new(true);
+    life.state.template = true;
+    life.event(VmEvent::Begin);
+    life.end_op(0, Ok(()));
+    assert_eq!(life.pending.last(), Some(&Effect::SaveSnapshot));
+    while !life.state.settled {
+        assert!(!life.pending.contains(&Effect::ConnectGuest));
+        life.end_op(0, Ok(()));
+    }
+    let expected = [
+        Phase::Creating,
+        Phase::Created,
+        Phase::Starting,
+        Phase::Stopping,
+        Phase::Cleaning,
+        Phase::Cleaned,
+    ];
+    assert_eq!(life.recorded, expected);
+    assert!(life.state.is_cleaned_up() && life.state.cause.is_none());
+}
+
+#[test]
+fn a_template_that_was_not_saved_says_why_and_is_cleaned_up() {
+    let mut life = Life::new(true);
+    life.state.template = true;
+    life.event(VmEvent::Begin);
+    life.end_op(0, Ok(()));
+    life.end_op(2, Err(failure()));
+    while !life.state.settled {
+        life.end_op(0, Ok(()));
+    }
+    assert!(life.recorded.contains(&Phase::StartFailed));
+    assert_eq!((life.state.is_cleaned_up(), life.state.cause), (true, Some(failure())));
+}
+
+#[test]
 fn the_hypervisor_is_closed_before_anything_is_removed() {
     let mut life = Life::new(false);
     life.event(VmEvent::Begin);

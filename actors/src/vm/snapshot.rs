@@ -1,0 +1,128 @@
+//! Saving a template, and going on from what was saved of one.
+//!
+//! ```text
+//!   save:     guest on hold ─► begin ─► the machine saves itself ─► publish
+//!   restore:  find ─► launch from it ─┬─ hash it ─┬─► both well: resume ─► true
+//!                                     └─ record ──┘      │
+//!             none, or anything wrong: kill what was launched ─► one line ─► false: boot
+//! ```
+//!
+//! # Invariants
+//! 1. A guest goes on only after every byte that it was made of was seen to be what was saved.
+//! 2. Where a restored machine is not used it is gone, seen to be gone, before another is launched; and
+//!    the row's epoch was read again.
+//!
+//! # Failure
+//! Nothing that is wrong about a snapshot fails a VM. What ends the effect is that a machine could not
+//! be ended, or that the row could not be written.
+
+use matchlock_host::hypervisor::{Machine, MachineSpec, Start};
+use matchlock_host::snapshot::{POINTS, Snapshot, Wanted};
+use matchlock_model::failure::{Failure, FailureKind};
+use matchlock_model::vm::OpResult;
+use tokio::time::{Instant, timeout};
+
+use super::context::VmContext;
+use super::effects::{host, see_epoch};
+use super::machine::{ended_early, keep, never_ready, no_machine};
+use crate::points::around;
+
+/// The snapshot that a machine like this makes or needs.
+async fn wanted(context: &VmContext, spec: &MachineSpec) -> Result<Wanted, Failure> {
+    let hypervisor = context.deps.hypervisor.fingerprint(spec).await.map_err(|e| host(&e))?;
+    Ok(Wanted {
+        kernel: spec.kernel.clone(),
+        initramfs: spec.initramfs.clone(),
+        vcpus: spec.vcpus,
+        memory_mb: spec.memory_mb,
+        nic: spec.nic.is_some(),
+        hypervisor,
+    })
+}
+
+/// Saves a template, once its guest is on hold.
+pub(super) async fn save(context: &VmContext) -> OpResult {
+    let machine = context.machine().ok_or_else(no_machine)?;
+    let limit = context.deps.limits.boot;
+    let held = tokio::select! {
+        biased;
+        exit = machine.wait_exit() => return Err(ended_early(&*machine, &exit)),
+        held = context.deps.connector.held(&*machine, limit) => held,
+    };
+    if let Err(error) = held {
+        return Err(never_ready(&*machine, &error).await);
+    }
+    let wanted = context.launched_as().ok_or_else(no_machine)?;
+    let snapshots = &context.deps.snapshots;
+    let draft = snapshots.begin(&wanted).await.map_err(|e| host(&e))?;
+    let file = draft.file().map_err(|e| host(&e))?;
+    let saved = timeout(limit, machine.save(file)).await;
+    let late = || Failure::new(FailureKind::Timeout, format!("it was not saved within {limit:?}"));
+    let saved = saved.map_err(|_| late())?.map_err(|e| host(&e))?;
+    snapshots.publish(draft, saved).await.map_err(|e| host(&e))
+}
+
+/// Notes what a template is launched as, for its snapshot's sake.
+pub(super) async fn note_template(context: &VmContext, spec: &MachineSpec) -> OpResult {
+    context.set_launched_as(wanted(context, spec).await?);
+    Ok(())
+}
+
+/// Launches the machine from a snapshot that fits and lets its guest go on. False where there is none,
+/// or none of use: then no machine of it is left, and the VM is to boot.
+pub(super) async fn restore(context: &VmContext, spec: &MachineSpec) -> Result<bool, Failure> {
+    let started = Instant::now();
+    let snapshot = match find(context, spec).await {
+        Ok(Some(snapshot)) => snapshot,
+        Ok(None) => return Ok(false),
+        Err(failure) => {
+            boots(context, &failure);
+            return Ok(false);
+        }
+    };
+    let start = Start::Restore(snapshot.memory.clone());
+    let restored = MachineSpec { start, ..spec.clone() };
+    let launched = context.deps.hypervisor.launch(&restored).await;
+    drop(restored);
+    let machine = match launched {
+        Ok(machine) => machine,
+        Err(error) => {
+            boots(context, &host(&error));
+            return Ok(false);
+        }
+    };
+    keep(context, machine.clone(), started).await?;
+    let Err(failure) = around(POINTS, "restore", resume(context, &*machine, &snapshot)).await
+    else {
+        context.time(|timings| timings.restore = Some(started.elapsed()));
+        tracing::info!(vm_id = %context.id, "started from a snapshot");
+        return Ok(true);
+    };
+    boots(context, &failure);
+    machine.kill(context.deps.limits.kill).await.map_err(|e| host(&e))?;
+    // That took a while, and another machine is about to be launched.
+    see_epoch(context).await?;
+    Ok(false)
+}
+
+async fn find(context: &VmContext, spec: &MachineSpec) -> Result<Option<Snapshot>, Failure> {
+    let wanted = wanted(context, spec).await?;
+    context.deps.snapshots.find(&wanted).await.map_err(|e| host(&e))
+}
+
+async fn resume(context: &VmContext, machine: &dyn Machine, snapshot: &Snapshot) -> OpResult {
+    snapshot.check().await.map_err(|e| host(&e))?;
+    let limit = context.deps.limits.restore;
+    tokio::select! {
+        biased;
+        exit = machine.wait_exit() => Err(ended_early(machine, &exit)),
+        resumed = context.deps.connector.resume(machine, limit) => {
+            resumed.map_err(|e| Failure::from_error(FailureKind::Guest, &e))
+        }
+    }
+}
+
+/// The one line about a snapshot that was of no use.
+fn boots(context: &VmContext, failure: &Failure) {
+    tracing::warn!(vm_id = %context.id, %failure, "boots: it could not go on from a snapshot");
+}

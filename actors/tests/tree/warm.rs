@@ -1,0 +1,89 @@
+//! Snapshots: made of a template, gone on from, and of no use.
+
+use matchlock_actors::vm::StartMode;
+use matchlock_host::hypervisor::{FakeHypervisor, LaunchFault, Start};
+use matchlock_model::phase::Phase;
+use matchlock_model::vm::StopMode;
+
+use super::world::{World, settled};
+
+/// How the machines began that were launched so far.
+fn starts(hypervisor: &FakeHypervisor) -> Vec<&'static str> {
+    let name = |start: &Start| match start {
+        Start::Boot => "boot",
+        Start::Hold => "hold",
+        Start::Restore(_) => "restore",
+    };
+    hypervisor.launches().iter().map(|spec| name(&spec.start)).collect()
+}
+
+async fn make_warm(world: &World) {
+    let mut template = world.create_as(StartMode::Template, true).await.unwrap();
+    let view = settled(&mut template).await;
+    assert_eq!((view.phase, view.cause, view.cleaned_up), (Phase::Cleaned, None, true));
+    let phases = world.phases(template.id).await;
+    assert!(!phases.contains(&Phase::Running), "nobody may run a command in it: {phases:?}");
+}
+
+#[tokio::test]
+async fn a_template_is_saved_and_leaves_nothing_but_its_snapshot() {
+    let world = World::new().await;
+    make_warm(&world).await;
+    assert_eq!((world.snapshots.count(), starts(&world.hypervisor)), (1, vec!["hold"]));
+    assert!(world.connector.configured().is_empty(), "nobody tells it anything");
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_vm_goes_on_from_it_unless_it_is_to_boot() {
+    let world = World::new().await;
+    make_warm(&world).await;
+    let warm = world.running(true).await;
+    assert!(warm.view.borrow().timings.restore.is_some());
+    assert!(warm.view.borrow().timings.kernel.is_none(), "it did not boot");
+    let mut cold = world.create_as(StartMode::Cold, true).await.unwrap();
+    super::world::reaches(&mut cold, |view| view.phase == Phase::Running).await;
+    assert_eq!(starts(&world.hypervisor), ["hold", "restore", "boot"]);
+    assert!(cold.view.borrow().timings.restore.is_none());
+    for id in [warm.id, cold.id] {
+        world.stop(id, StopMode::Force).await.unwrap();
+    }
+    for mut vm in [warm, cold] {
+        settled(&mut vm).await;
+    }
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_damaged_one_is_given_up_and_its_machine_is_gone_before_another_boots() {
+    let world = World::new().await;
+    make_warm(&world).await;
+    world.snapshots.damage();
+    let mut vm = world.running(true).await;
+    assert_eq!(starts(&world.hypervisor), ["hold", "restore", "boot"]);
+    assert!(vm.view.borrow().timings.restore.is_none());
+    let row = world.deps.reader.lifecycle_head(vm.id).await.unwrap().unwrap();
+    let booted = world.hypervisor.machine(vm.id).unwrap();
+    let booted = matchlock_host::hypervisor::Machine::identity(&*booted);
+    assert_eq!(row.resources.hypervisor.as_ref(), Some(&booted), "the row names the one that runs");
+    let marked = matchlock_host::process::Processes::find_marked(&world.processes).unwrap();
+    assert_eq!(marked.len(), 1, "{marked:?}");
+    world.stop(vm.id, StopMode::Force).await.unwrap();
+    settled(&mut vm).await;
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_template_that_dies_makes_no_snapshot_and_leaves_nothing() {
+    let world = World::new().await;
+    world.hypervisor.set_launch_fault(Some(LaunchFault::DiesAtOnce));
+    let mut template = world.create_as(StartMode::Template, true).await.unwrap();
+    let view = settled(&mut template).await;
+    assert!(view.cause.is_some() && view.cleaned_up, "{view:?}");
+    assert_eq!(world.snapshots.count(), 0);
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}

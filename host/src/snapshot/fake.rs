@@ -1,0 +1,75 @@
+//! Snapshots in memory, for tests of what is built on [`Snapshots`].
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+
+use super::record::key;
+use super::{Draft, Snapshot, SnapshotError, Snapshots, Wanted};
+use crate::hypervisor::Saved;
+
+/// Those that were published, by name.
+type Shown = BTreeMap<String, (Wanted, Arc<File>, Saved)>;
+
+/// Snapshots in memory. Clones share them.
+#[derive(Debug, Clone, Default)]
+pub struct FakeSnapshots {
+    state: Arc<Mutex<Shown>>,
+}
+
+impl FakeSnapshots {
+    fn lock(&self) -> MutexGuard<'_, Shown> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Damages all that are there.
+    pub fn damage(&self) {
+        for (_, _, saved) in self.lock().values_mut() {
+            saved.sha256 = "damaged".to_owned();
+        }
+    }
+}
+
+#[async_trait]
+impl Snapshots for FakeSnapshots {
+    async fn find(&self, wanted: &Wanted) -> Result<Option<Snapshot>, SnapshotError> {
+        let key = key(wanted);
+        match self.lock().get(&key) {
+            None => Ok(None),
+            Some((made, memory, saved)) if made == wanted => Ok(Some(Snapshot {
+                memory: Arc::clone(memory),
+                saved: saved.clone(),
+                _lease: None,
+            })),
+            Some(_) => Err(SnapshotError::Stale { key, what: "it is of another hypervisor" }),
+        }
+    }
+
+    async fn begin(&self, wanted: &Wanted) -> Result<Draft, SnapshotError> {
+        let memory = tempfile::tempfile();
+        let memory = memory.map_err(|e| SnapshotError::io("make", Path::new("memory"), e))?;
+        Ok(Draft { memory, wanted: wanted.clone(), _lock: None })
+    }
+
+    async fn publish(&self, draft: Draft, saved: Saved) -> Result<(), SnapshotError> {
+        let Draft { mut memory, wanted, .. } = draft;
+        io::Seek::rewind(&mut memory)
+            .map_err(|e| SnapshotError::io("read", Path::new("memory"), e))?;
+        self.lock().insert(key(&wanted), (wanted, Arc::new(memory), saved));
+        Ok(())
+    }
+
+    async fn sweep(&self) -> Result<usize, SnapshotError> {
+        Ok(0)
+    }
+}

@@ -1,0 +1,249 @@
+//! Snapshots in the cache.
+
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use async_trait::async_trait;
+use rustix::io::Errno;
+use tokio::task::spawn_blocking;
+
+use super::record::{self, Record};
+use super::{Draft, MAX_BYTES, MAX_COUNT, POINTS, Snapshot, SnapshotError, Snapshots, Wanted};
+use crate::hypervisor::Saved;
+use crate::locked::Locked;
+
+/// What is being made, and what is being removed.
+const NEW: &str = ".new";
+const REMOVED: &str = ".removed";
+
+/// The snapshots below `<cache>/snapshots/`.
+#[derive(Debug, Clone)]
+pub struct LinuxSnapshots {
+    dir: PathBuf,
+}
+
+/// One that is there.
+struct Kept {
+    dir: PathBuf,
+    bytes: u64,
+    used: SystemTime,
+}
+
+impl LinuxSnapshots {
+    /// Those of this cache.
+    #[must_use]
+    pub fn new(cache: &Path) -> Self {
+        Self { dir: cache.join("snapshots") }
+    }
+
+    /// Does blocking work elsewhere.
+    async fn elsewhere<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(Self) -> Result<T, SnapshotError> + Send + 'static,
+    ) -> Result<T, SnapshotError> {
+        let this = self.clone();
+        let done = spawn_blocking(move || work(this)).await;
+        done.unwrap_or_else(|e| Err(SnapshotError::io("work in", &self.dir, io::Error::other(e))))
+    }
+
+    fn find_now(&self, wanted: &Wanted) -> Result<Option<Snapshot>, SnapshotError> {
+        let key = record::key(wanted);
+        let dir = self.dir.join(&key);
+        let lease = Locked::shared(&dir).map_err(|e| SnapshotError::io("lock", &dir, e))?;
+        let Some(lease) = lease else { return Ok(None) };
+        let record = Record::read(&dir)?;
+        let unlike = match record.outdated()? {
+            Some(what) => Some(what),
+            None => record.unlike(wanted),
+        };
+        if let Some(what) = unlike {
+            return Err(SnapshotError::Stale { key, what });
+        }
+        let path = dir.join("memory");
+        let open = |e: io::Error| SnapshotError::io("open", &path, e);
+        let memory = File::open(&path).map_err(open)?;
+        let size = memory.metadata().map_err(open)?.len();
+        if size != record.bytes {
+            let what = format!("{} has {size} bytes instead of {}", path.display(), record.bytes);
+            return Err(SnapshotError::Damaged { what });
+        }
+        // Who is used least goes first when there are too many; not knowing it harms nobody.
+        let noted = File::open(dir.join("snapshot.json"))
+            .and_then(|record| record.set_modified(SystemTime::now()));
+        if let Err(error) = noted {
+            tracing::debug!(%error, key, "could not note the use of a snapshot");
+        }
+        Ok(Some(Snapshot { memory: Arc::new(memory), saved: record.saved(), _lease: Some(lease) }))
+    }
+
+    fn begin_now(&self, wanted: Wanted) -> Result<Draft, SnapshotError> {
+        let make = |path: &Path| match DirBuilder::new().mode(0o700).create(path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                Err(SnapshotError::io("make", path, error))
+            }
+            _ => Ok(()),
+        };
+        make(&self.dir)?;
+        let lock = self.lock()?.ok_or_else(|| SnapshotError::Busy { dir: self.dir.clone() })?;
+        self.sweep_hidden()?;
+        make(&self.dir.join(NEW))?;
+        let path = self.dir.join(NEW).join("memory");
+        let memory = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+        let memory = memory.map_err(|e| SnapshotError::io("make", &path, e))?;
+        Ok(Draft { memory, wanted, _lock: Some(lock) })
+    }
+
+    fn publish_now(&self, draft: &Draft, saved: Saved) -> Result<(), SnapshotError> {
+        let new = self.dir.join(NEW);
+        let write = |error: io::Error| SnapshotError::io("write", &new, error);
+        let record = Record::new(&draft.wanted, saved)?;
+        let text = serde_json::to_vec_pretty(&record).map_err(|e| write(e.into()))?;
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(new.join("snapshot.json"))
+            .map_err(write)?;
+        file.write_all(&text).and_then(|()| file.sync_all()).map_err(write)?;
+        draft.memory.sync_all().map_err(write)?;
+        let place = self.dir.join(record::key(&draft.wanted));
+        if !self.remove(&place)? {
+            return Err(SnapshotError::Busy { dir: self.dir.clone() });
+        }
+        POINTS.before("publish").map_err(|e| write(e.into()))?;
+        fs::rename(&new, &place).map_err(write)?;
+        File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(write)?;
+        POINTS.after("publish").map_err(|e| write(e.into()))?;
+        self.limit(Some(&place)).map(drop)
+    }
+
+    fn sweep_now(&self) -> Result<usize, SnapshotError> {
+        match self.lock() {
+            Ok(Some(_lock)) => Ok(self.sweep_hidden()? + self.limit(None)?),
+            // Nothing was ever made, or somebody is just making something.
+            Ok(None) => Ok(0),
+            Err(SnapshotError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                Ok(0)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn lock(&self) -> Result<Option<Locked>, SnapshotError> {
+        Locked::exclusive(&self.dir).map_err(|e: Errno| SnapshotError::io("lock", &self.dir, e))
+    }
+
+    /// Removes what changes left that did not come to their end.
+    fn sweep_hidden(&self) -> Result<usize, SnapshotError> {
+        let mut removed = 0;
+        for name in self.names()?.iter().filter(|name| name.as_bytes().starts_with(b".")) {
+            let path = self.dir.join(name);
+            let fail = |error: io::Error| SnapshotError::io("remove", &path, error);
+            POINTS.before("sweep").map_err(|e| fail(e.into()))?;
+            fs::remove_dir_all(&path).map_err(fail)?;
+            POINTS.after("sweep").map_err(|e| fail(e.into()))?;
+            removed += 1;
+        }
+        Ok(removed)
+    }
+
+    /// Removes what is of no use any more, then what is too much: the least recently used first, but
+    /// not the one that was just made.
+    fn limit(&self, made: Option<&Path>) -> Result<usize, SnapshotError> {
+        let mut removed = 0;
+        let mut kept = Vec::new();
+        for name in self.names()? {
+            let dir = self.dir.join(name);
+            match self.look_at(dir.clone())? {
+                Some(found) => kept.push(found),
+                None => removed += usize::from(self.remove(&dir)?),
+            }
+        }
+        kept.sort_by_key(|one| std::cmp::Reverse((Some(&*one.dir) == made, one.used)));
+        let mut sum = 0;
+        for (number, one) in kept.iter().enumerate() {
+            sum += one.bytes;
+            let too_much = number >= MAX_COUNT || sum > MAX_BYTES;
+            if too_much && Some(&*one.dir) != made {
+                removed += usize::from(self.remove(&one.dir)?);
+            }
+        }
+        Ok(removed)
+    }
+
+    /// One that somebody may use; `None` for one that nobody can.
+    fn look_at(&self, dir: PathBuf) -> Result<Option<Kept>, SnapshotError> {
+        let record = match Record::read(&dir) {
+            Ok(record) => record,
+            Err(SnapshotError::Damaged { .. }) => return Ok(None),
+            Err(SnapshotError::Io { source, .. })
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) =>
+            {
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        if record.outdated()?.is_some() {
+            return Ok(None);
+        }
+        let path = dir.join("snapshot.json");
+        let used = fs::metadata(&path).and_then(|found| found.modified());
+        let used = used.map_err(|e| SnapshotError::io("look at", &path, e))?;
+        Ok(Some(Kept { bytes: record.bytes, used, dir }))
+    }
+
+    /// Removes one, if it is there and nobody has a lease on it; whether it is gone.
+    fn remove(&self, dir: &Path) -> Result<bool, SnapshotError> {
+        let fail = |error: io::Error| SnapshotError::io("remove", dir, error);
+        let _excluded = match Locked::exclusive(dir) {
+            Ok(Some(lock)) => lock,
+            Ok(None) => return Ok(false),
+            Err(Errno::NOENT) => return Ok(true),
+            // A file has no lease.
+            Err(Errno::NOTDIR) => return fs::remove_file(dir).map(|()| true).map_err(fail),
+            Err(error) => return Err(fail(error.into())),
+        };
+        let unnamed = self.dir.join(REMOVED);
+        POINTS.before("remove").map_err(|e| fail(e.into()))?;
+        fs::rename(dir, &unnamed).map_err(fail)?;
+        fs::remove_dir_all(&unnamed).map_err(fail)?;
+        POINTS.after("remove").map_err(|e| fail(e.into()))?;
+        Ok(true)
+    }
+
+    fn names(&self) -> Result<Vec<OsString>, SnapshotError> {
+        let fail = |error| SnapshotError::io("read", &self.dir, error);
+        let entries = fs::read_dir(&self.dir).map_err(fail)?;
+        entries.map(|entry| Ok(entry.map_err(fail)?.file_name())).collect()
+    }
+}
+
+#[async_trait]
+impl Snapshots for LinuxSnapshots {
+    async fn find(&self, wanted: &Wanted) -> Result<Option<Snapshot>, SnapshotError> {
+        let wanted = wanted.clone();
+        self.elsewhere(move |this| this.find_now(&wanted)).await
+    }
+
+    async fn begin(&self, wanted: &Wanted) -> Result<Draft, SnapshotError> {
+        let wanted = wanted.clone();
+        self.elsewhere(move |this| this.begin_now(wanted)).await
+    }
+
+    async fn publish(&self, draft: Draft, saved: Saved) -> Result<(), SnapshotError> {
+        self.elsewhere(move |this| this.publish_now(&draft, saved)).await
+    }
+
+    async fn sweep(&self) -> Result<usize, SnapshotError> {
+        self.elsewhere(|this| this.sweep_now()).await
+    }
+}

@@ -1,0 +1,188 @@
+//! Snapshots: what machines on hold were saved as, for others to go on from.
+//!
+//! ```text
+//!   begin ─► snapshots/.new/memory ─► (the hypervisor writes) ─► publish ─► snapshots/<key>/
+//!   find ──► lease ─► the same as is wanted? ─► memory, to be launched with
+//!                      └ no: stale              └ check, beside the launch: each byte is hashed
+//!   sweep ─► what nobody can use any more, what is too much: the least recently used first
+//! ```
+//!
+//! # Invariants
+//! 1. A snapshot is there whole under its name or not at all; its name says what machine it is of, its
+//!    record what host, hypervisor and guest exactly.
+//! 2. Whoever changes something here holds the exclusive lock on `snapshots/`; what begins with a dot
+//!    then has no maker that lives.
+//! 3. A snapshot with a lease is not removed. A lease is held until the machine has read it all.
+//! 4. Nobody else may read one: it is a machine's memory. Nothing of an image, and no secret, is in it.
+//!
+//! # Failure
+//! What is stale or damaged is an error of [`Snapshots::find`] or [`Snapshot::check`]; whoever asked
+//! boots instead. What a crash leaves is swept by the next change and by `gc`.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use matchlock_failpoints::Area;
+
+use crate::hypervisor::Saved;
+use crate::locked::Locked;
+
+mod fake;
+mod linux;
+mod record;
+
+pub use fake::FakeSnapshots;
+pub use linux::LinuxSnapshots;
+
+/// What a crash may come between. `restore` is what is done with a snapshot that was found.
+pub const POINTS: Area = Area::new("snapshot", &["publish", "restore", "remove", "sweep"]);
+
+/// How many snapshots are kept.
+pub const MAX_COUNT: usize = 8;
+
+/// How many bytes of them are kept.
+pub const MAX_BYTES: u64 = 2 << 30;
+
+/// What machine a snapshot is wanted of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    /// The guest kernel.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initramfs: PathBuf,
+    /// The number of virtual CPUs.
+    pub vcpus: u32,
+    /// The memory in MiB.
+    pub memory_mb: u64,
+    /// Whether it has a NIC.
+    pub nic: bool,
+    /// What its hypervisor says of itself, see
+    /// [`Hypervisor::fingerprint`](crate::hypervisor::Hypervisor::fingerprint).
+    pub hypervisor: String,
+}
+
+/// A snapshot to go on from. It is not removed while this is held.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// What was saved.
+    pub memory: Arc<File>,
+    saved: Saved,
+    _lease: Option<Locked>,
+}
+
+/// A snapshot that is being made. Nobody else makes one meanwhile.
+pub struct Draft {
+    memory: File,
+    wanted: Wanted,
+    _lock: Option<Locked>,
+}
+
+impl fmt::Debug for Draft {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Draft").field("wanted", &self.wanted).finish_non_exhaustive()
+    }
+}
+
+impl Draft {
+    /// Where it is to be saved.
+    ///
+    /// # Errors
+    /// When the process has no descriptor left.
+    pub fn file(&self) -> Result<File, SnapshotError> {
+        self.memory.try_clone().map_err(|source| SnapshotError::Io {
+            doing: "open",
+            path: PathBuf::from("memory"),
+            source,
+        })
+    }
+}
+
+/// Why a snapshot is of no use, or could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// It is of another guest, hypervisor or boot of this host.
+    #[error("the snapshot {key} is stale: {what}; `matchlock warm` makes another")]
+    Stale {
+        /// Its name.
+        key: String,
+        /// What has changed.
+        what: &'static str,
+    },
+    /// It is not what was saved.
+    #[error("the snapshot is damaged: {what}; `matchlock warm` makes another")]
+    Damaged {
+        /// What is wrong.
+        what: String,
+    },
+    /// Somebody else makes or removes snapshots.
+    #[error("another matchlock works on the snapshots in {dir}: try again")]
+    Busy {
+        /// Where.
+        dir: PathBuf,
+    },
+    /// A file operation failed.
+    #[error("could not {doing} {path}")]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl SnapshotError {
+    fn io(doing: &'static str, path: &Path, source: impl Into<io::Error>) -> Self {
+        Self::Io { doing, path: path.to_owned(), source: source.into() }
+    }
+}
+
+/// The snapshots of a host.
+#[async_trait]
+pub trait Snapshots: Send + Sync {
+    /// The one that such a machine can go on from; `None` when there is none.
+    ///
+    /// # Errors
+    /// When there is one that is stale or damaged, or it cannot be looked at.
+    async fn find(&self, wanted: &Wanted) -> Result<Option<Snapshot>, SnapshotError>;
+
+    /// Begins one. Dropped, nothing was made.
+    ///
+    /// # Errors
+    /// When somebody else makes one, or there is no place for it.
+    async fn begin(&self, wanted: &Wanted) -> Result<Draft, SnapshotError>;
+
+    /// Shows one that was saved, instead of an older one of such machines.
+    ///
+    /// # Errors
+    /// When it cannot be shown, or the older one is in use; then nothing was made.
+    async fn publish(&self, draft: Draft, saved: Saved) -> Result<(), SnapshotError>;
+
+    /// Removes what is left of changes, stale, or too much. How much was removed.
+    ///
+    /// # Errors
+    /// When something could not be removed or looked at.
+    async fn sweep(&self) -> Result<usize, SnapshotError>;
+}
+
+impl Snapshot {
+    /// Sees that it is byte for byte what was saved. Beside a launch it costs no time.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub async fn check(&self) -> Result<(), SnapshotError> {
+        let (memory, saved) = (Arc::clone(&self.memory), self.saved.clone());
+        let hashed = tokio::task::spawn_blocking(move || record::check(&memory, &saved)).await;
+        hashed.unwrap_or_else(|error| {
+            Err(SnapshotError::Damaged { what: format!("it could not be hashed: {error}") })
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,149 @@
+//! One suite for the cache and the fake, and what only a cache can be: limited, stale, half-made.
+
+use std::fs;
+use std::io::Write as _;
+
+use sha2::{Digest as _, Sha256};
+
+use super::*;
+
+/// A cache with a guest, and a machine of it.
+fn world() -> (tempfile::TempDir, LinuxSnapshots, Wanted) {
+    let cache = tempfile::tempdir().unwrap();
+    let file = |name: &str| {
+        let path = cache.path().join(name);
+        fs::write(&path, name).unwrap();
+        path
+    };
+    let wanted = Wanted {
+        kernel: file("kernel"),
+        initramfs: file("initramfs"),
+        vcpus: 1,
+        memory_mb: 512,
+        nic: true,
+        hypervisor: "qemu".into(),
+    };
+    let snapshots = LinuxSnapshots::new(cache.path());
+    (cache, snapshots, wanted)
+}
+
+async fn make(
+    snapshots: &dyn Snapshots,
+    wanted: &Wanted,
+    memory: &[u8],
+) -> Result<(), SnapshotError> {
+    let draft = snapshots.begin(wanted).await?;
+    draft.file()?.write_all(memory).unwrap();
+    let sha256 = hex::encode(Sha256::digest(memory));
+    snapshots.publish(draft, Saved { bytes: memory.len() as u64, sha256 }).await
+}
+
+fn names(cache: &Path) -> Vec<String> {
+    let dir = fs::read_dir(cache.join("snapshots")).unwrap();
+    dir.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+async fn snapshots_conform(snapshots: &dyn Snapshots, wanted: &Wanted) {
+    assert!(snapshots.find(wanted).await.unwrap().is_none());
+    let draft = snapshots.begin(wanted).await.unwrap();
+    assert!(snapshots.find(wanted).await.unwrap().is_none(), "it is not made yet");
+    drop(draft);
+    for memory in [&b"one"[..], b"another"] {
+        make(snapshots, wanted, memory).await.unwrap();
+        let found = snapshots.find(wanted).await.unwrap().unwrap();
+        found.check().await.unwrap();
+        assert_eq!(std::io::read_to_string(&*found.memory).unwrap().as_bytes(), memory);
+        // Whoever checks does not disturb whoever reads.
+        found.check().await.unwrap();
+    }
+    let others = [
+        Wanted { vcpus: 2, ..wanted.clone() },
+        Wanted { memory_mb: 513, ..wanted.clone() },
+        Wanted { nic: false, ..wanted.clone() },
+        Wanted { kernel: wanted.initramfs.clone(), ..wanted.clone() },
+    ];
+    for other in others {
+        assert!(snapshots.find(&other).await.unwrap().is_none(), "{other:?}");
+    }
+    let other = Wanted { hypervisor: "another".into(), ..wanted.clone() };
+    let stale = snapshots.find(&other).await.unwrap_err();
+    assert!(matches!(stale, SnapshotError::Stale { .. }), "{stale}");
+    assert_eq!(snapshots.sweep().await.unwrap(), 0, "this one is of use");
+    assert!(snapshots.find(wanted).await.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn the_cache_conforms() {
+    let (cache, snapshots, wanted) = world();
+    assert_eq!(snapshots.sweep().await.unwrap(), 0, "nothing was ever made");
+    snapshots_conform(&snapshots, &wanted).await;
+    assert_eq!(names(cache.path()).len(), 1);
+}
+
+#[tokio::test]
+async fn the_fake_conforms() {
+    let (_cache, _, wanted) = world();
+    snapshots_conform(&FakeSnapshots::default(), &wanted).await;
+}
+
+#[tokio::test]
+async fn what_is_damaged_is_found_out() {
+    let (cache, snapshots, wanted) = world();
+    make(&snapshots, &wanted, b"memory").await.unwrap();
+    let memory = cache.path().join("snapshots").join(record::key(&wanted)).join("memory");
+    fs::write(&memory, b"memorx").unwrap();
+    let found = snapshots.find(&wanted).await.unwrap().unwrap();
+    let damaged = found.check().await.unwrap_err().to_string();
+    assert!(damaged.contains("sha256"), "{damaged}");
+    fs::write(&memory, b"memor").unwrap();
+    let short = snapshots.find(&wanted).await.unwrap_err().to_string();
+    assert!(short.contains("5 bytes instead of 6"), "{short}");
+    fs::remove_file(&memory).unwrap();
+    assert!(snapshots.find(&wanted).await.is_err());
+}
+
+#[tokio::test]
+async fn what_nobody_can_use_is_stale_and_swept() {
+    let (cache, snapshots, wanted) = world();
+    make(&snapshots, &wanted, b"memory").await.unwrap();
+    let draft = snapshots.begin(&wanted).await.unwrap();
+    assert_eq!(snapshots.sweep().await.unwrap(), 0, "somebody is making one");
+    let busy = snapshots.begin(&wanted).await.unwrap_err();
+    assert!(matches!(busy, SnapshotError::Busy { .. }), "{busy}");
+    drop(draft);
+    assert_eq!(snapshots.sweep().await.unwrap(), 1, "and nobody any more");
+    fs::write(&wanted.kernel, "another kernel").unwrap();
+    let stale = snapshots.find(&wanted).await.unwrap_err().to_string();
+    assert!(stale.contains("replaced"), "{stale}");
+    assert_eq!(snapshots.sweep().await.unwrap(), 1);
+    assert_eq!(names(cache.path()), Vec::<String>::new());
+    assert!(snapshots.find(&wanted).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn a_lease_keeps_one_and_the_least_recently_used_goes() {
+    let (cache, snapshots, wanted) = world();
+    let of = |memory_mb| Wanted { memory_mb, ..wanted.clone() };
+    for number in 0..MAX_COUNT as u64 {
+        make(&snapshots, &of(number), b"memory").await.unwrap();
+    }
+    // In use: the first is not removed, though it was used longest ago; the second was just used.
+    let lease = snapshots.find(&of(0)).await.unwrap().unwrap();
+    let key = record::key(&of(0));
+    let long_ago = std::time::SystemTime::UNIX_EPOCH;
+    let record = fs::File::open(cache.path().join("snapshots").join(&key).join("snapshot.json"));
+    record.unwrap().set_modified(long_ago).unwrap();
+    drop(snapshots.find(&of(1)).await.unwrap().unwrap());
+    make(&snapshots, &of(100), b"memory").await.unwrap();
+    assert_eq!(names(cache.path()).len(), MAX_COUNT + 1, "the one that should go is in use");
+    assert!(matches!(make(&snapshots, &of(0), b"x").await, Err(SnapshotError::Busy { .. })));
+    drop(lease);
+    make(&snapshots, &of(101), b"memory").await.unwrap();
+    assert_eq!(names(cache.path()).len(), MAX_COUNT);
+    for (number, is_kept) in
+        [(0, false), (1, true), (2, false), (3, true), (100, true), (101, true)]
+    {
+        let found = snapshots.find(&of(number)).await.unwrap();
+        assert_eq!(found.is_some(), is_kept, "{number}");
+    }
+}

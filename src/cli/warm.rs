@@ -1,0 +1,140 @@
+//! `matchlock warm`: make the snapshot from which later VMs start.
+//!
+//! ```text
+//!  warm ─► a VM like any other, of no image ─► on hold ─► saved ─► taken down ─► its record is gone
+//! ```
+//!
+//! # On a crash
+//! What it left is a VM of no use and a snapshot of no name; `matchlock gc` removes both.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use matchlock_actors::vm::{CreateVm, StartMode};
+use matchlock_host::facts;
+use matchlock_host::guest_bundle::GuestBundle;
+use matchlock_model::failure::chain;
+use matchlock_model::image::ImageConfig;
+use matchlock_model::spec::{MIN_DISK_SIZE_MB, NetworkInput, VmSpec, VmSpecInput};
+use matchlock_model::vm::StopMode;
+
+use super::error::CliError;
+use super::{number, progress, render};
+use crate::node::boot::Node;
+use crate::node::client::{not_cleaned_up, settled};
+use crate::node::config::NodeConfig;
+use crate::node::signals::Interrupts;
+
+/// What its record says instead of an image.
+const NO_IMAGE: &str = "matchlock-warm";
+
+/// The arguments of `warm`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+`run`, `run -d` and `create` of a session start from it when they ask for as many CPUs and as much
+memory, with or without a network as it was made; --cold boots. It is of no use any more once this host
+was started anew, or the guest or the hypervisor is another; then they boot, and say so. Nothing of an
+image is in it, and what two microVMs must not share is made after the start: random numbers, clock,
+disks, addresses.
+
+Examples:
+  matchlock warm                              for `matchlock run`
+  matchlock warm --no-network --memory 1024   for `matchlock run --no-network --memory 1024`")]
+pub(super) struct WarmArgs {
+    /// CPUs, also fractions, as `run` is given them
+    #[arg(long, default_value_t = 1.0, value_parser = number::fraction)]
+    cpus: f64,
+    /// Memory in MB
+    #[arg(long, default_value_t = 512, value_name = "MB", value_parser = number::whole)]
+    memory: u64,
+    /// No NIC at all: needs no privilege
+    #[arg(long)]
+    no_network: bool,
+    /// Guest kernel, an ELF file with a PVH entry [default: the guest bundle's, or as MATCHLOCK_KERNEL
+    /// says]
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+}
+
+pub(super) async fn warm(args: WarmArgs, config: NodeConfig) -> Result<u8, CliError> {
+    let spec = check(&args)?;
+    let kernel = args.kernel.map(std::path::absolute).transpose();
+    let kernel = kernel.map_err(|e| CliError::failure(&e))?.or_else(|| config.kernel.clone());
+    let (bundle, guest_lease) =
+        GuestBundle::find_leased(&config.cache, kernel).map_err(|e| CliError::failure(&e))?;
+    if spec.network.is_some() {
+        config.subnet_pool.as_ref().map_err(|e| CliError::failure(e))?;
+    }
+    let create = CreateVm {
+        spec,
+        image: ImageConfig::default(),
+        // It is never looked into. Readable, and nobody's secret.
+        base_disk: bundle.kernel.clone(),
+        lease: None,
+        guest_lease,
+        kernel: bundle.kernel,
+        initramfs: bundle.initramfs,
+        start: StartMode::Template,
+    };
+    let mut interrupts = Interrupts::install().map_err(|e| CliError::failure(&e))?;
+    let node = Node::boot(config).await?;
+    let made = match node.deps().hypervisor.check() {
+        Ok(()) => made(&node, create, &mut interrupts).await,
+        Err(error) => Err(CliError::failure(&error)),
+    };
+    // What was half-made is of no use to anybody, and large.
+    if !matches!(made, Ok(0))
+        && let Err(error) = node.deps().snapshots.sweep().await
+    {
+        render::note(&format!("{}; `matchlock gc` tries again", chain(&error)));
+    }
+    node.shutdown(StopMode::Force).await?;
+    let code = made?;
+    if code == 0 {
+        render::lines(["Warm"])?;
+    }
+    Ok(code)
+}
+
+/// Brings the template up and sees it gone.
+async fn made(node: &Node, create: CreateVm, interrupts: &mut Interrupts) -> Result<u8, CliError> {
+    let vm = node.client().create_vm(create).await?;
+    let view = tokio::select! {
+        view = progress::waiting("booting a guest to start from", settled(vm.clone())) => view?,
+        which = interrupts.next() => {
+            node.client().stop_vm(vm.id, StopMode::Force).await?;
+            return Ok(which.exit_code());
+        }
+    };
+    match (&view.cause, not_cleaned_up(&view)) {
+        (None, None) => Ok(0),
+        (Some(cause), None) => Err(CliError::message(cause)),
+        (_, Some(left)) => Err(CliError::message(left)),
+    }
+}
+
+fn check(args: &WarmArgs) -> Result<VmSpec, CliError> {
+    let host_cpus = facts::cpus().map_err(|e| CliError::failure(&e))?;
+    VmSpec::check(VmSpecInput {
+        image: NO_IMAGE.to_owned(),
+        command: Vec::new(),
+        entrypoint: None,
+        env: Vec::new(),
+        workdir: None,
+        user: None,
+        hostname: None,
+        add_hosts: Vec::new(),
+        network: NetworkInput { no_network: args.no_network, ..NetworkInput::default() },
+        cpus: args.cpus,
+        memory_mb: args.memory,
+        disk_size_mb: MIN_DISK_SIZE_MB,
+        timeout: None,
+        graceful_shutdown: None,
+        stdin: false,
+        terminal: None,
+        privileged: false,
+        remove: true,
+        host_cpus: u32::try_from(host_cpus).unwrap_or(u32::MAX),
+    })
+    .map_err(CliError::input)
+}

@@ -1,0 +1,206 @@
+//! Starts from a snapshot: that they are, that no two share what makes a machine, and that nothing
+//! that is wrong about a snapshot is more than a boot and a line.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Output;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use matchlock_test_support::Installation;
+use matchlock_test_support::netns::{HOST, PUBLIC, TestNet};
+
+use super::{network, stderr, stdout};
+
+/// What is logged of a start from a snapshot, and of one that had to boot.
+const WARM: &str = "started from a snapshot";
+const BOOTS: &str = "boots: it could not go on from a snapshot";
+
+/// An installation with a cache of its own: other tests boot.
+fn installation() -> Installation {
+    let bundles = Installation::new().unwrap().bundles().unwrap();
+    let (version, ..) = bundles.into_iter().find(|(_, _, is_default)| *is_default).unwrap();
+    Installation::with_own_bundle(&version).unwrap()
+}
+
+fn make_warm(installation: &Installation) -> PathBuf {
+    let made = installation.output(&["warm", "--no-network"]).unwrap();
+    assert_eq!((made.status.code(), &*stdout(&made)), (Some(0), "Warm\n"), "{}", stderr(&made));
+    installation.assert_nothing_left().unwrap();
+    let found = snapshots(installation);
+    assert_eq!(found.len(), 1, "{found:?}");
+    found[0].clone()
+}
+
+/// All that is in the directory of snapshots.
+fn snapshots(installation: &Installation) -> Vec<PathBuf> {
+    let dir = fs::read_dir(installation.cache().join("snapshots")).unwrap();
+    dir.map(|entry| entry.unwrap().path()).collect()
+}
+
+/// A run of which it is told how it began.
+fn run(installation: &Installation, flags: &[&str], script: &str) -> Output {
+    let head = ["run", "--no-network", "--image", "busybox"].into_iter();
+    let args: Vec<&str> =
+        head.chain(flags.iter().copied()).chain(["--", "sh", "-c", script]).collect();
+    let output =
+        installation.command(&args).unwrap().env("MATCHLOCK_LOG", "info").output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    output
+}
+
+fn assert_warm(output: &Output) {
+    let said = stderr(output);
+    assert!(said.contains(WARM) && !said.contains(BOOTS), "{said}");
+}
+
+/// It booted, and one line says why not from the snapshot.
+fn assert_boots(output: &Output, why: &str) {
+    let said = stderr(output);
+    let lines: Vec<_> = said.lines().filter(|line| line.contains(BOOTS)).collect();
+    assert!(lines.len() == 1 && lines[0].contains(why) && !said.contains(WARM), "{said}");
+}
+
+#[test]
+fn two_vms_of_one_snapshot_share_nothing_that_makes_a_machine() {
+    let installation = installation();
+    let snapshot = make_warm(&installation);
+    for (file, mode) in [(&snapshot, 0o700), (&snapshot.join("memory"), 0o600)] {
+        let found =
+            std::os::unix::fs::PermissionsExt::mode(&fs::metadata(file).unwrap().permissions());
+        assert_eq!(found & 0o777, mode, "{}", file.display());
+    }
+    // The clock must not be the template's, and two starts must not be in one second.
+    std::thread::sleep(Duration::from_secs(3));
+    let script = "cat /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid; hostname
+        for random in /dev/urandom /dev/random; do head -c 16 $random | od -An -tx1; done
+        [ -e /dev/hwrng ] && head -c 16 /dev/hwrng | od -An -tx1
+        grep btime /proc/stat; cat /etc/machine-id 2>/dev/null; date +%s";
+    let said: Vec<Vec<String>> = (0..2)
+        .map(|_| {
+            let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+            let before = now();
+            let output = run(&installation, &[], script);
+            let after = now();
+            assert_warm(&output);
+            let mut lines: Vec<_> = stdout(&output).lines().map(str::to_owned).collect();
+            let date: u64 = lines.pop().unwrap().parse().unwrap();
+            let is_right = before <= date + 1 && date <= after;
+            assert!(is_right, "its clock says {date}, between {before} and {after}");
+            std::thread::sleep(Duration::from_millis(1100));
+            lines
+        })
+        .collect();
+    // The hardware's numbers are there with our own kernel only.
+    assert!(said[0].len() >= 6 && said[0].len() == said[1].len(), "{said:?}");
+    for (one, other) in said[0].iter().zip(&said[1]) {
+        assert_ne!(one, other, "{said:?}");
+    }
+    installation.assert_nothing_left().unwrap();
+}
+
+#[test]
+fn a_warm_vm_is_like_any_other_and_cold_boots() {
+    let installation = installation();
+    make_warm(&installation);
+    // Its own disks, whatever the template had.
+    let disk =
+        run(&installation, &["--disk-size", "300"], "df -m / | awk 'END {print $2}'; ls /bin/sh");
+    assert_warm(&disk);
+    let (size, shell) =
+        stdout(&disk).split_once('\n').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
+    assert!((200..=300).contains(&size.parse::<u32>().unwrap()), "{size} MB");
+    assert_eq!(shell, "/bin/sh\n");
+    // Other machines have no snapshot: no word of one.
+    for flags in [&["--cold"][..], &["--memory", "400"]] {
+        let booted = run(&installation, flags, "true");
+        assert!(!stderr(&booted).contains("snapshot"), "{}", stderr(&booted));
+    }
+    let timed = installation.run(&["--timings"], &["true"]).unwrap();
+    let restore = stderr(&timed)
+        .lines()
+        .find(|line| line.starts_with("matchlock: restore "))
+        .unwrap()
+        .to_owned();
+    assert!(restore.contains(" ms "), "{restore}");
+    // In the background, with further commands and with a shutdown that syncs.
+    let started = installation
+        .output(&["run", "-d", "--no-network", "--image", "busybox", "--", "sleep", "1000"])
+        .unwrap();
+    let vm = stdout(&started).trim().to_owned();
+    let exec =
+        installation.output(&["exec", &vm, "--", "sh", "-c", "echo $((6*7)); hostname"]).unwrap();
+    assert_eq!(stdout(&exec), format!("42\n{vm}\n"), "{}", stderr(&exec));
+    let removed = installation.output(&["rm", "--force", &vm]).unwrap();
+    assert_eq!(removed.status.code(), Some(0), "{}", stderr(&removed));
+    installation.assert_nothing_left().unwrap();
+}
+
+#[test]
+fn what_is_wrong_about_a_snapshot_is_a_boot_and_a_line() {
+    let installation = installation();
+    let snapshot = make_warm(&installation);
+    let (memory, record) = (snapshot.join("memory"), snapshot.join("snapshot.json"));
+    let (bytes, text) = (fs::read(&memory).unwrap(), fs::read_to_string(&record).unwrap());
+    let mut damaged = bytes.clone();
+    *damaged.get_mut(bytes.len() / 2).unwrap() ^= 1;
+    let stale = text.replace("\"boot_id\": \"", "\"boot_id\": \"0");
+    assert_ne!(stale, text);
+    type Wrong<'a> = (&'a Path, &'a [u8], &'a str);
+    let wrong: [Wrong<'_>; 5] = [
+        (&memory, &damaged, "sha256"),
+        (&memory, &bytes[..bytes.len() / 2], "bytes instead of"),
+        (&memory, b"", "bytes instead of"),
+        (&record, b"{", "damaged"),
+        (&record, stale.as_bytes(), "started anew"),
+    ];
+    for (file, content, why) in wrong {
+        let whole = fs::read(file).unwrap();
+        fs::write(file, content).unwrap();
+        assert_boots(&run(&installation, &[], "true"), why);
+        fs::write(file, whole).unwrap();
+    }
+    // As it was it is used; stale, `gc` takes it away, and there is nothing to tell any more.
+    assert_warm(&run(&installation, &[], "true"));
+    fs::write(&record, stale).unwrap();
+    let gc = installation.output(&["gc"]).unwrap();
+    assert_eq!(gc.status.code(), Some(0), "{}", stderr(&gc));
+    assert_eq!(snapshots(&installation), Vec::<PathBuf>::new());
+    let booted = run(&installation, &[], "true");
+    assert!(!stderr(&booted).contains("snapshot"), "{}", stderr(&booted));
+    installation.assert_nothing_left().unwrap();
+}
+
+#[test]
+fn a_warm_vm_has_a_network_of_its_own() {
+    let (net, installation) = (TestNet::new().unwrap(), installation());
+    let made = network::output(&net, &installation, &["warm"]);
+    assert_eq!(made.status.code(), Some(0), "{}", stderr(&made));
+    network::assert_nothing_left(&net, &installation);
+    let script = format!(
+        "ip -o link show eth0 | grep -o 'mtu [0-9]*'; cat /sys/class/net/eth0/address
+         wget -qO- http://{PUBLIC}/; wget -qO- http://any.test/; ip -o -4 addr show eth0 | grep -o '192[0-9.]*'"
+    );
+    let detached = ["run", "-d", "--image", "busybox", "--", "sleep", "1000"];
+    let started = network::output(&net, &installation, &detached);
+    let vm = stdout(&started).trim().to_owned();
+    let other = network::run(&net, &installation, &["--timings", "--mtu", "1400"], &script);
+    assert_eq!(other.status.code(), Some(0), "{}", stderr(&other));
+    let said = stderr(&other);
+    let is_restored = |line: &str| line.starts_with("matchlock: restore ") && line.contains(" ms ");
+    assert!(said.lines().any(is_restored), "{said}");
+    let kept = network::output(&net, &installation, &["exec", &vm, "--", "sh", "-c", &script]);
+    let removed = network::output(&net, &installation, &["rm", "--force", &vm]);
+    assert_eq!(removed.status.code(), Some(0), "{}", stderr(&removed));
+    let lines = |output: &Output| -> Vec<String> {
+        let lines: Vec<_> = stdout(output).lines().map(str::to_owned).collect();
+        assert_eq!(lines.len(), 6, "{lines:?}: {}", stderr(output));
+        lines
+    };
+    let (kept, other) = (lines(&kept), lines(&other));
+    let peer = format!("peer {HOST}");
+    assert_eq!((&*kept[0], &kept[2], &kept[3]), ("mtu 1500", &peer, &peer), "{kept:?}");
+    assert_eq!((&*other[0], &other[2], &other[3]), ("mtu 1400", &peer, &peer), "{other:?}");
+    assert_ne!(kept[1], other[1], "one MAC for two");
+    assert_ne!(kept[4], other[4], "one address for two");
+    network::assert_nothing_left(&net, &installation);
+}
