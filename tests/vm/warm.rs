@@ -61,6 +61,7 @@ fn assert_boots(output: &Output, why: &str) {
 }
 
 #[test]
+#[expect(clippy::disallowed_methods, reason = "it is time itself that must pass")]
 fn two_vms_of_one_snapshot_share_nothing_that_makes_a_machine() {
     let installation = installation();
     let snapshot = make_warm(&installation);
