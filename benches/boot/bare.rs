@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use async_trait::async_trait;
 use matchlock_host::guest_link::{ExecEvent, LinkConnector as _, YamuxConnector};
-use matchlock_host::hypervisor::{HypervisorError, Machine, MachineExit};
+use matchlock_host::hypervisor::{HypervisorError, Machine, MachineExit, Saved};
 use matchlock_model::exec::{ExecSpec, ExitStatus};
 use matchlock_model::guest::GuestConfig;
 use matchlock_model::identity::ProcessIdentity;
@@ -161,6 +161,10 @@ impl Machine for Bare {
                 }
             }
         }
+    }
+
+    async fn save(&self, _to: fs::File) -> Result<Saved, HypervisorError> {
+        Err(HypervisorError::Control { what: "a bare QEMU is not saved".to_owned() })
     }
 
     async fn wait_exit(&self) -> MachineExit {

@@ -26,10 +26,20 @@ pub(crate) struct Span {
     pub(crate) end: f64,
 }
 
+/// How a microVM begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Start {
+    Cold,
+    Warm,
+}
+
 /// Runs `true` in a microVM.
-pub(crate) fn of_a_run(installation: &Installation) -> Result<Life> {
-    let args = ["run", "--no-network", "--image", "busybox", "--", "true"];
-    let mut command = installation.command(&args)?;
+pub(crate) fn of_a_run(installation: &Installation, start: Start) -> Result<Life> {
+    let mut command = installation.command(&["run", "--no-network"])?;
+    if start == Start::Cold {
+        command.arg("--cold");
+    }
+    command.args(["--image", "busybox", "--", "true"]);
     let filter = "warn,matchlock_actors=debug";
     command.env("MATCHLOCK_LOG", filter).stdout(Stdio::null()).stderr(Stdio::piped());
     let began = Timestamp::try_from(SystemTime::now())?;
@@ -37,6 +47,8 @@ pub(crate) fn of_a_run(installation: &Installation) -> Result<Life> {
     let ended = Timestamp::try_from(SystemTime::now())?;
     let log = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "the run failed: {log}");
+    let is_warm = log.contains("started from a snapshot");
+    ensure!(is_warm == (start == Start::Warm), "it did not start as it was to: {log}");
     read(&log, began, since(began, ended)).with_context(|| log.into_owned())
 }
 

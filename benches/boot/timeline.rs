@@ -13,13 +13,13 @@ const TITLE: f64 = 34.0;
 const LEAST_MS: f64 = 0.5;
 
 /// One panel for each life, all on the scale of the longest.
-pub(crate) fn svg(lives: &[(&str, &Life)]) -> Result<String, fmt::Error> {
+pub(crate) fn svg(lives: &[(String, &Life)]) -> Result<String, fmt::Error> {
     let longest = lives.iter().map(|(_, life)| life.whole).fold(1.0, f64::max);
     let scale = (WIDTH - LABELS - NUMBERS) / longest;
     let mut body = String::new();
     let mut top = 8.0;
-    for (kernel, life) in lives {
-        top = panel(&mut body, top, scale, kernel, life)?;
+    for (start, life) in lives {
+        top = panel(&mut body, top, scale, start, life)?;
     }
     Ok(format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {top}\" \
@@ -32,12 +32,12 @@ fn panel(
     body: &mut String,
     top: f64,
     scale: f64,
-    kernel: &str,
+    start: &str,
     life: &Life,
 ) -> Result<f64, fmt::Error> {
     writeln!(
         body,
-        "<text x=\"8\" y=\"{:.0}\" font-weight=\"bold\">matchlock run … true, {kernel}: {:.0} ms</text>",
+        "<text x=\"8\" y=\"{:.0}\" font-weight=\"bold\">matchlock run … true, {start}: {:.0} ms</text>",
         top + 16.0,
         life.whole
     )?;
