@@ -253,7 +253,6 @@ mod tests {
         let bytes = resume.encode();
         let writer = std::thread::spawn(move || {
             host.write_all(&bytes[..20]).unwrap();
-            std::thread::sleep(Duration::from_millis(50));
             host.write_all(&bytes[20..]).unwrap();
             host.write_all(b"hello").unwrap();
             host
