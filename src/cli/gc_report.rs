@@ -199,7 +199,7 @@ impl Report {
             ));
         }
         if self.swept > 0 {
-            let what = "remains of interrupted imports or removals";
+            let what = "remains of interrupted pulls, imports or removals, or stale snapshots";
             lines.push(format!("Removed {} {what}", self.swept));
         }
         lines

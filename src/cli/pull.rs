@@ -136,7 +136,12 @@ pub(super) async fn pull(args: PullArgs, mut config: NodeConfig) -> Result<u8, C
     let mut interrupts = Interrupts::install().map_err(|e| CliError::failure(&e))?;
     let pulled = match one(config, PullRequest { image, platform }, &mut interrupts).await? {
         Ok(pulled) => pulled,
-        Err(which) => return Ok(which.exit_code()),
+        Err(which) => {
+            render::note(
+                "interrupted; what was downloaded is kept for the next pull, `matchlock gc` removes it",
+            );
+            return Ok(which.exit_code());
+        }
     };
     let record = &pulled.record;
     if args.json {

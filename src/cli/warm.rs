@@ -39,7 +39,7 @@ disks, addresses.
 
 Examples:
   matchlock warm                              for `matchlock run`
-  matchlock warm --no-network --memory 1024   for `matchlock run --no-network --memory 1024`")]
+  matchlock warm --no-network --memory 1024   for `run` with the same flags")]
 pub(super) struct WarmArgs {
     /// CPUs, also fractions, as `run` is given them
     #[arg(long, default_value_t = 1.0, value_parser = number::fraction)]

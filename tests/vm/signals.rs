@@ -309,7 +309,8 @@ fn a_run_that_waits_for_the_database_ends_with_the_first_signal() {
         .spawn()
         .unwrap();
     let mut input = holder.stdin.take().unwrap();
-    input.write_all(b"begin exclusive;\n").unwrap();
+    // The look whether it has it is another one's lock for a moment.
+    input.write_all(b".timeout 60000\nbegin exclusive;\n").unwrap();
     let held = || Ok(installation.sql("begin immediate; rollback").is_err());
     wait_until(PATIENCE, "the lock", held).unwrap();
     let run = installation.start_run(&[], &["true"]).unwrap();

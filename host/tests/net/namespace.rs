@@ -34,6 +34,8 @@ impl Namespace {
         let tid = tid.recv().expect("the namespace's thread runs");
         let namespace = Self { tid, jobs: Some(jobs), thread: Some(thread) };
         namespace.ip("link set lo up");
+        // A new one takes over what the host has, which may be on.
+        namespace.run(|| std::fs::write("/proc/sys/net/ipv4/ip_forward", "0").expect("a sysctl"));
         namespace
     }
 
