@@ -161,8 +161,9 @@ fn in_workspace(
         let lock = place.right_to_build(&picked, context)?;
         let made = place.one(picked, &budgets, context);
         // A failed build lets the next one try.
-        lock.map_or(Ok(()), BuildLock::release)?;
+        let released = lock.map_or(Ok(()), BuildLock::release);
         imported.push(made?);
+        released?;
     }
     Ok(imported)
 }

@@ -193,7 +193,13 @@ impl Pull<'_> {
         if fetched.as_ref().is_err_and(ImageError::is_full) {
             // The other layers of an image that has no room have none either.
             let dirs = self.dirs.clone();
-            aside(move || content::forget_partials(&dirs, &hexes)).await?;
+            if let Err(error) = aside(move || content::forget_partials(&dirs, &hexes)).await {
+                // That there is no room is what the user must hear; `gc` removes the rest.
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "could not remove partials"
+                );
+            }
         }
         fetched
     }
@@ -266,8 +272,9 @@ impl Pull<'_> {
                 Ok(made)
             });
             // A failed build lets the next one try.
-            lock.release()?;
-            made
+            let released = lock.release();
+            let made = made?;
+            released.map(|()| made)
         };
         match aside(build).await {
             Ok((image, lease)) => {
