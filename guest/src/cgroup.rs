@@ -29,7 +29,7 @@ impl Cgroups {
     ///
     /// # Errors
     /// When the groups cannot be made. A controller that cannot be enabled is handed to `warn`.
-    pub fn set_up(root: &Path, mut warn: impl FnMut(&str, &io::Error)) -> io::Result<Self> {
+    pub fn set_up(root: &Path, mut warn: impl FnMut(&str, &io::Error)) -> io::Result<()> {
         let init = root.join("init");
         let jobs = root.join("jobs");
         for directory in [&init, &jobs] {
@@ -48,7 +48,16 @@ impl Cgroups {
                 warn(controller, &error);
             }
         }
-        Ok(Self { jobs })
+        Ok(())
+    }
+
+    /// The groups that were set up; `None` when there are none.
+    ///
+    /// # Errors
+    /// When they cannot be looked for.
+    pub fn find(root: &Path) -> io::Result<Option<Self>> {
+        let jobs = root.join("jobs");
+        Ok(jobs.try_exists()?.then_some(Self { jobs }))
     }
 
     /// The commands' group, to clone processes into.

@@ -1,14 +1,16 @@
 //! From `/init` in the initramfs to the agent in the guest's root.
 //!
 //! ```text
-//!  proc, sys, dev ─► console ─► modules ─┬──────────────────────────────►┬─► disks ─► overlay ─► switch root
-//!                                        └─ hold (only of a template) ───┘
-//!     ─► proc, sys, dev, pts, shm, mqueue, run, tmp, cgroup ─► loopback ─► port ─► agent
+//!  proc, sys, dev ─► console ─► modules ─► pts, shm, mqueue, run, tmp, cgroup ─► loopback ─┐
+//!    ┌──────────────────────────────────────────────────────────────────────────────────────┘
+//!    ├───────────────────────────►┬─► disks ─► overlay ─► switch root, all mounts move ─► port ─► agent
+//!    └ hold (only of a template) ─┘
 //! ```
 //!
 //! # Invariants
 //! 1. Nothing of the image runs, and nothing in it is needed, before the agent is ready.
-//! 2. Boot is one straight line: no thread, no retry, waits end with an event or a deadline.
+//! 2. What no two guests have differently is done before the hold: a restored guest has it.
+//! 3. Boot is one straight line: no thread, no retry, waits end with an event or a deadline.
 //!
 //! # Failure
 //! See the crate: one `fatal` line, then the end of PID 1. What a guest can do without is a
@@ -75,9 +77,6 @@ pub enum BootError {
     /// A kernel module is unusable.
     #[error("the kernel modules could not be loaded")]
     Modules(#[from] ModuleError),
-    /// Announcements of devices cannot be received.
-    #[error("cannot listen for devices")]
-    Uevents(#[source] io::Error),
     /// A disk is missing.
     #[error("there is no disk with serial {serial:?} after {waited:?}")]
     NoDisk {
@@ -144,28 +143,21 @@ pub fn main() -> ! {
 fn boot(started_us: u64) -> Result<std::convert::Infallible, BootError> {
     // What an init that goes on after a hold has behind it is not done again.
     let port = hold::resumed_port(std::env::args_os().skip(1));
+    let uevents = Uevents::default();
     if port.is_none() {
         mounts::mount_needed()?;
         console::attach().map_err(|errno| BootError::Console(errno.into()))?;
-    }
-    let uevents = Uevents::subscribe().map_err(BootError::Uevents)?;
-    if port.is_none() {
         modules::load_all(Path::new("/modules"))?;
+        mounts::mount_usual();
+        set_up_kernel();
         if hold::is_wanted()? {
             match hold::hold(&uevents, DEVICE_PATIENCE)? {}
         }
     }
     let layer = rootfs::assemble(&uevents, DEVICE_PATIENCE)?;
     rootfs::switch()?;
-    mounts::mount_needed()?;
-    // The old console belongs to the device file system that was left behind.
-    console::attach().map_err(|errno| BootError::Console(errno.into()))?;
-    mounts::mount_usual();
-    if let Err(error) = network::loopback_up() {
-        console::line(format_args!("warning: no loopback device: {error}"));
-    }
     process::prepare_agent().map_err(BootError::Process)?;
-    let cgroups = set_up_cgroups();
+    let cgroups = find_cgroups()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -173,18 +165,22 @@ fn boot(started_us: u64) -> Result<std::convert::Infallible, BootError> {
     LocalSet::new().block_on(&runtime, run(started_us, &uevents, &layer, cgroups, port))
 }
 
-fn set_up_cgroups() -> Option<Cgroups> {
-    let root = Path::new("/sys/fs/cgroup");
+/// What the kernel keeps beside its file systems, and no two guests have differently.
+fn set_up_kernel() {
+    if let Err(error) = network::loopback_up() {
+        console::line(format_args!("warning: no loopback device: {error}"));
+    }
     let warn = |controller: &str, error: &io::Error| {
         console::line(format_args!("warning: cannot enable the {controller} controller: {error}"));
     };
-    match Cgroups::set_up(root, warn) {
-        Ok(cgroups) => Some(cgroups),
-        Err(error) => {
-            console::line(format_args!("warning: no control groups: {error}"));
-            None
-        }
+    if let Err(error) = Cgroups::set_up(Path::new(mounts::CGROUPS), warn) {
+        console::line(format_args!("warning: no control groups: {error}"));
     }
+}
+
+/// The control groups that were set up. That there are none was said then.
+fn find_cgroups() -> Result<Option<Cgroups>, BootError> {
+    Cgroups::find(Path::new(mounts::CGROUPS)).map_err(BootError::Process)
 }
 
 async fn run(

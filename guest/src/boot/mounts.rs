@@ -1,5 +1,7 @@
 //! The file systems of a running guest.
 //!
+//! They are mounted in the initramfs and move into the guest's root as they are.
+//!
 //! # Invariants
 //! 1. A mount point that the image does not have is made in the writable layer; something else in
 //!    its place is removed there.
@@ -50,6 +52,13 @@ const NEEDED: [Mount<'_>; 3] = [
     plain("devtmpfs", "/dev", MsFlags::MS_NOSUID, Some("mode=0755")),
 ];
 
+/// Where the control groups are.
+pub const CGROUPS: &str = "/sys/fs/cgroup";
+
+/// The mounts that others are below, and whether the guest starts without.
+const TOPS: [(&str, bool); 5] =
+    [("/proc", false), ("/sys", false), ("/dev", false), ("/run", true), ("/tmp", true)];
+
 const USUAL: [Mount<'_>; 6] = [
     plain(
         "devpts",
@@ -61,7 +70,7 @@ const USUAL: [Mount<'_>; 6] = [
     plain("mqueue", "/dev/mqueue", SAFEST, None),
     plain("tmpfs", "/run", SAFE, Some("mode=0755")),
     plain("tmpfs", "/tmp", SAFE, Some("mode=1777")),
-    plain("cgroup2", "/sys/fs/cgroup", SAFEST, None),
+    plain("cgroup2", CGROUPS, SAFEST, None),
 ];
 
 const LINKS: [(&str, &str); 4] = [
@@ -88,7 +97,7 @@ pub fn mount_usual() {
     for mount in &USUAL {
         let result = match mount.target {
             // The kernel makes this one, or has no control groups.
-            "/sys/fs/cgroup" => Ok(()),
+            CGROUPS => Ok(()),
             target => make_directory(Path::new(target)),
         };
         if let Err(error) = result.and_then(|()| mount_one(mount)) {
@@ -103,6 +112,31 @@ pub fn mount_usual() {
             _ => {}
         }
     }
+}
+
+/// Moves all of them below another root.
+///
+/// # Errors
+/// When one that is needed cannot be moved.
+pub fn move_all(root: &Path) -> Result<(), BootError> {
+    for (target, is_optional) in TOPS {
+        let place = root.join(target.trim_start_matches('/'));
+        let moved = make_directory(&place).and_then(|()| {
+            mount(Some(target), &place, None::<&str>, MsFlags::MS_MOVE, None::<&str>).map_err(
+                |errno| BootError::Mount {
+                    target: place,
+                    kind: target.to_owned(),
+                    source: errno.into(),
+                },
+            )
+        });
+        match moved {
+            // It was not mounted, and that was said.
+            Err(error) if is_optional => console::failure("warning", &error),
+            moved => moved?,
+        }
+    }
+    Ok(())
 }
 
 /// Mounts one file system on a directory that is there.

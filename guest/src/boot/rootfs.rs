@@ -30,6 +30,9 @@ const BASE: &str = "/mnt/base";
 const LAYER: &str = "/mnt/layer";
 const NEW_ROOT: &str = "/newroot";
 
+/// The mode that the upper directory is made with; mostly the image's root has it too.
+const NEW_UPPER: u32 = 0o755;
+
 /// `RAMFS_MAGIC` of the kernel; an initramfs is one, or a tmpfs.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 
@@ -79,7 +82,8 @@ pub fn assemble(uevents: &Uevents, patience: Duration) -> Result<OwnedFd, BootEr
 /// When a step of the way is refused.
 pub fn switch() -> Result<(), BootError> {
     let step = |what| move |errno: nix::Error| BootError::Switch { what, source: errno.into() };
-    for target in ["/proc", "/sys", "/dev", BASE, LAYER] {
+    mounts::move_all(Path::new(NEW_ROOT))?;
+    for target in [BASE, LAYER] {
         umount2(target, MntFlags::MNT_DETACH).map_err(step("leave a mount behind"))?;
     }
     empty_initramfs()
@@ -127,10 +131,16 @@ fn prepare_layer() -> io::Result<()> {
         other => other.map(|()| true),
     };
     make(&layer.join("work"), 0o700)?;
-    if make(&upper, 0o755)? {
+    if make(&upper, NEW_UPPER)? {
         let image = fs::metadata(BASE)?;
-        std::os::unix::fs::chown(&upper, Some(image.uid()), Some(image.gid()))?;
-        fs::set_permissions(&upper, fs::Permissions::from_mode(image.mode() & 0o7777))?;
+        let mode = image.mode() & 0o7777;
+        if (image.uid(), image.gid()) != (0, 0) {
+            std::os::unix::fs::chown(&upper, Some(image.uid()), Some(image.gid()))?;
+        }
+        // The file mode creation mask of a kernel's first process is 022.
+        if mode != NEW_UPPER {
+            fs::set_permissions(&upper, fs::Permissions::from_mode(mode))?;
+        }
     }
     Ok(())
 }

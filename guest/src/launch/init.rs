@@ -3,7 +3,8 @@
 //!
 //! # Invariants
 //! 1. Only system calls: no allocation, no lock, no formatting, no panic. The process that was
-//!    cloned may have had other threads, and their locks are held here for ever.
+//!    cloned may have had other threads, and their locks are held here for ever; the command's
+//!    process has its init's memory until its execve.
 //! 2. The calling code never returns: [`Guard`] ends the process even on a panic.
 //! 3. All signals stay blocked in the init. It reads them from a descriptor, because the init of a
 //!    namespace does not feel signals that it has no handler for.
@@ -13,6 +14,7 @@
 //!    itself from outside is not passed on: who signals everything has signalled the command too.
 
 use std::ffi::CStr;
+use std::mem::MaybeUninit;
 use std::os::fd::RawFd;
 use std::ptr;
 
@@ -34,6 +36,8 @@ pub(super) struct Plan<'a> {
     pub(super) search: Option<&'a [u8]>,
     /// The working directory.
     pub(super) cwd: &'a CStr,
+    /// The signals that are ignored here, which it is not to ignore.
+    pub(super) ignored: &'a [c_int],
     /// How many files it may open: what it starts with, and what it may raise that to.
     pub(super) files: libc::rlimit,
     /// Who to become.
@@ -67,6 +71,9 @@ const ZERO: c_long = 0;
 
 /// A path that is longer cannot be executed.
 const PATH_BYTES: usize = 4096;
+
+/// Enough for a path and some calls.
+const STACK_BYTES: usize = 8 * PATH_BYTES;
 
 /// Ends the process wherever the code that holds it ends.
 struct Guard;
@@ -106,7 +113,7 @@ fn fail(plan: &Plan<'_>, step: Step, errno: c_int) -> ! {
 /// Everything that happens in the cloned process.
 pub(super) fn run(plan: &Plan<'_>) -> ! {
     let _guard = Guard;
-    reset_signal_actions();
+    heed_signals(plan.ignored);
     if let Err(errno) = close_all_but(&plan.keep) {
         fail(plan, Step::Descriptors, errno);
     }
@@ -117,34 +124,72 @@ pub(super) fn run(plan: &Plan<'_>) -> ! {
         Ok(signals) => signals,
         Err(errno) => fail(plan, Step::Fork, errno),
     };
-    let flags = c_long::from(libc::SIGCHLD);
-    // SAFETY: a plain fork; the child uses its copy of everything.
-    let command = unsafe { libc::syscall(libc::SYS_clone, flags, ZERO, ZERO, ZERO, ZERO) };
-    match pid_t::try_from(command) {
-        Ok(0) => run_command(plan),
-        Ok(pid) if pid > 0 => run_init(plan, signals, pid),
-        _ => fail(plan, Step::Fork, errno()),
+    match spawn_command(plan) {
+        Ok(pid) => run_init(plan, signals, pid),
+        Err(errno) => fail(plan, Step::Fork, errno),
     }
 }
 
-/// The agent's handlers are of no use here, and an ignored signal would be ignored by the command.
-/// By system call: the C library keeps some signals to itself.
-fn reset_signal_actions() {
+/// Clones the command's process without a copy of this one's memory, which waits until it has executed the
+/// command or has ended.
+fn spawn_command(plan: &Plan<'_>) -> Result<pid_t, c_int> {
+    let mut stack = Stack([MaybeUninit::uninit(); STACK_BYTES]);
+    let top = stack.0.as_mut_ptr_range().end;
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    let plan = ptr::from_ref(plan).cast_mut().cast::<c_void>();
+    // SAFETY: the new process has the stack for itself, and stack and plan stay where they are: we go on
+    // only when it uses neither any more. Nobody else runs in this memory.
+    let pid = unsafe { libc::clone(enter_command, top.cast(), flags, plan) };
+    check(pid).map(|()| pid)
+}
+
+/// For the command's process up to its execve.
+#[repr(align(16))]
+struct Stack([MaybeUninit<u8>; STACK_BYTES]);
+
+extern "C" fn enter_command(plan: *mut c_void) -> c_int {
+    let _guard = Guard;
+    // SAFETY: it is the plan of `spawn_command`, which waits for us.
+    run_command(unsafe { &*plan.cast::<Plan<'_>>() })
+}
+
+/// A signal that the agent ignores would be ignored by the command. By system call: the C library keeps
+/// some signals to itself.
+fn heed_signals(ignored: &[c_int]) {
     // The kernel's structure with room to spare; all zeroes is the default action, everywhere.
     let default = [0_u64; 8];
-    for signal in 1..=c_long::from(SIGNALS) {
-        // SAFETY: the action is valid for the call. SIGKILL and SIGSTOP are refused; those have no
-        // action to reset.
+    for &signal in ignored {
+        // SAFETY: the action is valid for the call.
         unsafe {
             libc::syscall(
                 libc::SYS_rt_sigaction,
-                signal,
+                c_long::from(signal),
                 default.as_ptr(),
                 ptr::null_mut::<c_void>(),
                 KERNEL_SIGSET_BYTES,
             );
         }
     }
+}
+
+/// The signals that this process ignores, for [`Plan::ignored`].
+pub(super) fn ignored_signals() -> Vec<c_int> {
+    let is_ignored = |signal: &c_int| {
+        let mut action = [0_u64; 8];
+        // SAFETY: the kernel's structure fits, and its first word is the handler; asking changes nothing.
+        let asked = unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                c_long::from(*signal),
+                ptr::null::<c_void>(),
+                action.as_mut_ptr(),
+                KERNEL_SIGSET_BYTES,
+            )
+        };
+        let [handler, ..] = action;
+        asked == 0 && usize::try_from(handler) == Ok(libc::SIG_IGN)
+    };
+    (1..=SIGNALS).filter(is_ignored).collect()
 }
 
 /// Closes every descriptor but those in `keep`, which is in ascending order.
@@ -378,6 +423,10 @@ fn execute(plan: &Plan<'_>) -> c_int {
         let Some(path) = join(&mut buffer, directory, plan.name) else {
             continue;
         };
+        // A look costs much less than an attempt, and most directories do not have it.
+        if is_missing(path) {
+            continue;
+        }
         match execute_one(plan, path) {
             libc::ENOENT | libc::ENOTDIR => {}
             libc::EACCES => refused = libc::EACCES,
@@ -385,6 +434,12 @@ fn execute(plan: &Plan<'_>) -> c_int {
         }
     }
     refused
+}
+
+fn is_missing(path: &CStr) -> bool {
+    // SAFETY: the path ends with NUL.
+    let looked = check(unsafe { libc::access(path.as_ptr(), libc::F_OK) });
+    matches!(looked, Err(libc::ENOENT | libc::ENOTDIR))
 }
 
 fn execute_one(plan: &Plan<'_>, path: &CStr) -> c_int {

@@ -64,6 +64,7 @@ const OPEN_FILES: (u64, u64) = (1024, 524_288);
 pub struct Launcher {
     cgroup: Option<OwnedFd>,
     reaper: Rc<Reaper>,
+    ignored: Vec<libc::c_int>,
 }
 
 /// A command whose small init has been cloned.
@@ -215,7 +216,7 @@ struct AgentStdio {
 impl Launcher {
     /// A launcher that puts commands into the control group, if there is one.
     pub fn new(cgroup: Option<OwnedFd>, reaper: Rc<Reaper>) -> Self {
-        Self { cgroup, reaper }
+        Self { cgroup, reaper, ignored: init::ignored_signals() }
     }
 
     /// Checks and prepares a command and clones its small init.
@@ -254,7 +255,7 @@ impl Launcher {
         };
         let child =
             ChildEnds { status: status_end, control: control_end, report: report_end, stdio };
-        let pid = clone_into(command, &child, self.cgroup.as_ref())?;
+        let pid = clone_into(command, &child, self.cgroup.as_ref(), &self.ignored)?;
         let ended = self.reaper.watch(pid);
         drop(child);
         let process = Process { pid, control, reaper: Rc::clone(&self.reaper), stop_signal };
@@ -333,7 +334,12 @@ fn file_limit() -> io::Result<libc::rlimit> {
     Ok(libc::rlimit { rlim_cur: OPEN_FILES.0.min(most), rlim_max: OPEN_FILES.1.min(most) })
 }
 
-fn clone_into(command: &Command, ends: &ChildEnds, cgroup: Option<&OwnedFd>) -> io::Result<Pid> {
+fn clone_into(
+    command: &Command,
+    ends: &ChildEnds,
+    cgroup: Option<&OwnedFd>,
+    ignored: &[libc::c_int],
+) -> io::Result<Pid> {
     let argv = command.argv_pointers();
     let envp = command.env_pointers();
     let [status, control, report] =
@@ -347,6 +353,7 @@ fn clone_into(command: &Command, ends: &ChildEnds, cgroup: Option<&OwnedFd>) -> 
         name: command.name(),
         search: command.search_path(),
         cwd: command.cwd(),
+        ignored,
         files: file_limit()?,
         identity: command.identity(),
         status,

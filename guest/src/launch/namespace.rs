@@ -11,11 +11,14 @@ use super::init::{self, Plan};
 /// `CLONE_INTO_CGROUP` of the kernel.
 const INTO_CGROUP: u64 = 0x2_0000_0000;
 
+/// `CLONE_CLEAR_SIGHAND` of the kernel: the agent's handlers are of no use in the child.
+const CLEAR_SIGHAND: u64 = 0x1_0000_0000;
+
 /// Clones a process that runs the small init in namespaces of its own.
 pub(super) fn clone_init(plan: &Plan<'_>, cgroup: Option<&OwnedFd>) -> io::Result<Pid> {
     // SAFETY: the arguments are plain integers; zero means "not used" for each of them.
     let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    arguments.flags = flag(libc::CLONE_NEWPID) | flag(libc::CLONE_NEWNS);
+    arguments.flags = flag(libc::CLONE_NEWPID) | flag(libc::CLONE_NEWNS) | CLEAR_SIGHAND;
     arguments.exit_signal = flag(libc::SIGCHLD);
     if let Some(cgroup) = cgroup {
         arguments.flags |= INTO_CGROUP;

@@ -81,7 +81,7 @@ impl fmt::Display for Mac {
 /// When there is no such interface, or the kernel refuses a step.
 pub fn set_up(network: &Network, patience: Duration) -> Result<(), NetworkError> {
     // Subscribed before the first look, so that no announcement is missed.
-    let uevents = Uevents::subscribe().map_err(NetworkError::Look)?;
+    let uevents = Uevents::default();
     let interface = uevents
         .wait_for(patience, || Interface::find(network.mac))
         .map_err(NetworkError::Look)?
