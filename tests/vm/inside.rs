@@ -174,3 +174,33 @@ fn a_privileged_vm_is_like_any_other_for_now() {
     assert_eq!(seen[0], seen[1]);
     installation.assert_nothing_left().unwrap();
 }
+
+/// What a program may expect to be mounted, each once, whatever way the guest has started.
+pub(super) const MOUNTS: [&str; 9] = [
+    "/ overlay",
+    "/dev devtmpfs",
+    "/dev/mqueue mqueue",
+    "/dev/pts devpts",
+    "/dev/shm tmpfs",
+    "/run tmpfs",
+    "/sys sysfs",
+    "/sys/fs/cgroup cgroup2",
+    "/tmp tmpfs",
+];
+
+/// Prints them. `/proc` is there twice: each command has one of its own above.
+pub(super) const PRINT_MOUNTS: &str = "awk '$2 != \"/proc\" {print $2, $3}' /proc/mounts | sort; ls -d /proc/self/fd /dev/fd >/dev/null";
+
+#[test]
+fn the_usual_file_systems_are_mounted_and_the_console_reaches_the_host() {
+    let installation = Installation::new().unwrap();
+    let vm = waiting_vm(&installation);
+    let mounts = exec(&installation, &vm, PRINT_MOUNTS);
+    assert_eq!(mounts.lines().collect::<Vec<_>>(), MOUNTS);
+    // Where the guest says why it cannot go on.
+    exec(&installation, &vm, "echo said on the console > /dev/console");
+    let log = installation.home().join("vms").join(&vm).join("logs/console.log");
+    let said = || Ok(std::fs::read_to_string(&log)?.contains("said on the console"));
+    wait_until(PATIENCE, "the line on the console", said).unwrap();
+    end(&installation, &vm);
+}

@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use matchlock_test_support::Installation;
 use matchlock_test_support::netns::{HOST, PUBLIC, TestNet};
 
+use super::inside::{MOUNTS, PRINT_MOUNTS};
 use super::{network, stderr, stdout};
 
 /// What is logged of a start from a snapshot, and of one that had to boot.
@@ -111,6 +112,9 @@ fn a_warm_vm_is_like_any_other_and_cold_boots() {
         stdout(&disk).split_once('\n').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
     assert!((200..=300).contains(&size.parse::<u32>().unwrap()), "{size} MB");
     assert_eq!(shell, "/bin/sh\n");
+    let mounts = run(&installation, &[], PRINT_MOUNTS);
+    assert_warm(&mounts);
+    assert_eq!(stdout(&mounts).lines().collect::<Vec<_>>(), MOUNTS);
     // Other machines have no snapshot: no word of one.
     for flags in [&["--cold"][..], &["--memory", "400"]] {
         let booted = run(&installation, flags, "true");
