@@ -3,6 +3,7 @@
 //! `scenarios`. `make bench`.
 
 mod artifacts;
+mod kernels;
 
 use std::fmt::Write as _;
 use std::process::Stdio;
@@ -12,18 +13,20 @@ use anyhow::{Context as _, Result, ensure};
 use matchlock_test_support::{Installation, Session, small_vm};
 use serde_json::{Value, json};
 
+use kernels::GuestKernel;
+
 /// Commands that are measured, at each number at once.
 const COMMANDS: usize = 640;
 const ROUNDS: usize = 3;
 
 fn main() -> Result<()> {
-    let installation = Installation::new()?;
+    let kernels = kernels::built()?;
     let load = std::fs::read_to_string("/proc/loadavg")?;
     let section = [
         "\n## Sessions\n\n`cargo bench --bench session`: the real program, busybox VMs of 128 MB without a network.\n\n",
-        &round_trips(&installation)?,
-        &first_commands(&installation)?,
-        &memory(&installation)?,
+        &round_trips(&kernels)?,
+        &first_commands(&kernels)?,
+        &memory(kernels.last().context("no kernel")?)?,
         &format!("\nLoad average before all this: {}.\n", load.trim()),
     ]
     .concat();
@@ -82,65 +85,79 @@ fn run(session: &mut Session, at_once: usize, command: &Value) -> Result<Vec<Dur
     Ok(times)
 }
 
-fn round_trips(installation: &Installation) -> Result<String> {
-    let mut session = start(installation)?;
-    session.create_vm()?;
+fn round_trips(kernels: &[GuestKernel]) -> Result<String> {
     let mut text = String::from(
-        "| `exec` in a warm VM | at once | p50 | p99 | commands/s |\n|---|---|---|---|---|\n",
+        "| kernel | `exec` in a VM that runs | at once | p50 | p99 | commands/s | goal |\n\
+         |---|---|---|---|---|---|---|\n",
     );
     let ways = [("`true`, without a shell", json!(["true"])), ("`sh -c true`", json!("true"))];
-    for (name, command) in ways {
-        for at_once in [1, 32] {
+    for kernel in kernels {
+        let mut session = start(&kernel.installation)?;
+        session.create_vm()?;
+        for ((name, command), at_once) in ways.iter().flat_map(|way| [(way, 1), (way, 32)]) {
             let began = Instant::now();
-            let mut times = run(&mut session, at_once, &command)?;
+            let mut times = run(&mut session, at_once, command)?;
             let rate = f64::from(u32::try_from(COMMANDS)?) / began.elapsed().as_secs_f64();
+            let has_goal = kernel.name == "own" && at_once == 1 && command.is_array();
             writeln!(
                 text,
-                "| {name} | {at_once} | {:.1} ms | {:.1} ms | {rate:.0} |",
+                "| {} | {name} | {at_once} | {:.1} ms | {:.1} ms | {rate:.0} | {} |",
+                kernel.title(),
                 ms(percentile(&mut times, 0.5)),
                 ms(percentile(&mut times, 0.99)),
+                if has_goal { "p50 ≤ 7 ms" } else { "" },
             )?;
         }
+        close(session)?;
     }
-    close(session)?;
     Ok(text)
 }
 
-fn first_commands(installation: &Installation) -> Result<String> {
+fn first_commands(kernels: &[GuestKernel]) -> Result<String> {
     let mut text = String::from(
-        "\n| from `create` to the end of the first `exec` | median | slowest |\n|---|---|---|\n",
+        "\n| kernel | from `create` (cold) to the end of the first `exec` | median | slowest |\n\
+         |---|---|---|---|\n",
     );
-    for vms in [1, 8] {
+    for (kernel, vms) in kernels.iter().flat_map(|kernel| [(kernel, 1), (kernel, 8)]) {
         let mut times = Vec::new();
         for _ in 0..ROUNDS {
-            let mut session = start(installation)?;
-            let began = Instant::now();
-            let mut waiting = Vec::new();
-            for _ in 0..vms {
-                waiting.push(session.send("create", &small_vm())?);
-            }
-            let mut commands = Vec::new();
-            while let Some(id) = waiting.first().copied() {
-                let created = session.answer(id)?.map_err(|e| anyhow::anyhow!("{e:?}"))?;
-                waiting.remove(0);
-                let params = json!({ "vm_id": created["id"], "command": ["true"] });
-                commands.push(session.send("exec", &params)?);
-            }
-            for id in commands {
-                session.answer(id)?.map_err(|e| anyhow::anyhow!("{e:?}"))?;
-                times.push(began.elapsed());
-            }
-            close(session)?;
+            times.extend(first_commands_of(&kernel.installation, vms)?);
         }
         let slowest = times.iter().max().copied().unwrap_or_default();
         writeln!(
             text,
-            "| {vms} at once | {:.0} ms | {:.0} ms |",
+            "| {} | {vms} at once | {:.0} ms | {:.0} ms |",
+            kernel.title(),
             ms(percentile(&mut times, 0.5)),
             ms(slowest)
         )?;
     }
     Ok(text)
+}
+
+fn first_commands_of(installation: &Installation, vms: usize) -> Result<Vec<Duration>> {
+    let mut session = start(installation)?;
+    let mut cold = small_vm();
+    cold["cold"] = json!(true);
+    let began = Instant::now();
+    let mut waiting = Vec::new();
+    for _ in 0..vms {
+        waiting.push(session.send("create", &cold)?);
+    }
+    let mut commands = Vec::new();
+    while let Some(id) = waiting.first().copied() {
+        let created = session.answer(id)?.map_err(|e| anyhow::anyhow!("{e:?}"))?;
+        waiting.remove(0);
+        let params = json!({ "vm_id": created["id"], "command": ["true"] });
+        commands.push(session.send("exec", &params)?);
+    }
+    let mut times = Vec::new();
+    for id in commands {
+        session.answer(id)?.map_err(|e| anyhow::anyhow!("{e:?}"))?;
+        times.push(began.elapsed());
+    }
+    close(session)?;
+    Ok(times)
 }
 
 /// A number of kB in a file of a process.
@@ -162,10 +179,11 @@ fn hypervisors(session: u32) -> Result<Vec<u32>> {
     Ok(found)
 }
 
-fn memory(installation: &Installation) -> Result<String> {
-    let mut session = start(installation)?;
+fn memory(kernel: &GuestKernel) -> Result<String> {
+    let mut session = start(&kernel.installation)?;
     let pid = session.pid()?;
-    let mut text = String::from(
+    let mut text = format!("\nMemory, {}:\n", kernel.title());
+    text.push_str(
         "\n| VMs in one session, each after a command | the session's process | of it, for each VM \
          after the first | a hypervisor, resident | its share |\n|---|---|---|---|---|\n",
     );

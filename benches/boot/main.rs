@@ -6,6 +6,8 @@
 #[path = "../artifacts/mod.rs"]
 mod artifacts;
 mod bare;
+#[path = "../kernels/mod.rs"]
+mod kernels;
 mod life;
 #[path = "../samples/mod.rs"]
 mod samples;
@@ -15,9 +17,8 @@ mod timeline;
 use std::fmt::Write as _;
 
 use anyhow::{Context as _, Result, ensure};
-use matchlock_test_support::Installation;
-
 use bare::Description;
+use kernels::GuestKernel;
 use life::{Life, Start};
 use samples::Samples;
 
@@ -25,7 +26,8 @@ const ROUNDS: usize = 15;
 
 fn main() -> Result<()> {
     let load = load_average()?;
-    let mut kernels = kernels()?;
+    let kernels = kernels::built()?.into_iter().map(prepare);
+    let mut kernels = kernels.collect::<Result<Vec<_>>>()?;
     for round in 0..ROUNDS {
         for kernel in &mut kernels {
             kernel.round()?;
@@ -36,14 +38,14 @@ fn main() -> Result<()> {
     for kernel in &kernels {
         for (start, of) in [("cold", &kernel.cold), ("warm", &kernel.warm)] {
             let life = of.typical().context("no life")?;
-            lives.push((format!("{} kernel, {start}", kernel.name), life));
+            lives.push((format!("{} kernel, {start}", kernel.guest.name), life));
         }
     }
     let picture = timeline::svg(&lives)?;
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/timeline.svg");
     std::fs::write(&path, picture).with_context(|| path.display().to_string())?;
 
-    let streams = streams::section(&kernels.first().context("no kernel")?.installation)?;
+    let streams = streams::section(kernels.iter().map(|kernel| &kernel.guest))?;
     let section = [
         "## From `run` to its end\n\n",
         &table(&kernels)?,
@@ -65,13 +67,9 @@ fn load_average() -> Result<String> {
     Ok(text.split(' ').take(3).collect::<Vec<_>>().join(", "))
 }
 
-/// One guest kernel, and what was measured with it.
+/// What was measured with one guest kernel.
 struct Kernel {
-    /// For the table.
-    name: &'static str,
-    release: String,
-    /// With this kernel's bundle alone.
-    installation: Installation,
+    guest: GuestKernel,
     description: Description,
     cold: Lives,
     /// From a snapshot.
@@ -80,42 +78,28 @@ struct Kernel {
     bare_first: Samples,
 }
 
-/// The kernels that are built: Debian's, and our own after `make kernel`.
-fn kernels() -> Result<Vec<Kernel>> {
-    let shared = Installation::new()?.bundles()?;
-    let mut kernels = Vec::new();
-    for name in ["stock", "own"] {
-        // Bundles of earlier builds are there too.
-        let current = artifacts::target().join("guest-bundle").join(format!("current-{name}"));
-        let Ok(current) = std::fs::read_to_string(current) else { continue };
-        let installed = shared.iter().find(|(version, ..)| version == current.trim());
-        let (version, release, _) = installed.with_context(|| format!("no bundle {current}"))?;
-        let installation = Installation::with_own_bundle(version)?;
-        let description = Description::of_a_vm(&installation)?;
-        let warmed = installation.output(&["warm", "--no-network"])?;
-        ensure!(warmed.status.success(), "{}", String::from_utf8_lossy(&warmed.stderr));
-        kernels.push(Kernel {
-            name,
-            release: release.clone(),
-            installation,
-            description,
-            cold: Lives::default(),
-            warm: Lives::default(),
-            bare_ready: Samples::default(),
-            bare_first: Samples::default(),
-        });
-    }
-    Ok(kernels)
+fn prepare(guest: GuestKernel) -> Result<Kernel> {
+    let description = Description::of_a_vm(&guest.installation)?;
+    let warmed = guest.installation.output(&["warm", "--no-network"])?;
+    ensure!(warmed.status.success(), "{}", String::from_utf8_lossy(&warmed.stderr));
+    Ok(Kernel {
+        guest,
+        description,
+        cold: Lives::default(),
+        warm: Lives::default(),
+        bare_ready: Samples::default(),
+        bare_first: Samples::default(),
+    })
 }
 
 impl Kernel {
     /// Matchlock and QEMU alone, one after the other: what slows one slows both.
     fn round(&mut self) -> Result<()> {
-        self.cold.0.push(life::of_a_run(&self.installation, Start::Cold)?);
+        self.cold.0.push(life::of_a_run(&self.guest.installation, Start::Cold)?);
         let bare = bare::boot(&self.description)?;
         self.bare_ready.push_ms(bare.ready);
         self.bare_first.push_ms(bare.first_command);
-        self.warm.0.push(life::of_a_run(&self.installation, Start::Warm)?);
+        self.warm.0.push(life::of_a_run(&self.guest.installation, Start::Warm)?);
         Ok(())
     }
 }
@@ -151,11 +135,16 @@ fn table(kernels: &[Kernel]) -> Result<String> {
          | kernel | what | Matchlock | QEMU alone | ratio | goal |\n|---|---|---|---|---|---|\n"
     );
     for kernel in kernels {
-        let name = format!("{} ({})", kernel.name, kernel.release);
+        let name = kernel.guest.title();
         let lives = &kernel.cold;
         let (ready, first) = (lives.samples(|l| l.ready), lives.samples(|l| l.first_command));
         let compared = [
-            ("ready", ready, &kernel.bare_ready, if kernel.name == "own" { "≤ 1.05×" } else { "" }),
+            (
+                "ready",
+                ready,
+                &kernel.bare_ready,
+                if kernel.guest.name == "own" { "≤ 1.05×" } else { "" },
+            ),
             ("first command", first, &kernel.bare_first, ""),
         ];
         for (what, ours, bare, goal) in compared {

@@ -8,13 +8,27 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use matchlock_test_support::Installation;
 
+use crate::kernels::GuestKernel;
 use crate::samples::Samples;
 
 const ROUNDS: usize = 7;
 const MIB: usize = 128;
 const CHUNK: usize = 64 * 1024;
 
-pub(crate) fn section(installation: &Installation) -> Result<String> {
+pub(crate) fn section<'a>(kernels: impl Iterator<Item = &'a GuestKernel>) -> Result<String> {
+    let mut text = format!(
+        "`matchlock exec` of {MIB} MiB in a VM that runs, the whole process, {ROUNDS} rounds: `dd \
+         if=/dev/zero bs=64k` to a pipe that is read here, and a pipe that is filled here to `cat \
+         >/dev/null`.\n\n| kernel | stdout, MiB/s | stdin, MiB/s |\n|---|---|---|\n"
+    );
+    for kernel in kernels {
+        let (from, to) = measured(&kernel.installation)?;
+        writeln!(text, "| {} | {} | {} |", kernel.title(), from.spread(0), to.spread(0))?;
+    }
+    Ok(text)
+}
+
+fn measured(installation: &Installation) -> Result<(Samples, Samples)> {
     let vm = installation.start_run(&[], &["sleep", "100000"])?;
     let id = installation.wait_for_status("running")?;
     let (mut from, mut to) = (Samples::default(), Samples::default());
@@ -24,14 +38,7 @@ pub(crate) fn section(installation: &Installation) -> Result<String> {
     }
     vm.signal(rustix::process::Signal::TERM)?;
     vm.wait(Duration::from_secs(60))?;
-    let mut text = format!(
-        "`matchlock exec` of {MIB} MiB in a VM that runs, the whole process, {ROUNDS} rounds: `dd \
-         if=/dev/zero bs=64k` to a pipe that is read here, and a pipe that is filled here to `cat \
-         >/dev/null`.\n\n| stream | MiB/s |\n|---|---|\n"
-    );
-    writeln!(text, "| stdout | {} |", from.spread(0))?;
-    writeln!(text, "| stdin | {} |", to.spread(0))?;
-    Ok(text)
+    Ok((from, to))
 }
 
 fn rate(took: Duration) -> f64 {
