@@ -197,16 +197,16 @@ impl Looking {
     /// All VMs with the status that is true now.
     pub(super) async fn at_all(&self) -> Result<AllVms, CliError> {
         let mut all = AllVms::default();
-        let mut looked = Vec::new();
+        let mut rows = Vec::new();
         for row in self.reader.vms().await.map_err(failed)? {
             match row {
-                Ok(row) => {
-                    let held = self.host.is_held(row.id)?;
-                    looked.push((row, held));
-                }
+                Ok(row) => rows.push(row),
                 Err(bad) => all.unreadable.push(bad),
             }
         }
+        let ids: Vec<VmId> = rows.iter().map(|row| row.id).collect();
+        let held = self.host.locks.are_held(&ids).map_err(|e| CliError::failure(&e))?;
+        let looked: Vec<_> = rows.into_iter().zip(held).collect();
         // One more look at all rows, after the last lock: not one for each that has no owner.
         let unsure = |(row, held): &(VmSummary, bool)| !held && row.phase != Phase::Cleaned;
         let later: HashMap<VmId, VmSummary> = if looked.iter().any(unsure) {

@@ -1,6 +1,6 @@
 //! Printing: lines, JSON for scripts, errors in one line. Tables are in [`table`](super::table).
 
-use std::io::{self, IsTerminal as _, Write as _};
+use std::io::{self, BufWriter, IsTerminal as _, Write as _};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -39,7 +39,8 @@ pub(super) fn tell(line: &str) {
 
 /// Prints lines on stdout.
 pub(super) fn lines<S: AsRef<str>>(lines: impl IntoIterator<Item = S>) -> Result<(), CliError> {
-    let mut stdout = io::stdout().lock();
+    // Rust's own writes each line by itself.
+    let mut stdout = BufWriter::new(io::stdout().lock());
     let print = || -> io::Result<()> {
         for line in lines {
             writeln!(stdout, "{}", line.as_ref())?;

@@ -121,9 +121,20 @@ impl LinuxOwnerLocks {
 
     /// Whether anybody has this role.
     pub(super) fn holds(&self, vm: VmId, role: Role) -> Result<bool, OwnerLockError> {
-        let Some(file) = self.existing()? else { return Ok(false) };
+        self.existing()?.map_or(Ok(false), |file| self.is_locked(&file, vm, role))
+    }
+
+    /// Whether the locks of these VMs are held; the file is opened once.
+    pub(super) fn all_held(&self, vms: &[VmId]) -> Result<Vec<bool>, OwnerLockError> {
+        match self.existing()? {
+            None => Ok(vec![false; vms.len()]),
+            Some(file) => vms.iter().map(|vm| self.is_locked(&file, *vm, Role::Owner)).collect(),
+        }
+    }
+
+    fn is_locked(&self, file: &File, vm: VmId, role: Role) -> Result<bool, OwnerLockError> {
         let mut lock = whole_byte(vm, role);
-        fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock))
+        fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock))
             .map_err(|errno| self.failed(errno.into()))?;
         Ok(i32::from(lock.l_type) != libc::F_UNLCK && !mutated("ignore_owner_lock"))
     }

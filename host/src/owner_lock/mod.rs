@@ -66,6 +66,14 @@ pub trait OwnerLocks: Send + Sync {
     /// When it could not be asked.
     fn is_held(&self, vm: VmId) -> Result<bool, OwnerLockError>;
 
+    /// [`Self::is_held`] of many, in their order.
+    ///
+    /// # Errors
+    /// When it could not be asked of one of them.
+    fn are_held(&self, vms: &[VmId]) -> Result<Vec<bool>, OwnerLockError> {
+        vms.iter().map(|vm| self.is_held(*vm)).collect()
+    }
+
     /// Whether anybody, this process included, cleans the VM up at this moment. Takes nothing.
     ///
     /// # Errors
@@ -86,6 +94,10 @@ impl OwnerLocks for LinuxOwnerLocks {
         Self::is_held(self, vm)
     }
 
+    fn are_held(&self, vms: &[VmId]) -> Result<Vec<bool>, OwnerLockError> {
+        self.all_held(vms)
+    }
+
     fn is_being_cleaned(&self, vm: VmId) -> Result<bool, OwnerLockError> {
         self.holds(vm, Role::Cleaner)
     }
@@ -104,6 +116,7 @@ mod conformance {
         assert!(locks.is_held(one).unwrap());
         assert!(matches!(locks.try_acquire(one), Err(OwnerLockError::Held { vm }) if vm == one));
         assert!(!locks.is_held(other).unwrap());
+        assert_eq!(locks.are_held(&[other, one, other]).unwrap(), [false, true, false]);
         drop(locks.try_acquire(other).unwrap());
         assert!(!locks.is_being_cleaned(one).unwrap());
         let cleaner = locks.try_acquire_cleaner(one).unwrap();
