@@ -17,6 +17,7 @@ mod lifecycle;
 mod log;
 mod network;
 mod network_end;
+mod relink;
 mod secrets;
 mod signals;
 mod terminal;

@@ -134,8 +134,7 @@ impl LinuxOwnerLocks {
 
     fn is_locked(&self, file: &File, vm: VmId, role: Role) -> Result<bool, OwnerLockError> {
         let mut lock = whole_byte(vm, role);
-        fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock))
-            .map_err(|errno| self.failed(errno.into()))?;
+        fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock)).map_err(|errno| self.failed(errno.into()))?;
         Ok(i32::from(lock.l_type) != libc::F_UNLCK && !mutated("ignore_owner_lock"))
     }
 
