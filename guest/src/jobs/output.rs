@@ -94,8 +94,19 @@ impl Output {
         let run_end = self.runs.get(after).map_or(self.end(), |next| next.start);
         let from = usize::try_from(offset - self.base).ok()?;
         let length = usize::try_from(run_end - offset).ok()?.min(limit);
-        let data = self.bytes.range(from..from + length).copied().collect();
-        Some(Chunk { stream: run.stream, offset, data })
+        Some(Chunk { stream: run.stream, offset, data: self.copy(from, length) })
+    }
+
+    /// Block by block: byte by byte it is what limits a stream.
+    fn copy(&self, from: usize, length: usize) -> Vec<u8> {
+        let (first, second) = self.bytes.as_slices();
+        let mut data = Vec::with_capacity(length);
+        let (at, end) = (from.min(first.len()), (from + length).min(first.len()));
+        data.extend_from_slice(first.get(at..end).unwrap_or_default());
+        let at = (from + data.len()).saturating_sub(first.len());
+        let end = at + length - data.len();
+        data.extend_from_slice(second.get(at..end).unwrap_or_default());
+        data
     }
 }
 
