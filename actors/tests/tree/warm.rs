@@ -18,7 +18,7 @@ fn starts(hypervisor: &FakeHypervisor) -> Vec<&'static str> {
 }
 
 async fn make_warm(world: &World) {
-    let mut template = world.create_as(StartMode::Template, true).await.unwrap();
+    let mut template = world.create_as(StartMode::Template { anew: true }, true).await.unwrap();
     let view = settled(&mut template).await;
     assert_eq!((view.phase, view.cause, view.cleaned_up), (Phase::Cleaned, None, true));
     let phases = world.phases(template.id).await;
@@ -80,7 +80,7 @@ async fn a_damaged_one_is_given_up_and_its_machine_is_gone_before_another_boots(
 async fn a_template_that_dies_makes_no_snapshot_and_leaves_nothing() {
     let world = World::new().await;
     world.hypervisor.set_launch_fault(Some(LaunchFault::DiesAtOnce));
-    let mut template = world.create_as(StartMode::Template, true).await.unwrap();
+    let mut template = world.create_as(StartMode::Template { anew: true }, true).await.unwrap();
     let view = settled(&mut template).await;
     assert!(view.cause.is_some() && view.cleaned_up, "{view:?}");
     assert_eq!(world.snapshots.count(), 0);

@@ -58,7 +58,7 @@ impl Snapshots for FakeSnapshots {
     async fn begin(&self, wanted: &Wanted) -> Result<Draft, SnapshotError> {
         let memory = tempfile::tempfile();
         let memory = memory.map_err(|e| SnapshotError::io("make", Path::new("memory"), e))?;
-        Ok(Draft { memory, wanted: wanted.clone(), _lock: None })
+        Ok(Draft { memory, wanted: wanted.clone(), room: None, _lock: None })
     }
 
     async fn publish(&self, draft: Draft, saved: Saved) -> Result<(), SnapshotError> {

@@ -153,7 +153,8 @@ impl Installation {
         Ok(command)
     }
 
-    /// Gives a command that starts the program this installation's environment, and no stdin.
+    /// Gives a command that starts the program this installation's environment, and no stdin. It makes no
+    /// snapshots by itself: most tests are about boots.
     pub fn prepare<'a>(&self, command: &'a mut Command) -> &'a mut Command {
         command
             .env("MATCHLOCK_HOME", self.home())
@@ -164,6 +165,7 @@ impl Installation {
             .env_remove("MATCHLOCK_HYPERVISOR")
             .env_remove("MATCHLOCK_LOG")
             .env_remove("MATCHLOCK_SUBNET_POOL")
+            .env("MATCHLOCK_AUTO_WARM", "0")
             .stdin(Stdio::null())
     }
 
