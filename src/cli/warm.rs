@@ -1,4 +1,5 @@
-//! `matchlock warm`: make the snapshot from which later VMs start.
+//! `matchlock warm`: make the snapshot from which later VMs start, before any of them makes it itself
+//! (`node/warming.rs`).
 //!
 //! ```text
 //!  warm ─► a VM like any other, of no image ─► on hold ─► saved ─► taken down ─► its record is gone
@@ -28,11 +29,11 @@ use crate::node::warming::{template, template_spec};
 #[derive(Debug, Args)]
 #[command(after_help = "\
 `run`, `run -d` and `create` of a session start from it when they ask for as many CPUs and as much
-memory, with or without a network as it was made; --cold boots. A first one of its kind makes it by itself,
-beside its command, unless MATCHLOCK_AUTO_WARM=0; this makes it beforehand, and always anew. It is of no use any more once this host
-was started anew, or the guest or the hypervisor is another; then they boot, and say so. Nothing of an
-image is in it, and what two microVMs must not share is made after the start: random numbers, clock,
-disks, addresses.
+memory, with or without a network as it was made; --cold boots. The first of its kind makes it beside its
+command, unless MATCHLOCK_AUTO_WARM=0; `warm` makes it beforehand, and anew where there is one. It is of
+no use any more once this host was started anew, or the guest or the hypervisor is another; then they
+boot, say so and make another. Nothing of an image is in it, and what two microVMs must not share is made
+after the start: random numbers, clock, disks, addresses.
 
 Examples:
   matchlock warm                              for `matchlock run`

@@ -225,7 +225,7 @@ impl Warming {
         match (left, view.ok().and_then(|view| view.cause)) {
             (Some(left), _) => tracing::error!(vm_id = %id, "of a template: {left}"),
             (None, Some(failure)) => tracing::debug!(vm_id = %id, %failure, "no snapshot is made"),
-            (None, None) => tracing::info!(vm_id = %id, "a template is gone"),
+            (None, None) => tracing::info!(vm_id = %id, "made a snapshot for the next VMs"),
         }
     }
 

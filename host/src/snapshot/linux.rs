@@ -124,7 +124,7 @@ impl LinuxSnapshots {
         let room = Room { dir: new, is_shown: false };
         let memory = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
         let memory = memory.map_err(|e| SnapshotError::io("make", &path, e))?;
-        Ok(Draft { memory, wanted, room: Some(room), _lock: Some(lock) })
+        Ok(Draft { memory, wanted, room: Some(room), _claim: Box::new(lock) })
     }
 
     fn publish_now(&self, draft: &mut Draft, saved: Saved) -> Result<(), SnapshotError> {

@@ -81,7 +81,8 @@ pub struct Draft {
     wanted: Wanted,
     /// Dropped before the lock: what it removes is nobody else's yet.
     room: Option<linux::Room>,
-    _lock: Option<Locked>,
+    /// Keeps others out.
+    _claim: Box<dyn Send + Sync>,
 }
 
 impl fmt::Debug for Draft {
