@@ -85,6 +85,8 @@ Environment:
                             (default 10)
   MATCHLOCK_VM_LOG_FILES    files that are kept of a VM's log (default 3; 0
                             keeps no log)
+  MATCHLOCK_AUTO_WARM       0: a first microVM of its kind makes no snapshot for
+                            the next (see `matchlock warm`; default 1)
   DOCKER_CONFIG             directory of the config.json with logins to image
                             registries (default ~/.docker)
   SSL_CERT_FILE             certificates to trust instead of this host's own
@@ -96,8 +98,8 @@ Environment:
   NO_COLOR                  no colours in tables
 
 $MATCHLOCK_HOME/config.toml may set cache, kernel, boot_timeout, hang_timeout,
-history_days, subnet_pool, vm_log_size_mb and vm_log_files, and in [registry]
-insecure, ca_file and mirrors."
+history_days, subnet_pool, vm_log_size_mb, vm_log_files and auto_warm, and in
+[registry] insecure, ca_file and mirrors."
 )]
 struct Cli {
     #[command(flatten)]

@@ -53,6 +53,7 @@ pub(super) async fn rpc(args: RpcArgs, config: NodeConfig) -> Result<u8, CliErro
 pub(super) fn host(node: &Node, config: NodeConfig, stall_timeout: u64) -> RpcHost {
     RpcHost {
         client: node.client().clone(),
+        warming: node.warming().clone(),
         deps: node.deps().clone(),
         vm_log: config.vm_log,
         config,

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -133,7 +134,7 @@ pub(super) struct RunArgs {
     /// says]
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
-    /// Boot, also where there is a snapshot to start from (`matchlock warm`)
+    /// Boot, also where there is a snapshot to start from, and make none (see `matchlock warm`)
     #[arg(long)]
     cold: bool,
     /// Print how long each step took
@@ -227,7 +228,7 @@ pub(super) async fn run(args: RunArgs, config: NodeConfig) -> Result<u8, CliErro
         image: image.config,
         base_disk: image.rootfs_path.into(),
         lease: Some(lease),
-        guest_lease,
+        guest_lease: guest_lease.map(Arc::new),
         kernel: bundle.kernel,
         initramfs: bundle.initramfs,
         start,

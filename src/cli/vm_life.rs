@@ -33,6 +33,7 @@ use crate::node::detach::{Asker, tell_when_started};
 use crate::node::output_log::Audience;
 use crate::node::relay::{Ending, Ours, RelayLimits, Relayed, SOON, relay};
 use crate::node::signals::{Interrupt, Interrupts};
+use crate::node::warming::Template;
 use crate::points::{EXEC, injected};
 
 /// From the VM's creation to its end.
@@ -46,6 +47,7 @@ pub(super) async fn in_vm(
     watch: &mut Stopwatch,
 ) -> Result<(u8, VmView), CliError> {
     let before = watch.elapsed();
+    let template = node.warming().template_for(&create);
     let (mut vm, interrupt) = created(node, create, interrupts).await?;
     if let Some(which) = interrupt {
         let view = stop_interruptibly(node, &vm, StopMode::Force, interrupts).await?;
@@ -78,16 +80,20 @@ pub(super) async fn in_vm(
     };
     let spawned = up.timings.disk.unwrap_or_default() + up.timings.spawn.unwrap_or_default();
     watch.spawned = Some(before + spawned);
+    let template = template.and_then(|template| template.if_booted(&up.timings));
     let untold = asker.as_ref().map(Asker::told);
     let code = match (&command, asker) {
         (Some(command), asker) => {
-            Some(own(node, &vm, spec, command, asker, interrupts, watch).await)
+            let then = OnStart { asker, template };
+            Some(own(node, &vm, spec, command, then, interrupts, watch).await)
         }
-        (None, Some(asker)) => {
-            asker.tell(vm.id, &owner_log(node, &vm)).await?;
+        (None, asker) => {
+            if let Some(asker) = asker {
+                asker.tell(vm.id, &owner_log(node, &vm)).await?;
+            }
+            node.warming().make(template);
             None
         }
-        (None, None) => None,
     };
     // Nobody knows its id, and nobody will.
     let is_unknown = untold.is_some_and(|told| !told.is_cancelled());
@@ -96,6 +102,14 @@ pub(super) async fn in_vm(
         return Ok((code.unwrap_or(Ok(0))?, view?));
     }
     keep(node, &vm, spec, code, interrupts).await
+}
+
+/// What is done once the VM's own command has started.
+struct OnStart {
+    /// Is told the VM's id.
+    asker: Option<Asker>,
+    /// Is made for the VMs to come.
+    template: Option<Template>,
 }
 
 /// Creates the VM; and who has interrupted that.
@@ -137,7 +151,7 @@ async fn own(
     vm: &VmHandle,
     spec: &VmSpec,
     command: &ExecSpec,
-    asker: Option<Asker>,
+    OnStart { asker, template }: OnStart,
     interrupts: &mut Interrupts,
     watch: &mut Stopwatch,
 ) -> Result<u8, CliError> {
@@ -150,6 +164,7 @@ async fn own(
     if let Some(asker) = asker {
         session = tell_when_started(session, asker, vm.id, owner_log(node, vm));
     }
+    session = node.warming().once_started(session, template);
     let (session, log) = node.keep_output(session, vm.id, audience);
     let again = render::on_terminal(AGAIN);
     let stop_signal = command.stop_signal.unwrap_or(signal::TERM);
@@ -315,6 +330,8 @@ async fn stop_interruptibly(
     mode: StopMode,
     interrupts: &mut Interrupts,
 ) -> Result<VmView, CliError> {
+    // Taken down beside this one, not after it.
+    node.warming().end();
     let mut stopped = std::pin::pin!(node.client().stop_vm(vm.id, mode));
     let by_key = interrupts.first() == Some(Interrupt::Interrupt);
     let mut again =

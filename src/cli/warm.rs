@@ -1,4 +1,5 @@
-//! `matchlock warm`: make the snapshot from which later VMs start.
+//! `matchlock warm`: make the snapshot from which later VMs start, before any of them makes it itself
+//! (`node/warming.rs`).
 //!
 //! ```text
 //!  warm ─► a VM like any other, of no image ─► on hold ─► saved ─► taken down ─► its record is gone
@@ -8,14 +9,12 @@
 //! What it left is a VM of no use and a snapshot of no name; `matchlock gc` removes both.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Args;
-use matchlock_actors::vm::{CreateVm, StartMode};
-use matchlock_host::facts;
+use matchlock_actors::vm::CreateVm;
 use matchlock_host::guest_bundle::GuestBundle;
-use matchlock_model::failure::chain;
-use matchlock_model::image::ImageConfig;
-use matchlock_model::spec::{MIN_DISK_SIZE_MB, NetworkInput, VmSpec, VmSpecInput};
+use matchlock_model::failure::{FailureKind, chain};
 use matchlock_model::vm::StopMode;
 
 use super::error::CliError;
@@ -24,18 +23,17 @@ use crate::node::boot::Node;
 use crate::node::client::{not_cleaned_up, settled};
 use crate::node::config::NodeConfig;
 use crate::node::signals::Interrupts;
-
-/// What its record says instead of an image.
-const NO_IMAGE: &str = "matchlock-warm";
+use crate::node::warming::{template, template_spec};
 
 /// The arguments of `warm`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 `run`, `run -d` and `create` of a session start from it when they ask for as many CPUs and as much
-memory, with or without a network as it was made; --cold boots. It is of no use any more once this host
-was started anew, or the guest or the hypervisor is another; then they boot, and say so. Nothing of an
-image is in it, and what two microVMs must not share is made after the start: random numbers, clock,
-disks, addresses.
+memory, with or without a network as it was made; --cold boots. The first of its kind makes it beside its
+command, unless MATCHLOCK_AUTO_WARM=0; `warm` makes it beforehand, and anew where there is one. It is of
+no use any more once this host was started anew, or the guest or the hypervisor is another; then they
+boot, say so and make another. Nothing of an image is in it, and what two microVMs must not share is made
+after the start: random numbers, clock, disks, addresses.
 
 Examples:
   matchlock warm                              for `matchlock run`
@@ -57,7 +55,13 @@ pub(super) struct WarmArgs {
 }
 
 pub(super) async fn warm(args: WarmArgs, config: NodeConfig) -> Result<u8, CliError> {
-    let spec = check(&args)?;
+    let spec =
+        template_spec(args.cpus, args.memory, args.no_network).map_err(
+            |failure| match failure.kind {
+                FailureKind::Input => CliError::input(failure),
+                _ => failure.into(),
+            },
+        )?;
     let kernel = args.kernel.map(std::path::absolute).transpose();
     let kernel = kernel.map_err(|e| CliError::failure(&e))?.or_else(|| config.kernel.clone());
     let (bundle, guest_lease) =
@@ -65,17 +69,8 @@ pub(super) async fn warm(args: WarmArgs, config: NodeConfig) -> Result<u8, CliEr
     if spec.network.is_some() {
         config.subnet_pool.as_ref().map_err(|e| CliError::failure(e))?;
     }
-    let create = CreateVm {
-        spec,
-        image: ImageConfig::default(),
-        // It is never looked into. Readable, and nobody's secret.
-        base_disk: bundle.kernel.clone(),
-        lease: None,
-        guest_lease,
-        kernel: bundle.kernel,
-        initramfs: bundle.initramfs,
-        start: StartMode::Template,
-    };
+    let lease = guest_lease.map(Arc::new);
+    let create = template(spec, bundle.kernel, bundle.initramfs, lease, true);
     let mut interrupts = Interrupts::install().map_err(|e| CliError::failure(&e))?;
     let node = Node::boot(config).await?;
     let made = match node.deps().hypervisor.check() {
@@ -111,30 +106,4 @@ async fn made(node: &Node, create: CreateVm, interrupts: &mut Interrupts) -> Res
         (Some(cause), None) => Err(CliError::message(cause)),
         (_, Some(left)) => Err(CliError::message(left)),
     }
-}
-
-fn check(args: &WarmArgs) -> Result<VmSpec, CliError> {
-    let host_cpus = facts::cpus().map_err(|e| CliError::failure(&e))?;
-    VmSpec::check(VmSpecInput {
-        image: NO_IMAGE.to_owned(),
-        command: Vec::new(),
-        entrypoint: None,
-        env: Vec::new(),
-        workdir: None,
-        user: None,
-        hostname: None,
-        add_hosts: Vec::new(),
-        network: NetworkInput { no_network: args.no_network, ..NetworkInput::default() },
-        cpus: args.cpus,
-        memory_mb: args.memory,
-        disk_size_mb: MIN_DISK_SIZE_MB,
-        timeout: None,
-        graceful_shutdown: None,
-        stdin: false,
-        terminal: None,
-        privileged: false,
-        remove: true,
-        host_cpus: u32::try_from(host_cpus).unwrap_or(u32::MAX),
-    })
-    .map_err(CliError::input)
 }

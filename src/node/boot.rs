@@ -33,6 +33,7 @@ use tokio_util::task::TaskTracker;
 use super::client::NodeClient;
 use super::config::NodeConfig;
 use super::output_log::{self, Audience, KeptOutput};
+use super::warming::Warming;
 use super::wiring;
 use crate::points::{HOME, injected};
 
@@ -55,6 +56,7 @@ pub struct Opened {
 #[derive(Debug)]
 pub struct Node {
     client: NodeClient,
+    warming: Warming,
     vm_log: LogLimits,
     deps: Deps,
     root: ActorRef<RootMsg>,
@@ -122,7 +124,9 @@ impl Opened {
         let (root, joined) = Actor::spawn(None, Root, args)
             .await
             .map_err(|e| failed(&e, "could not start the services"))?;
-        Ok(Node { client: NodeClient::new(services), vm_log, deps, root, joined, writer, kills })
+        let client = NodeClient::new(services);
+        let warming = Warming::new(client.clone(), config.auto_warm);
+        Ok(Node { client, warming, vm_log, deps, root, joined, writer, kills })
     }
 }
 
@@ -150,6 +154,12 @@ impl Node {
         &self.client
     }
 
+    /// What makes snapshots beside its VMs.
+    #[must_use]
+    pub const fn warming(&self) -> &Warming {
+        &self.warming
+    }
+
     /// What its actors have of this host.
     #[must_use]
     pub const fn deps(&self) -> &Deps {
@@ -172,7 +182,9 @@ impl Node {
     /// # Errors
     /// When something did not end in time.
     pub async fn shutdown(self, mode: StopMode) -> Result<(), Failure> {
+        self.warming.end();
         self.client.stop_all(mode).await?;
+        self.warming.ended().await;
         self.kills.close();
         if timeout(ANSWER_LIMIT, self.kills.wait()).await.is_err() {
             tracing::warn!("somebody who asked for a VM's end was not told of it");

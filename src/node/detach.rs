@@ -314,10 +314,24 @@ pub fn tell_when_started(
     id: VmId,
     log: PathBuf,
 ) -> ExecSession {
+    when_started(session, async move {
+        if let Err(failure) = asker.tell(id, &log).await {
+            tracing::error!(vm_id = %id, %failure, "nobody knows of this VM: it is taken down");
+            hang_up();
+        }
+    })
+}
+
+/// The same session; once its command has started, this is done before anybody hears of it.
+#[must_use]
+pub fn when_started(
+    session: ExecSession,
+    then: impl Future<Output = ()> + Send + 'static,
+) -> ExecSession {
     let ExecSession { stdin, signals, size, events: mut happening } = session;
     let (happened, events) = mpsc::channel(1);
     tokio::spawn(async move {
-        let mut asker = Some(asker);
+        let mut then = Some(then);
         loop {
             let event = tokio::select! {
                 // Nobody follows the command any more: dropping its events releases it.
@@ -326,11 +340,9 @@ pub fn tell_when_started(
             };
             let Some(event) = event else { return };
             if matches!(event, Ok(ExecEvent::Started))
-                && let Some(asker) = asker.take()
-                && let Err(failure) = asker.tell(id, &log).await
+                && let Some(then) = then.take()
             {
-                tracing::error!(vm_id = %id, %failure, "nobody knows of this VM: it is taken down");
-                hang_up();
+                then.await;
             }
             if happened.send(event).await.is_err() {
                 return;

@@ -29,4 +29,5 @@ pub mod signals;
 pub mod stderr;
 pub mod stdin;
 pub mod terminal;
+pub mod warming;
 pub(crate) mod wiring;

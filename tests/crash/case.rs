@@ -297,6 +297,19 @@ pub(crate) const LONG: &[&str] = &["run", "--image", "busybox", "--", "sleep", "
 
 /// Carries a case out.
 pub(crate) fn play(net: &Namespace, case: &Case, mutation: Option<&str>) -> Result<Report> {
+    play_led(net, case, mutation, lead)
+}
+
+/// What leads to a case's point and lets it fire.
+type Lead = fn(&Stage<'_>, &Case, &mut Props) -> Result<(ExitStatus, String)>;
+
+/// The same for a case that is reached in this way.
+pub(crate) fn play_led(
+    net: &Namespace,
+    case: &Case,
+    mutation: Option<&str>,
+    lead: Lead,
+) -> Result<Report> {
     let stage = Stage::new(net, mutation)?;
     let before = host::all(net, &stage.installation)?;
     // What the case itself puts there; what is a stranger's must stay.

@@ -4,11 +4,13 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
+use std::process::{ExitStatus, Stdio};
 
-use anyhow::{Result, bail, ensure};
-use matchlock_test_support::Running;
+use anyhow::{Context as _, Result, bail, ensure};
+use matchlock_test_support::netns::Namespace;
+use matchlock_test_support::{Running, wait_until};
 
-use super::case::{PATIENCE, RUN, Stage};
+use super::case::{Case, Fault, PATIENCE, RUN, Stage, play_led};
 use super::scenario::{Scenario, scenario};
 
 impl Stage<'_> {
@@ -19,10 +21,7 @@ impl Stage<'_> {
 
     /// What has the point, begun.
     pub(crate) fn start_warm(&self, point: &str, armed: &str) -> Result<Running> {
-        fs::create_dir(self.warm_cache())?;
-        for part in ["guest", "images"] {
-            symlink(self.installation.cache().join(part), self.warm_cache().join(part))?;
-        }
+        self.make_warm_cache()?;
         match scenario(point) {
             Scenario::Warm => self.start(armed, &["warm"]),
             Scenario::WarmAgain => {
@@ -42,6 +41,28 @@ impl Stage<'_> {
             }
             other => bail!("{point} is reached by {other:?}"),
         }
+    }
+
+    fn make_warm_cache(&self) -> Result<()> {
+        fs::create_dir(self.warm_cache())?;
+        for part in ["guest", "images"] {
+            symlink(self.installation.cache().join(part), self.warm_cache().join(part))?;
+        }
+        Ok(())
+    }
+
+    /// A run that has no snapshot to start from, and makes one beside its command, which waits for that.
+    fn first_run(&self, case: &Case) -> Result<(ExitStatus, String)> {
+        self.make_warm_cache()?;
+        let args = ["run", "-i", "--image", "busybox", "--", "sh", "-c", "cat; exit 7"];
+        let mut command = self.command(&case.failpoints(), &args);
+        command.env("MATCHLOCK_AUTO_WARM", "1").stdin(Stdio::piped());
+        let mut run = Running::start(&mut command)?;
+        let stdin = run.stdin().context("its stdin")?;
+        let fired = format!("fired {} ", case.point);
+        wait_until(PATIENCE, "the point", || self.log_has(&fired))?;
+        drop(stdin);
+        self.finish(run, case)
     }
 
     fn make_warm(&self) -> Result<()> {
@@ -78,5 +99,24 @@ impl Stage<'_> {
             }
         }
         Ok(wrong)
+    }
+}
+
+#[test]
+fn a_fault_while_a_run_makes_its_snapshot_is_nobodys_but_the_snapshots() {
+    let net = Namespace::new().unwrap();
+    net.sh("ip link set lo up").unwrap();
+    for point in ["vm.save_snapshot.before", "snapshot.publish.before", "snapshot.publish.after"] {
+        for fault in [Fault::Kill, Fault::Panic, Fault::Error] {
+            let case = Case::new(point, fault);
+            let played = play_led(&net, &case, None, |stage, case, _| {
+                let (status, said) = stage.first_run(case)?;
+                // The command's own.
+                ensure!(case.fault == Fault::Kill || status.code() == Some(7), "{status}: {said}");
+                Ok((status, said))
+            });
+            let report = played.unwrap_or_else(|error| panic!("{case}: {error:#}"));
+            assert_eq!(report.leaks, Vec::<String>::new(), "{case}");
+        }
     }
 }

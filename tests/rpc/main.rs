@@ -12,6 +12,7 @@ mod served;
 mod soak;
 mod supervision;
 mod vms;
+mod warm;
 
 use std::process::Stdio;
 use std::time::Duration;

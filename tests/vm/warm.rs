@@ -18,9 +18,7 @@ const BOOTS: &str = "boots: it could not go on from a snapshot";
 
 /// An installation with a cache of its own: other tests boot.
 fn installation() -> Installation {
-    let bundles = Installation::new().unwrap().bundles().unwrap();
-    let (version, ..) = bundles.into_iter().find(|(_, _, is_default)| *is_default).unwrap();
-    Installation::with_own_bundle(&version).unwrap()
+    Installation::with_own_cache().unwrap()
 }
 
 fn make_warm(installation: &Installation) -> PathBuf {
@@ -39,7 +37,7 @@ fn snapshots(installation: &Installation) -> Vec<PathBuf> {
 }
 
 /// A run of which it is told how it began.
-fn run(installation: &Installation, flags: &[&str], script: &str) -> Output {
+pub(crate) fn run(installation: &Installation, flags: &[&str], script: &str) -> Output {
     let head = ["run", "--no-network", "--image", "busybox"].into_iter();
     let args: Vec<&str> =
         head.chain(flags.iter().copied()).chain(["--", "sh", "-c", script]).collect();
@@ -49,7 +47,7 @@ fn run(installation: &Installation, flags: &[&str], script: &str) -> Output {
     output
 }
 
-fn assert_warm(output: &Output) {
+pub(crate) fn assert_warm(output: &Output) {
     let said = stderr(output);
     assert!(said.contains(WARM) && !said.contains(BOOTS), "{said}");
 }

@@ -119,7 +119,7 @@ impl Actor for Vm {
             StartAs::Recover { phase, .. } => *phase,
         };
         let mut vm = VmState::new(args.context.create.spec.ephemeral);
-        vm.template = args.context.create.start == StartMode::Template;
+        vm.template = matches!(args.context.create.start, StartMode::Template { .. });
         vm.phase = recorded;
         let (event, stop) = match args.start {
             StartAs::New => (VmEvent::Begin, None),

@@ -10,7 +10,7 @@ use matchlock_host::guest_link::GuestLink;
 use matchlock_host::hypervisor::{Machine, MachineSpec, Nic, Start};
 use matchlock_host::image::BlobLease;
 use matchlock_host::rootfs::VmPaths;
-use matchlock_host::snapshot::Wanted;
+use matchlock_host::snapshot::Draft;
 use matchlock_host::tap::TapHandle;
 use matchlock_model::failure::Failure;
 use matchlock_model::id::{Generation, OwnerEpoch, VmId};
@@ -37,7 +37,10 @@ pub enum StartMode {
     /// It boots.
     Cold,
     /// It boots as far as all of its kind are the same, to be saved for others.
-    Template,
+    Template {
+        /// Also where there is a snapshot already that is of use.
+        anew: bool,
+    },
 }
 
 /// A VM to create.
@@ -52,7 +55,7 @@ pub struct CreateVm {
     /// Keeps the image from being removed while the VM runs.
     pub lease: Option<BlobLease>,
     /// Keeps the guest bundle from being removed while the VM lives.
-    pub guest_lease: Option<BundleLease>,
+    pub guest_lease: Option<Arc<BundleLease>>,
     /// The guest kernel.
     pub kernel: PathBuf,
     /// The initramfs.
@@ -82,8 +85,8 @@ pub struct VmContext {
 struct Held {
     machine: Option<Arc<dyn Machine>>,
     launched_at: Option<Instant>,
-    /// Of a template: what snapshot it makes. Its NIC is not ours any more when it is made.
-    launched_as: Option<Wanted>,
+    /// Of a template: the snapshot that it makes. As long as it is here nobody else makes one.
+    draft: Option<Draft>,
     link: Option<Arc<dyn GuestLink>>,
     server: Option<ServeGuard>,
     subnet: Option<Subnet>,
@@ -103,7 +106,7 @@ impl Default for Held {
         Self {
             machine: None,
             launched_at: None,
-            launched_as: None,
+            draft: None,
             link: None,
             server: None,
             subnet: None,
@@ -160,13 +163,20 @@ impl VmContext {
         held.launched_at = Some(launched_at);
     }
 
-    /// What snapshot a template makes, once it is being launched.
-    pub(crate) fn launched_as(&self) -> Option<Wanted> {
-        self.held().launched_as.clone()
+    /// Does something with the snapshot that a template makes, once it is being launched.
+    pub(crate) fn with_draft<T>(&self, work: impl FnOnce(&Draft) -> T) -> Option<T> {
+        self.held().draft.as_ref().map(work)
     }
 
-    pub(crate) fn set_launched_as(&self, wanted: Wanted) {
-        self.held().launched_as = Some(wanted);
+    pub(crate) fn set_draft(&self, draft: Draft) {
+        // Dropped outside the lock: that removes files.
+        let old = self.held().draft.replace(draft);
+        drop(old);
+    }
+
+    /// The snapshot that a template makes. Dropping it removes files.
+    pub(crate) fn take_draft(&self) -> Option<Draft> {
+        self.held().draft.take()
     }
 
     /// The link to the guest, once it is there.
@@ -272,7 +282,7 @@ impl VmContext {
             nic,
             start: match self.create.start {
                 StartMode::Warm | StartMode::Cold => Start::Boot,
-                StartMode::Template => Start::Hold,
+                StartMode::Template { .. } => Start::Hold,
             },
         }
     }

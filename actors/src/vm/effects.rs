@@ -200,6 +200,7 @@ pub(crate) async fn abandon(context: &VmContext) {
     context.set_server(None);
     drop(context.take_tap());
     drop(context.take_firewall());
+    drop(context.take_draft());
     if let Some(machine) = context.machine()
         && machine.wait_exit().now_or_never().is_none()
         && let Err(error) = machine.kill(context.deps.limits.kill).await

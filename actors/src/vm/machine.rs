@@ -26,7 +26,7 @@ pub(super) async fn launch(context: &VmContext) -> OpResult {
     match context.create.start {
         StartMode::Warm if snapshot::restore(context, &spec).await? => return Ok(()),
         StartMode::Warm | StartMode::Cold => {}
-        StartMode::Template => snapshot::note_template(context, &spec).await?,
+        StartMode::Template { anew } => snapshot::claim(context, &spec, anew).await?,
     }
     let started = Instant::now();
     let machine = context.deps.hypervisor.launch(&spec).await.map_err(|e| host(&e))?;
@@ -141,6 +141,7 @@ pub(super) async fn shutdown_guest(context: &VmContext, grace: Duration) -> OpRe
 /// an earlier life did not keep its handle, by the VM's mark.
 pub(super) async fn close_machine(context: &VmContext) -> OpResult {
     context.set_link(None);
+    snapshot::let_go(context).await;
     let limit = context.deps.limits.kill;
     if let Some(machine) = context.machine() {
         machine.kill(limit).await.map_err(|e: HypervisorError| host(&e))?;

@@ -7,7 +7,7 @@ use matchlock_model::spec::NetworkSpec;
 use matchlock_model::subnet::{Ipv4Cidr, Subnet};
 use matchlock_model::vm::OpResult;
 
-use super::context::VmContext;
+use super::context::{StartMode, VmContext};
 
 /// How many subnets are tried that turn out to be in use.
 const SUBNET_TRIES: usize = 16;
@@ -91,6 +91,10 @@ pub(super) async fn apply_firewall(context: &VmContext) -> OpResult {
     context.set_firewall(tables);
     if firewall.enable_ip_forward().map_err(|e| host(&e))? {
         tracing::warn!("turned on net.ipv4.ip_forward of this host: VMs with a network need it");
+    }
+    // A template's guest is told nothing of a network.
+    if matches!(context.create.start, StartMode::Template { .. }) {
+        return Ok(());
     }
     for obstacle in firewall.obstacles().await.map_err(|e| host(&e))? {
         tracing::warn!(%obstacle, "may keep the VM from its network");

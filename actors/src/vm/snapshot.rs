@@ -1,7 +1,8 @@
 //! Saving a template, and going on from what was saved of one.
 //!
 //! ```text
-//!   save:     guest on hold ─► begin ─► the machine saves itself ─► publish
+//!   claim:    begin ─► (one that is of use is there already? then no launch) ─► launch on hold
+//!   save:     guest on hold ─► the machine saves itself ─► publish
 //!   restore:  find ─► launch from it ─┬─ hash it ─┬─► both well: resume ─► true
 //!                                     └─ record ──┘      │
 //!             none, or anything wrong: kill what was launched ─► one line ─► false: boot
@@ -11,15 +12,18 @@
 //! 1. A guest goes on only after every byte that it was made of was seen to be what was saved.
 //! 2. Where a restored machine is not used it is gone, seen to be gone, before another is launched; and
 //!    the row's epoch was read again.
+//! 3. A template is launched only by whoever has the claim: of many that want the same at once, one
+//!    boots. The claim ends with the snapshot, or with the machine.
 //!
 //! # Failure
 //! Nothing that is wrong about a snapshot fails a VM. What ends the effect is that a machine could not
 //! be ended, or that the row could not be written.
 
 use matchlock_host::hypervisor::{Machine, MachineSpec, Start};
-use matchlock_host::snapshot::{POINTS, Snapshot, Wanted};
-use matchlock_model::failure::{Failure, FailureKind};
+use matchlock_host::snapshot::{Draft, POINTS, Snapshot, SnapshotError, Wanted};
+use matchlock_model::failure::{Failure, FailureKind, chain};
 use matchlock_model::vm::OpResult;
+use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
 
 use super::context::VmContext;
@@ -52,20 +56,55 @@ pub(super) async fn save(context: &VmContext) -> OpResult {
     if let Err(error) = held {
         return Err(never_ready(&*machine, &error).await);
     }
-    let wanted = context.launched_as().ok_or_else(no_machine)?;
-    let snapshots = &context.deps.snapshots;
-    let draft = snapshots.begin(&wanted).await.map_err(|e| host(&e))?;
-    let file = draft.file().map_err(|e| host(&e))?;
+    let file = context.with_draft(Draft::file).ok_or_else(no_claim)?.map_err(|e| host(&e))?;
     let saved = timeout(limit, machine.save(file)).await;
     let late = || Failure::new(FailureKind::Timeout, format!("it was not saved within {limit:?}"));
     let saved = saved.map_err(|_| late())?.map_err(|e| host(&e))?;
-    snapshots.publish(draft, saved).await.map_err(|e| host(&e))
+    let draft = context.take_draft().ok_or_else(no_claim)?;
+    context.deps.snapshots.publish(draft, saved).await.map_err(|e| host(&e))
 }
 
-/// Notes what a template is launched as, for its snapshot's sake.
-pub(super) async fn note_template(context: &VmContext, spec: &MachineSpec) -> OpResult {
-    context.set_launched_as(wanted(context, spec).await?);
+fn no_claim() -> Failure {
+    Failure::new(FailureKind::Internal, "the snapshot of this template was not begun")
+}
+
+/// Keeps others from making a snapshot while a template makes one, before it is launched.
+pub(super) async fn claim(context: &VmContext, spec: &MachineSpec, anew: bool) -> OpResult {
+    let wanted = wanted(context, spec).await?;
+    // One of an earlier life would keep us out ourselves.
+    let_go(context).await;
+    let begun = context.deps.snapshots.begin(&wanted).await;
+    context.set_draft(begun.map_err(|error| match error {
+        SnapshotError::Busy { .. } => Failure::from_error(FailureKind::Busy, &error),
+        error => host(&error),
+    })?);
+    if !anew && is_there(context, &wanted).await {
+        return Err(Failure::new(FailureKind::Busy, "somebody has just made this snapshot"));
+    }
     Ok(())
+}
+
+/// Whether there is one that is of use, to its last byte. One that cannot be looked at is of none.
+async fn is_there(context: &VmContext, wanted: &Wanted) -> bool {
+    let looked = async {
+        match context.deps.snapshots.find(wanted).await? {
+            Some(snapshot) => snapshot.check().await.map(|()| true),
+            None => Ok(false),
+        }
+    };
+    looked.await.unwrap_or_else(|error| {
+        let error = chain(&error);
+        tracing::debug!(vm_id = %context.id, error, "a snapshot is to be replaced");
+        false
+    })
+}
+
+/// Lets others make one: removes what of this one was not published.
+pub(super) async fn let_go(context: &VmContext) {
+    let Some(draft) = context.take_draft() else { return };
+    if let Err(error) = spawn_blocking(move || drop(draft)).await {
+        tracing::warn!(vm_id = %context.id, %error, "half a snapshot is left; `matchlock gc` tries again");
+    }
 }
 
 /// Launches the machine from a snapshot that fits and lets its guest go on. False where there is none,

@@ -2,6 +2,7 @@
 
 use matchlock_actors::vm::StartMode;
 use matchlock_host::hypervisor::{FakeHypervisor, LaunchFault, Start};
+use matchlock_model::failure::FailureKind;
 use matchlock_model::phase::Phase;
 use matchlock_model::vm::StopMode;
 
@@ -18,7 +19,7 @@ fn starts(hypervisor: &FakeHypervisor) -> Vec<&'static str> {
 }
 
 async fn make_warm(world: &World) {
-    let mut template = world.create_as(StartMode::Template, true).await.unwrap();
+    let mut template = world.create_as(StartMode::Template { anew: true }, true).await.unwrap();
     let view = settled(&mut template).await;
     assert_eq!((view.phase, view.cause, view.cleaned_up), (Phase::Cleaned, None, true));
     let phases = world.phases(template.id).await;
@@ -77,10 +78,47 @@ async fn a_damaged_one_is_given_up_and_its_machine_is_gone_before_another_boots(
 }
 
 #[tokio::test]
+async fn a_template_of_which_there_is_a_snapshot_is_not_launched_unless_that_is_damaged() {
+    let world = World::new().await;
+    make_warm(&world).await;
+    let again = async || {
+        let start = StartMode::Template { anew: false };
+        settled(&mut world.create_as(start, true).await.unwrap()).await
+    };
+    let view = again().await;
+    let kind = view.cause.map(|failure| failure.kind);
+    assert_eq!((kind, view.cleaned_up), (Some(FailureKind::Busy), true));
+    assert_eq!(starts(&world.hypervisor), ["hold"]);
+    world.snapshots.damage();
+    assert_eq!(again().await.cause, None);
+    assert_eq!((world.snapshots.count(), starts(&world.hypervisor)), (1, vec!["hold"; 2]));
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[tokio::test]
+async fn of_templates_at_once_one_is_launched_and_its_claim_goes_with_it() {
+    let world = World::new().await;
+    world.hypervisor.set_launch_fault(Some(LaunchFault::DiesAtOnce));
+    let held = world.snapshots.claim();
+    let mut template = world.create_as(StartMode::Template { anew: true }, true).await.unwrap();
+    let kind = settled(&mut template).await.cause.map(|failure| failure.kind);
+    assert_eq!((kind, starts(&world.hypervisor)), (Some(FailureKind::Busy), Vec::new()));
+    drop(held);
+    // One that fails lets go of its own.
+    let mut template = world.create_as(StartMode::Template { anew: true }, true).await.unwrap();
+    settled(&mut template).await;
+    assert_eq!(starts(&world.hypervisor), ["hold"]);
+    assert!(!world.snapshots.is_claimed());
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_template_that_dies_makes_no_snapshot_and_leaves_nothing() {
     let world = World::new().await;
     world.hypervisor.set_launch_fault(Some(LaunchFault::DiesAtOnce));
-    let mut template = world.create_as(StartMode::Template, true).await.unwrap();
+    let mut template = world.create_as(StartMode::Template { anew: true }, true).await.unwrap();
     let view = settled(&mut template).await;
     assert!(view.cause.is_some() && view.cleaned_up, "{view:?}");
     assert_eq!(world.snapshots.count(), 0);

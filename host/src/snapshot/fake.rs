@@ -19,6 +19,7 @@ type Shown = BTreeMap<String, (Wanted, Arc<File>, Saved)>;
 #[derive(Debug, Clone, Default)]
 pub struct FakeSnapshots {
     state: Arc<Mutex<Shown>>,
+    claim: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl FakeSnapshots {
@@ -30,6 +31,24 @@ impl FakeSnapshots {
     #[must_use]
     pub fn count(&self) -> usize {
         self.lock().len()
+    }
+
+    /// Makes one, as far as others can see, until it is dropped.
+    ///
+    /// # Panics
+    /// When another is being made.
+    #[must_use]
+    pub fn claim(&self) -> impl Drop + use<> {
+        match Arc::clone(&self.claim).try_lock_owned() {
+            Ok(claim) => claim,
+            Err(_) => panic!("another one is being made"),
+        }
+    }
+
+    /// Whether one is being made.
+    #[must_use]
+    pub fn is_claimed(&self) -> bool {
+        self.claim.try_lock().is_err()
     }
 
     /// Damages all that are there.
@@ -56,9 +75,11 @@ impl Snapshots for FakeSnapshots {
     }
 
     async fn begin(&self, wanted: &Wanted) -> Result<Draft, SnapshotError> {
+        let claim = Arc::clone(&self.claim).try_lock_owned();
+        let claim = claim.map_err(|_| SnapshotError::Busy { dir: "memory".into() })?;
         let memory = tempfile::tempfile();
         let memory = memory.map_err(|e| SnapshotError::io("make", Path::new("memory"), e))?;
-        Ok(Draft { memory, wanted: wanted.clone(), _lock: None })
+        Ok(Draft { memory, wanted: wanted.clone(), room: None, _claim: Box::new(claim) })
     }
 
     async fn publish(&self, draft: Draft, saved: Saved) -> Result<(), SnapshotError> {

@@ -28,6 +28,32 @@ pub struct LinuxSnapshots {
     dir: PathBuf,
 }
 
+/// The directory of one that is being made; removed with all that is in it when it is dropped.
+pub(super) struct Room {
+    dir: PathBuf,
+    is_shown: bool,
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        if self.is_shown {
+            return;
+        }
+        if let Err(error) = remove_hidden(&self.dir) {
+            let error = matchlock_model::failure::chain(&error);
+            tracing::warn!(error, "half a snapshot is left; `matchlock gc` tries again");
+        }
+    }
+}
+
+/// Removes what a change left that did not come to its end.
+fn remove_hidden(path: &Path) -> Result<(), SnapshotError> {
+    let fail = |error: io::Error| SnapshotError::io("remove", path, error);
+    POINTS.before("sweep").map_err(|e| fail(e.into()))?;
+    fs::remove_dir_all(path).map_err(fail)?;
+    POINTS.after("sweep").map_err(|e| fail(e.into()))
+}
+
 /// One that is there.
 struct Kept {
     dir: PathBuf,
@@ -92,14 +118,16 @@ impl LinuxSnapshots {
         make(&self.dir)?;
         let lock = self.lock()?.ok_or_else(|| SnapshotError::Busy { dir: self.dir.clone() })?;
         self.sweep_hidden()?;
-        make(&self.dir.join(NEW))?;
-        let path = self.dir.join(NEW).join("memory");
+        let new = self.dir.join(NEW);
+        make(&new)?;
+        let path = new.join("memory");
+        let room = Room { dir: new, is_shown: false };
         let memory = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
         let memory = memory.map_err(|e| SnapshotError::io("make", &path, e))?;
-        Ok(Draft { memory, wanted, _lock: Some(lock) })
+        Ok(Draft { memory, wanted, room: Some(room), _claim: Box::new(lock) })
     }
 
-    fn publish_now(&self, draft: &Draft, saved: Saved) -> Result<(), SnapshotError> {
+    fn publish_now(&self, draft: &mut Draft, saved: Saved) -> Result<(), SnapshotError> {
         let new = self.dir.join(NEW);
         let write = |error: io::Error| SnapshotError::io("write", &new, error);
         let record = Record::new(&draft.wanted, saved)?;
@@ -118,6 +146,9 @@ impl LinuxSnapshots {
         }
         POINTS.before("publish").map_err(|e| write(e.into()))?;
         fs::rename(&new, &place).map_err(write)?;
+        if let Some(room) = &mut draft.room {
+            room.is_shown = true;
+        }
         File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(write)?;
         POINTS.after("publish").map_err(|e| write(e.into()))?;
         self.limit(Some(&place)).map(drop)
@@ -143,11 +174,7 @@ impl LinuxSnapshots {
     fn sweep_hidden(&self) -> Result<usize, SnapshotError> {
         let mut removed = 0;
         for name in self.names()?.iter().filter(|name| name.as_bytes().starts_with(b".")) {
-            let path = self.dir.join(name);
-            let fail = |error: io::Error| SnapshotError::io("remove", &path, error);
-            POINTS.before("sweep").map_err(|e| fail(e.into()))?;
-            fs::remove_dir_all(&path).map_err(fail)?;
-            POINTS.after("sweep").map_err(|e| fail(e.into()))?;
+            remove_hidden(&self.dir.join(name))?;
             removed += 1;
         }
         Ok(removed)
@@ -239,8 +266,8 @@ impl Snapshots for LinuxSnapshots {
         self.elsewhere(move |this| this.begin_now(wanted)).await
     }
 
-    async fn publish(&self, draft: Draft, saved: Saved) -> Result<(), SnapshotError> {
-        self.elsewhere(move |this| this.publish_now(&draft, saved)).await
+    async fn publish(&self, mut draft: Draft, saved: Saved) -> Result<(), SnapshotError> {
+        self.elsewhere(move |this| this.publish_now(&mut draft, saved)).await
     }
 
     async fn sweep(&self) -> Result<usize, SnapshotError> {

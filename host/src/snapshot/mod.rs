@@ -1,7 +1,8 @@
 //! Snapshots: what machines on hold were saved as, for others to go on from.
 //!
 //! ```text
-//!   begin ─► snapshots/.new/memory ─► (the hypervisor writes) ─► publish ─► snapshots/<key>/
+//!   begin ─► snapshots/.new/memory ─► (the hypervisor writes) ─┬─► publish ─► snapshots/<key>/
+//!                                                              └─► dropped: .new is removed
 //!   find ──► lease ─► the same as is wanted? ─► memory, to be launched with
 //!                      └ no: stale              └ check, beside the launch: each byte is hashed
 //!   sweep ─► what nobody can use any more, what is too much: the least recently used first
@@ -74,11 +75,14 @@ pub struct Snapshot {
     _lease: Option<Locked>,
 }
 
-/// A snapshot that is being made. Nobody else makes one meanwhile.
+/// A snapshot that is being made. Nobody else makes one meanwhile. Dropped, it leaves nothing.
 pub struct Draft {
     memory: File,
     wanted: Wanted,
-    _lock: Option<Locked>,
+    /// Dropped before the lock: what it removes is nobody else's yet.
+    room: Option<linux::Room>,
+    /// Keeps others out.
+    _claim: Box<dyn Send + Sync>,
 }
 
 impl fmt::Debug for Draft {

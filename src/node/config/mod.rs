@@ -38,6 +38,8 @@ pub const SUBNET_POOL_VARIABLE: &str = "MATCHLOCK_SUBNET_POOL";
 pub const VM_LOG_SIZE_VARIABLE: &str = "MATCHLOCK_VM_LOG_SIZE_MB";
 /// Names the environment variable of `vm_log_files`.
 pub const VM_LOG_FILES_VARIABLE: &str = "MATCHLOCK_VM_LOG_FILES";
+/// Names the environment variable of `auto_warm`.
+pub const AUTO_WARM_VARIABLE: &str = "MATCHLOCK_AUTO_WARM";
 /// The name of the file with settings, in the state directory.
 pub const CONFIG_FILE: &str = "config.toml";
 
@@ -62,6 +64,8 @@ pub struct NodeConfig {
     pub subnet_pool: Result<SubnetPool, BadPool>,
     /// How much of what a VM's command prints is kept.
     pub vm_log: LogLimits,
+    /// Whether a VM that had no snapshot to start from has one made for the next.
+    pub auto_warm: bool,
     /// How much an image may take.
     pub image_limits: ImportLimits,
     /// What is said of image registries.
@@ -98,6 +102,8 @@ struct FileConfig {
     vm_log_size_mb: Option<u64>,
     #[serde(deserialize_with = "number")]
     vm_log_files: Option<u64>,
+    #[serde(deserialize_with = "switch")]
+    auto_warm: Option<bool>,
     image: images::Section,
     registry: registries::Section,
 }
@@ -114,6 +120,14 @@ fn text<'de, D: Deserializer<'de>, T: From<String>>(from: D) -> Result<Option<T>
     match toml::Value::deserialize(from)? {
         toml::Value::String(text) => Ok(Some(text.into())),
         other => Err(wanted("a text in quotes", &other)),
+    }
+}
+
+/// Yes or no, refused likewise.
+fn switch<'de, D: Deserializer<'de>>(from: D) -> Result<Option<bool>, D::Error> {
+    match toml::Value::deserialize(from)? {
+        toml::Value::Boolean(is_on) => Ok(Some(is_on)),
+        other => Err(wanted("true or false, without quotes", &other)),
     }
 }
 
@@ -151,6 +165,14 @@ pub enum ConfigError {
         value: OsString,
         /// What is counted.
         unit: &'static str,
+    },
+    /// A switch is neither on nor off.
+    #[error("{setting} is {value:?}: use 1 or 0")]
+    Switch {
+        /// Which setting.
+        setting: String,
+        /// Its value.
+        value: OsString,
     },
     /// A text names no host.
     #[error("{setting} is {value:?}: write HOST or HOST:PORT, without a scheme and a path")]
@@ -248,6 +270,19 @@ impl Sources<'_> {
         Ok(seconds.map(Duration::from_secs))
     }
 
+    fn switch(
+        &self,
+        name: &'static str,
+        in_file: Option<bool>,
+    ) -> Result<Option<bool>, ConfigError> {
+        match variable(self.var, name) {
+            None => Ok(in_file),
+            Some((_, value)) if value == "1" => Ok(Some(true)),
+            Some((_, value)) if value == "0" => Ok(Some(false)),
+            Some((setting, value)) => Err(ConfigError::Switch { setting, value }),
+        }
+    }
+
     fn log_limits(&self, file: &FileConfig) -> Result<LogLimits, ConfigError> {
         let default = LogLimits::default();
         let size = self.number(
@@ -304,6 +339,7 @@ impl NodeConfig {
         };
         Ok(Self {
             subnet_pool,
+            auto_warm: from.switch(AUTO_WARM_VARIABLE, file.auto_warm)?.unwrap_or(true),
             vm_log: from.log_limits(&file)?,
             image_limits: images::limits(&from, &file.image)?,
             registries: registries::settings(&from, file.registry.clone())?,

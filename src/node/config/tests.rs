@@ -24,7 +24,7 @@ fn home_says_where_things_are_unless_told_otherwise() {
 fn the_file_says_more_and_the_environment_has_the_last_word() {
     let home = tempfile::tempdir().unwrap();
     let text = "cache = '/c'\nkernel = '/k'\nboot_timeout = 7\nhang_timeout = 9\nhistory_days = 3\n\
-                subnet_pool = 'base=10.9.0.0/16,size=30'\nvm_log_size_mb = 2\nvm_log_files = 5\n";
+                subnet_pool = 'base=10.9.0.0/16,size=30'\nvm_log_size_mb = 2\nvm_log_files = 5\nauto_warm = false\n";
     std::fs::write(home.path().join(CONFIG_FILE), text).unwrap();
     let home = home.path().to_str().unwrap();
     let told = config(&[("MATCHLOCK_HOME", home)]).unwrap();
@@ -32,6 +32,7 @@ fn the_file_says_more_and_the_environment_has_the_last_word() {
     assert_eq!((told.boot_timeout, told.history_days), (Some(Duration::from_secs(7)), 3));
     assert_eq!(told.hang_timeout, Some(Duration::from_secs(9)));
     assert_eq!(told.subnet_pool, Ok("base=10.9.0.0/16,size=30".parse().unwrap()));
+    assert!(!told.auto_warm && config(&[("HOME", "/h")]).unwrap().auto_warm);
     assert_eq!(told.vm_log, LogLimits { file_bytes: 2 << 20, files: 5 });
     let overruled = config(&[
         ("MATCHLOCK_HOME", home),
@@ -43,6 +44,7 @@ fn the_file_says_more_and_the_environment_has_the_last_word() {
         ("MATCHLOCK_SUBNET_POOL", "base=10.8.0.0/16,size=29"),
         ("MATCHLOCK_VM_LOG_SIZE_MB", "1"),
         ("MATCHLOCK_VM_LOG_FILES", "0"),
+        ("MATCHLOCK_AUTO_WARM", "1"),
     ])
     .unwrap();
     assert_eq!((overruled.cache, overruled.kernel), ("/d".into(), Some("/l".into())));
@@ -50,6 +52,7 @@ fn the_file_says_more_and_the_environment_has_the_last_word() {
     assert_eq!((overruled.boot_timeout, overruled.history_days), (eight, 0));
     assert_eq!(overruled.hang_timeout, eight);
     assert_eq!(overruled.subnet_pool, Ok("base=10.8.0.0/16,size=29".parse().unwrap()));
+    assert!(overruled.auto_warm);
     assert_eq!(overruled.vm_log, LogLimits { file_bytes: 1 << 20, files: 0 });
 }
 
@@ -66,6 +69,7 @@ fn wrong_values_are_refused_by_name() {
         ("MATCHLOCK_HISTORY_DAYS", "month"),
         ("MATCHLOCK_VM_LOG_SIZE_MB", "0"),
         ("MATCHLOCK_VM_LOG_FILES", "101"),
+        ("MATCHLOCK_AUTO_WARM", "true"),
     ] {
         let text = config(&[("HOME", "/h"), (name, value)]).unwrap_err().to_string();
         assert!(text.contains(name) && text.contains(value), "{text}");
@@ -103,6 +107,7 @@ fn what_is_wrong_in_the_file_is_told_with_its_place() {
         ("cache = 'relative'", "cache in "),
         ("vm_log_files = 101", "vm_log_files in "),
         ("vm_log_size_mb = -1", "line 1"),
+        ("auto_warm = 1", "line 1: write true or false, without quotes, not 1"),
         ("a b", "line 1"),
     ] {
         std::fs::write(&file, text).unwrap();

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use matchlock_actors::vm::{CreateVm, StartMode};
@@ -409,7 +410,7 @@ pub(super) fn prepare(
         image: merged(image.config, wanted.image_config),
         base_disk: image.rootfs_path.into(),
         lease: Some(lease),
-        guest_lease,
+        guest_lease: guest_lease.map(Arc::new),
         kernel: bundle.kernel,
         initramfs: bundle.initramfs,
         start: wanted.start,

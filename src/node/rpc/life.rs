@@ -85,6 +85,7 @@ pub(super) async fn create(
     let entrypoint = launch_entrypoint.then(|| create.spec.command(&create.image));
     let image: Arc<str> = create.spec.image.as_str().into();
     let timeout = create.spec.timeout;
+    let template = session.host.warming.template_for(&create);
     // From here on it is not left: the VM would be there, and nobody would know.
     let handle = session.host.client.create_vm(create).await.map_err(|f| vm_failed(&f))?;
     coming.arrived(SessionVm::Own { handle: handle.clone(), image, timeout });
@@ -104,7 +105,11 @@ pub(super) async fn create(
     // Cancelled now, it would be there, and nobody would know its id.
     let up = up.and_then(|()| committed(session, begun));
     match up {
-        Ok(()) => Ok(json!({ "id": handle.id }).into()),
+        Ok(()) => {
+            let template = template.and_then(|one| one.if_booted(&handle.view.borrow().timings));
+            session.host.warming.make(template);
+            Ok(json!({ "id": handle.id }).into())
+        }
         Err(mut error) => {
             if let Some(left) = discard(session, &handle).await {
                 error.message = format!("{}; {left}", error.message);

@@ -31,6 +31,7 @@ use super::protocol::{
 use super::vms::{SessionVms, Which};
 use crate::node::client::{NodeClient, not_cleaned_up, settled};
 use crate::node::config::NodeConfig;
+use crate::node::warming::Warming;
 
 /// How long `close` waits for the VMs when it is not told.
 const CLOSE_LIMIT: Duration = Duration::from_millis(2500);
@@ -46,6 +47,8 @@ const LAST_LINES: Duration = Duration::from_secs(1);
 pub struct RpcHost {
     /// The node.
     pub client: NodeClient,
+    /// What makes snapshots beside its VMs.
+    pub warming: Warming,
     /// What its actors have of this host.
     pub deps: Deps,
     /// Where things are.

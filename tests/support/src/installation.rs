@@ -99,6 +99,54 @@ impl Installation {
         Ok(bare)
     }
 
+    /// A new one with a cache of its own that has a copy of the default guest bundle, and the `busybox`
+    /// image: what is made in it is nobody else's.
+    ///
+    /// # Errors
+    /// When the environment of `make test` is missing.
+    pub fn with_own_cache() -> Result<Self> {
+        let bundles = Self::new()?.bundles()?;
+        let default = bundles.into_iter().find(|(_, _, is_default)| *is_default);
+        Self::with_own_bundle(&default.context("no default bundle")?.0)
+    }
+
+    /// The names of all that is in the directory of snapshots, also of what is half-made.
+    ///
+    /// # Errors
+    /// When it could not be looked at.
+    pub fn snapshots(&self) -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        let dir = match std::fs::read_dir(self.cache.join("snapshots")) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(names),
+            dir => dir?,
+        };
+        for entry in dir {
+            names.push(entry?.file_name().to_string_lossy().into_owned());
+        }
+        Ok(names)
+    }
+
+    /// Waits until a snapshot is shown, and nothing half-made is there any more.
+    ///
+    /// # Errors
+    /// When none is in time.
+    pub fn wait_for_snapshot(&self) -> Result<()> {
+        wait_until(Duration::from_secs(180), "a snapshot", || {
+            let names = self.snapshots()?;
+            Ok(!names.is_empty() && names.iter().all(|name| !name.starts_with('.')))
+        })
+    }
+
+    /// Waits until somebody has begun to make a snapshot.
+    ///
+    /// # Errors
+    /// When nobody has in time.
+    pub fn wait_for_template(&self) -> Result<()> {
+        wait_until(Duration::from_secs(180), "a template", || {
+            Ok(self.snapshots()?.iter().any(|name| name == ".new"))
+        })
+    }
+
     /// The guest bundles that `guest ls --json` shows: version, kernel release, whether it is the default.
     ///
     /// # Errors
@@ -153,7 +201,8 @@ impl Installation {
         Ok(command)
     }
 
-    /// Gives a command that starts the program this installation's environment, and no stdin.
+    /// Gives a command that starts the program this installation's environment, and no stdin. It makes no
+    /// snapshots by itself: most tests are about boots.
     pub fn prepare<'a>(&self, command: &'a mut Command) -> &'a mut Command {
         command
             .env("MATCHLOCK_HOME", self.home())
@@ -164,6 +213,7 @@ impl Installation {
             .env_remove("MATCHLOCK_HYPERVISOR")
             .env_remove("MATCHLOCK_LOG")
             .env_remove("MATCHLOCK_SUBNET_POOL")
+            .env("MATCHLOCK_AUTO_WARM", "0")
             .stdin(Stdio::null())
     }
 
