@@ -56,6 +56,9 @@ pub trait Rows: Send + Sync {
     /// What cleaning the VM up needs to know of it.
     async fn remains(&self, vm: VmId) -> Result<Option<VmRemains>, ReadError>;
 
+    /// Whether any VM, removed or not, has or may have had a network.
+    async fn any_network(&self) -> Result<bool, ReadError>;
+
     /// Which owner the VM has; `None` when it has no row.
     async fn owner_epoch(&self, vm: VmId) -> Result<Option<OwnerEpoch>, ReadError>;
 
@@ -86,6 +89,10 @@ impl Rows for ReadPool {
 
     async fn remains(&self, vm: VmId) -> Result<Option<VmRemains>, ReadError> {
         Self::remains(self, vm).await
+    }
+
+    async fn any_network(&self) -> Result<bool, ReadError> {
+        Self::any_network(self).await
     }
 
     async fn owner_epoch(&self, vm: VmId) -> Result<Option<OwnerEpoch>, ReadError> {

@@ -121,6 +121,14 @@ impl ReadPool {
         Ok(self.read(move |conn| lifecycle::forgettable(conn, before)).await?.0.len())
     }
 
+    /// Whether any VM, removed or not, has or may have had a network, as far as history is kept.
+    ///
+    /// # Errors
+    /// When that could not be read.
+    pub async fn any_network(&self) -> Result<bool, ReadError> {
+        self.read(lifecycle::any_network).await
+    }
+
     /// Which owner the VM has; `None` when it has no row.
     ///
     /// # Errors
@@ -232,6 +240,14 @@ impl ReadConn {
     /// When that could not be read.
     pub fn remains(&self, vm: VmId) -> Result<Option<VmRemains>, ReadError> {
         self.answer(vms::remains(&self.conn, vm))
+    }
+
+    /// As [`ReadPool::any_network`].
+    ///
+    /// # Errors
+    /// When that could not be read.
+    pub fn any_network(&self) -> Result<bool, ReadError> {
+        self.answer(lifecycle::any_network(&self.conn))
     }
 
     /// As [`ReadPool::owner_epoch`].

@@ -24,6 +24,7 @@ mod signals;
 mod terminal;
 mod verbs;
 mod warm;
+mod warm_tcp;
 
 use std::process::Output;
 use std::time::Duration;

@@ -12,7 +12,7 @@ use super::{PATIENCE, stderr, stdout};
 /// What no shell types and no program prints, so that it is waited for.
 const PROMPT: &str = "ready> ";
 
-fn run_args<'a>(flags: &[&'a str], command: &[&'a str]) -> Vec<&'a str> {
+pub(super) fn run_args<'a>(flags: &[&'a str], command: &[&'a str]) -> Vec<&'a str> {
     let mut args = vec!["run", "--no-network", "--image", "busybox"];
     args.extend(flags);
     args.push("--");
@@ -20,7 +20,7 @@ fn run_args<'a>(flags: &[&'a str], command: &[&'a str]) -> Vec<&'a str> {
     args
 }
 
-fn on_terminal(installation: &Installation, args: &[&str]) -> Terminal {
+pub(super) fn on_terminal(installation: &Installation, args: &[&str]) -> Terminal {
     let mut command = installation.command(args).unwrap();
     Terminal::start(command.env("TERM", "vt220")).unwrap()
 }
@@ -75,7 +75,7 @@ fn a_shell_in_a_running_vm() {
 }
 
 /// Everything that a user does in a shell: sizes, signals by keys, jobs.
-fn a_session(shell: &mut Terminal) {
+pub(super) fn a_session(shell: &mut Terminal) {
     shell.expect(PROMPT).unwrap();
     assert!(!shell.is_as_before().unwrap(), "it is raw meanwhile");
     shell.keys("stty size; echo $TERM; tty\r").unwrap();

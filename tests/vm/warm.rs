@@ -10,14 +10,15 @@ use matchlock_test_support::Installation;
 use matchlock_test_support::netns::{HOST, PUBLIC, TestNet};
 
 use super::inside::{MOUNTS, PRINT_MOUNTS};
+use super::terminal::{a_session, on_terminal, run_args};
 use super::{network, stderr, stdout};
 
 /// What is logged of a start from a snapshot, and of one that had to boot.
-const WARM: &str = "started from a snapshot";
+pub(super) const WARM: &str = "started from a snapshot";
 const BOOTS: &str = "boots: it could not go on from a snapshot";
 
 /// An installation with a cache of its own: other tests boot.
-fn installation() -> Installation {
+pub(super) fn installation() -> Installation {
     Installation::with_own_cache().unwrap()
 }
 
@@ -133,6 +134,32 @@ fn a_warm_vm_is_like_any_other_and_cold_boots() {
     let exec =
         installation.output(&["exec", &vm, "--", "sh", "-c", "echo $((6*7)); hostname"]).unwrap();
     assert_eq!(stdout(&exec), format!("42\n{vm}\n"), "{}", stderr(&exec));
+    let removed = installation.output(&["rm", "--force", &vm]).unwrap();
+    assert_eq!(removed.status.code(), Some(0), "{}", stderr(&removed));
+    installation.assert_nothing_left().unwrap();
+}
+
+#[test]
+fn shells_on_terminals_are_in_a_warm_vm_what_they_are_in_any_other() {
+    let installation = installation();
+    make_warm(&installation);
+    let flags = ["-it", "--timings", "-e", "PS1=ready> "];
+    let mut shell = on_terminal(&installation, &run_args(&flags, &["sh"]));
+    a_session(&mut shell);
+    shell.keys("exit 7\r").unwrap();
+    assert_eq!(shell.finish().unwrap(), Some(7));
+    let printed = String::from_utf8_lossy(shell.output()).into_owned();
+    let is_restored = |line: &str| line.starts_with("matchlock: restore ") && line.contains(" ms ");
+    assert!(printed.lines().any(is_restored), "{printed}");
+    installation.assert_nothing_left().unwrap();
+
+    let started = run(&installation, &["-d"], "sleep 1000");
+    let vm = stdout(&started).trim().to_owned();
+    let exec = ["exec", "-it", "-e", "PS1=ready> ", &vm, "--", "sh"];
+    let mut shell = on_terminal(&installation, &exec);
+    a_session(&mut shell);
+    shell.keys("exit 9\r").unwrap();
+    assert_eq!(shell.finish().unwrap(), Some(9));
     let removed = installation.output(&["rm", "--force", &vm]).unwrap();
     assert_eq!(removed.status.code(), Some(0), "{}", stderr(&removed));
     installation.assert_nothing_left().unwrap();

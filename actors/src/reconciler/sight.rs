@@ -101,6 +101,10 @@ impl Rows for NoRows {
         Ok(None)
     }
 
+    async fn any_network(&self) -> Result<bool, ReadError> {
+        Ok(false)
+    }
+
     async fn owner_epoch(&self, _vm: VmId) -> Result<Option<OwnerEpoch>, ReadError> {
         Ok(None)
     }
@@ -259,6 +263,11 @@ async fn look(
     Ok((Outcome::Planned, Some(Finding { owner_lives, ..finding })))
 }
 
+/// Whether this installation may ever have made a table.
+async fn had_network(sight: &Sight) -> Result<bool, Failure> {
+    sight.reader.any_network().await.map_err(|e| host(&e))
+}
+
 /// What looks like ours and cannot be told to be: it is left alone.
 ///
 /// # Errors
@@ -284,8 +293,9 @@ pub async fn strangers(sight: &Sight) -> Result<Vec<Stranger>, Failure> {
                 Stranger { what: format!("table {}", table.name), why }
             }))
         }
-        // Told where the marked ones are looked for.
-        Err(FirewallError::NotPermitted { .. }) => {}
+        // Nobody without the right has made any; that they were not looked for is told where the
+        // marked ones are.
+        Err(FirewallError::NotPermitted { .. }) if !had_network(sight).await? => {}
         Err(error) => return Err(host(&error)),
     }
     for path in sight.rootfs.list_strangers(&sight.vms_dir).map_err(|e| host(&e))? {

@@ -67,7 +67,13 @@ pub(super) async fn connect_guest(context: &VmContext) -> OpResult {
     };
     let link = match link {
         Ok(link) => link,
-        Err(error) => return Err(never_ready(&*machine, &error).await),
+        Err(error) => {
+            // Now: a machine that ends meanwhile tells nothing any more.
+            let starved = starved(context, &*machine);
+            let mut failure = never_ready(&*machine, &error).await;
+            failure.message.push_str(&starved);
+            return Err(failure);
+        }
     };
     let agent = link.agent().clone();
     let ready = context.launched_at().map(|launched| launched.elapsed());
@@ -95,6 +101,28 @@ pub(super) async fn never_ready(machine: &dyn Machine, error: &LinkError) -> Fai
     let chain = matchlock_model::failure::chain(error);
     let text = format!("the guest's agent never got ready: {chain}{}", console(machine));
     Failure::new(FailureKind::Guest, text)
+}
+
+/// Where the hypervisor waited longer for a CPU than it had one: that it is the host that is slow, and
+/// not the guest that hangs. For the end of an error text; empty otherwise.
+fn starved(context: &VmContext, machine: &dyn Machine) -> String {
+    let share = match context.deps.processes.cpu_share(&machine.identity()) {
+        Ok(Some(share)) => share,
+        Ok(None) => return String::new(),
+        Err(error) => {
+            let error = matchlock_model::failure::chain(&error);
+            return format!("; how much CPU the hypervisor had cannot be told: {error}");
+        }
+    };
+    if share.waited <= share.had {
+        return String::new();
+    }
+    format!(
+        "; the hypervisor had {:.1} s of CPU and waited {:.1} s for one: this host is busy, try again \
+         or raise MATCHLOCK_BOOT_TIMEOUT",
+        share.had.as_secs_f64(),
+        share.waited.as_secs_f64()
+    )
 }
 
 /// The end of the console, for the end of an error text.

@@ -15,7 +15,9 @@ use matchlock_host::firewall::{
 };
 use matchlock_host::netlock::{HeldNetworkLock, NetworkLockError, NetworkLocks};
 use matchlock_host::owner_lock::{HeldLock, OwnerLockError, OwnerLocks};
-use matchlock_host::process::{MarkedProcess, NamespaceSighting, ProcessError, Processes};
+use matchlock_host::process::{
+    CpuShare, MarkedProcess, NamespaceSighting, ProcessError, Processes,
+};
 use matchlock_host::rootfs::{ObservedFiles, Rootfs, RootfsError, VmPaths};
 use matchlock_host::tap::{HostSubnet, ObservedTap, TapError, TapHandle, TapSpec, Taps};
 use matchlock_model::failure::{Failure, FailureKind};
@@ -388,6 +390,11 @@ impl Processes for Host {
 
     fn is_alive(&self, identity: &ProcessIdentity) -> Result<bool, ProcessError> {
         let work = || self.0.sim.processes.is_alive(identity);
+        self.0.act_now(Act::IsAlive, None, work, listing)
+    }
+
+    fn cpu_share(&self, identity: &ProcessIdentity) -> Result<Option<CpuShare>, ProcessError> {
+        let work = || self.0.sim.processes.cpu_share(identity);
         self.0.act_now(Act::IsAlive, None, work, listing)
     }
 

@@ -202,6 +202,10 @@ impl Rows for Host {
         self.read(Some(vm), |rows| rows.remains(vm)).await
     }
 
+    async fn any_network(&self) -> Result<bool, ReadError> {
+        self.read(None, ReadConn::any_network).await
+    }
+
     async fn owner_epoch(&self, vm: VmId) -> Result<Option<OwnerEpoch>, ReadError> {
         let read = |rows: &ReadConn| {
             // From now on it knows, if it was overruled.

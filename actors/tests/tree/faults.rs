@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use matchlock_host::guest_link::{FakeReadiness, LinkError};
 use matchlock_host::hypervisor::{ExitReason, LaunchFault};
+use matchlock_host::process::CpuShare;
 use matchlock_host::rootfs::{RootfsFault, RootfsOp};
 use matchlock_model::phase::Phase;
 use matchlock_model::reconcile::Goal;
@@ -76,6 +77,27 @@ async fn an_agent_that_fails_is_told_with_the_console() {
     assert!(cause.message.contains("version 9") && cause.message.contains("console"), "{cause}");
     world.assert_nothing_left().await;
     world.shutdown().await;
+}
+
+/// A guest that hangs is told from one that the host does not let run.
+#[tokio::test]
+async fn an_agent_that_never_gets_ready_on_a_busy_host_is_told_with_the_cpu_it_had() {
+    let seconds = |had, waited| CpuShare {
+        had: Duration::from_secs(had),
+        waited: Duration::from_secs(waited),
+    };
+    for (share, is_busy) in [(seconds(3, 100), true), (seconds(100, 3), false)] {
+        let world = World::new().await;
+        world.processes.set_cpu_share(share);
+        let late = LinkError::Timeout { what: "the handshake", waited: Duration::from_secs(120) };
+        world.connector.set_readiness(FakeReadiness::Fails(late));
+        let mut vm = world.create(true).await.unwrap();
+        let cause = settled(&mut vm).await.cause.unwrap();
+        let told = "had 3.0 s of CPU and waited 100.0 s for one: this host is busy";
+        assert_eq!(cause.message.contains(told), is_busy, "{cause}");
+        assert_eq!(cause.message.contains("busy"), is_busy, "{cause}");
+        world.shutdown().await;
+    }
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use matchlock_model::identity::{Namespaces, ProcessIdentity};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
-use super::{MarkedProcess, NamespaceSighting, ProcessError, Processes};
+use super::{CpuShare, MarkedProcess, NamespaceSighting, ProcessError, Processes};
 
 /// The boot id of the fake host.
 const BOOT_ID: &str = "00000000-0000-4000-8000-000000000000";
@@ -37,6 +37,7 @@ struct Table {
     sightings: BTreeMap<String, NamespaceSighting>,
     hidden: BTreeSet<i32>,
     list_fails: bool,
+    share: CpuShare,
     kills: Vec<ProcessIdentity>,
 }
 
@@ -63,6 +64,7 @@ impl Default for FakeProcesses {
                 hidden: BTreeSet::new(),
                 sightings: BTreeMap::new(),
                 list_fails: false,
+                share: CpuShare::default(),
                 kills: Vec::new(),
             })),
             changed: Arc::default(),
@@ -147,6 +149,11 @@ impl FakeProcesses {
         self.table().list_fails = fails;
     }
 
+    /// Says how much of the CPUs each process got.
+    pub fn set_cpu_share(&self, share: CpuShare) {
+        self.table().share = share;
+    }
+
     /// Changes what [`Processes::own_namespaces`] says.
     pub fn set_namespaces(&self, namespaces: Namespaces) {
         self.table().namespaces = namespaces;
@@ -208,6 +215,13 @@ impl Processes for FakeProcesses {
             return Err(hidden(identity.pid));
         }
         Ok(table.running.get(&identity.pid).is_some_and(|entry| entry.identity == *identity))
+    }
+
+    fn cpu_share(&self, identity: &ProcessIdentity) -> Result<Option<CpuShare>, ProcessError> {
+        if !self.is_alive(identity)? {
+            return Ok(None);
+        }
+        Ok(Some(self.table().share))
     }
 
     fn find_marked(&self) -> Result<Vec<MarkedProcess>, ProcessError> {

@@ -17,7 +17,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::timeout;
 
 use super::namespaces::{self, device_and_inode};
-use super::{MarkedProcess, NamespaceSighting, ProcessError, Processes};
+use super::{CpuShare, MarkedProcess, NamespaceSighting, ProcessError, Processes};
 
 /// The number of SIGKILL, for messages.
 const SIGKILL: i32 = 9;
@@ -165,6 +165,25 @@ fn read_stat(pid: i32) -> io::Result<Option<Stat>> {
     Err(io::Error::new(io::ErrorKind::PermissionDenied, "it exists, but /proc does not show it"))
 }
 
+/// Adds up what the kernel's scheduler counted for each thread; one that ended meanwhile is left out.
+fn read_cpu_share(pid: i32) -> io::Result<CpuShare> {
+    let mut share = CpuShare::default();
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let text = match fs::read_to_string(thread?.path().join("schedstat")) {
+            Ok(text) => text,
+            Err(error) if is_gone(&error) => continue,
+            Err(error) => return Err(error),
+        };
+        let mut fields = text.split_ascii_whitespace().map(str::parse);
+        let (Some(Ok(had)), Some(Ok(waited))) = (fields.next(), fields.next()) else {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        };
+        share.had += Duration::from_nanos(had);
+        share.waited += Duration::from_nanos(waited);
+    }
+    Ok(share)
+}
+
 /// Reads a process's argv; `None` when it is gone, or is another user's and hidden from us.
 ///
 /// A hypervisor of ours runs as our user, so one that `hidepid` hides cannot be ours. A process
@@ -279,6 +298,19 @@ impl Processes for LinuxProcesses {
         Ok(self
             .identity_of(identity.pid)?
             .is_some_and(|(now, stat)| now == *identity && !stat.is_over()))
+    }
+
+    fn cpu_share(&self, identity: &ProcessIdentity) -> Result<Option<CpuShare>, ProcessError> {
+        let pid = identity.pid;
+        if !self.is_alive(identity)? {
+            return Ok(None);
+        }
+        let share = read_cpu_share(pid);
+        // It was read by pid: it counts only if the pid meant this process all the time.
+        if !self.is_alive(identity)? {
+            return Ok(None);
+        }
+        share.map(Some).map_err(|source| ProcessError::Look { pid, source })
     }
 
     fn find_marked(&self) -> Result<Vec<MarkedProcess>, ProcessError> {

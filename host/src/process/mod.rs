@@ -112,6 +112,15 @@ pub enum NamespaceSighting {
     Gone,
 }
 
+/// How much of this host's CPUs a process got, all of its threads together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CpuShare {
+    /// How long it ran.
+    pub had: Duration,
+    /// How long it could have run and waited for a CPU.
+    pub waited: Duration,
+}
+
 /// Looking at processes and ending them.
 #[async_trait]
 pub trait Processes: Send + Sync {
@@ -148,6 +157,12 @@ pub trait Processes: Send + Sync {
     /// # Errors
     /// When it could not be looked at; that is not "gone".
     fn is_alive(&self, identity: &ProcessIdentity) -> Result<bool, ProcessError>;
+
+    /// How much of the CPUs exactly this process got so far; `None` when it is gone.
+    ///
+    /// # Errors
+    /// When it could not be looked at.
+    fn cpu_share(&self, identity: &ProcessIdentity) -> Result<Option<CpuShare>, ProcessError>;
 
     /// All processes with a mark in an argument of their argv (`-name <mark>`, `--id <mark>`):
     /// each argument is compared whole, or as the part of a comma-separated `-name` value.

@@ -39,17 +39,21 @@ async fn processes_conform(
     assert_eq!(ours.len(), 1);
     assert_eq!((&ours[0].identity, ours[0].cwd.as_deref()), (running, Some(cwd)));
 
+    assert!(processes.cpu_share(running).unwrap().is_some());
+
     // Another start time, another boot: another process, and the one that runs is not touched.
     let later = ProcessIdentity { start_ticks: running.start_ticks + 1, ..running.clone() };
     let other_boot = ProcessIdentity { boot_id: "other".to_owned(), ..running.clone() };
     for stranger in [later, other_boot] {
         assert!(!processes.is_alive(&stranger).unwrap());
+        assert_eq!(processes.cpu_share(&stranger).unwrap(), None);
         processes.kill(&stranger, DEADLINE).await.unwrap();
     }
     assert!(processes.is_alive(running).unwrap());
 
     processes.kill(running, DEADLINE).await.unwrap();
     assert!(!processes.is_alive(running).unwrap());
+    assert_eq!(processes.cpu_share(running).unwrap(), None);
     assert!(processes.find_marked().unwrap().iter().all(|found| found.mark != *mark));
     // Gone already is success.
     processes.kill(running, DEADLINE).await.unwrap();
@@ -64,6 +68,21 @@ async fn the_real_processes_conform() {
     soon("conformance", processes_conform(&processes, child.identity(), &mark, &cwd)).await;
     let ChildExit::Status(status) = soon("its status", child.wait()).await else { panic!() };
     assert_eq!(status.to_string(), "signal: 9 (SIGKILL)");
+}
+
+#[test]
+fn the_cpu_time_of_all_threads_is_counted() {
+    let processes = LinuxProcesses::new().unwrap();
+    let own = processes.own_identity().unwrap();
+    let had = || processes.cpu_share(&own).unwrap().unwrap().had;
+    // The thread that works is not the process's first one.
+    let before = had();
+    assert!(before > Duration::ZERO);
+    let (mut number, mut now) = (1_u64, before);
+    while now < before + Duration::from_millis(20) {
+        number = std::hint::black_box(number.wrapping_mul(3));
+        now = had();
+    }
 }
 
 #[tokio::test]

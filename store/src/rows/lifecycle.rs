@@ -272,6 +272,18 @@ pub(crate) fn forgettable(
     Ok((old.map(|(id, _)| id).collect(), unreadable))
 }
 
+/// Whether a row of any VM, removed or not, names a link of its own; one that nobody can read may.
+pub(crate) fn any_network(conn: &Connection) -> rusqlite::Result<bool> {
+    conn.prepare_cached(
+        "SELECT EXISTS (SELECT 1 FROM vm_lifecycle
+            WHERE NOT json_valid(resources_json)
+               OR json_extract(CASE WHEN json_valid(resources_json) THEN resources_json ELSE '{}' END,
+                               '$.tap_name') IS NOT NULL)
+             OR EXISTS (SELECT 1 FROM subnet_allocations)",
+    )?
+    .query_row([], |row| row.get(0))
+}
+
 /// Drops the history of VMs without a row that was last added to before this moment; one whose time
 /// cannot be read stays, and is counted.
 pub(crate) fn prune(conn: &Connection, before: Timestamp) -> Result<WriteOutcome, WriteError> {

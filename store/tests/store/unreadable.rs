@@ -3,7 +3,7 @@
 use matchlock_model::phase::Phase;
 use matchlock_store::{WriteError, WriteOp, WriteOutcome};
 
-use super::support::{EPOCH, Home, apply_one, at, clean, insert, set_phase, vm};
+use super::support::{EPOCH, Home, apply_one, at, clean, insert, new_vm, set_phase, vm};
 
 /// VMs 1 and 2, where this was done to the second.
 fn home_with(damage: &str) -> Home {
@@ -109,4 +109,27 @@ fn a_time_that_cannot_be_read_keeps_its_own_history_only() {
         .query_row("SELECT group_concat(DISTINCT vm_id) FROM vm_lifecycle", [], |row| row.get(0))
         .unwrap();
     assert_eq!(kept, "vm-00000002");
+}
+
+#[tokio::test]
+async fn a_network_is_remembered_as_long_as_history_and_one_that_cannot_be_read_counts() {
+    let home = Home::new();
+    let mut conn = home.writer();
+    let any = async || home.reader().any_network().await.unwrap();
+    assert!(!any().await, "nothing was ever stored");
+    let mut without = new_vm(vm(1));
+    without.resources.tap_name = None;
+    apply_one(&mut conn, WriteOp::InsertVm { record: Box::new(without) }).unwrap();
+    assert!(!any().await, "its only VM has none");
+    let text = "UPDATE vm_lifecycle SET resources_json = ?1";
+    for (json, expected) in [("{", true), ("{}", false)] {
+        home.plain().execute(text, [json]).unwrap();
+        assert_eq!(any().await, expected, "{json}");
+    }
+    apply_one(&mut conn, insert(vm(2))).unwrap();
+    clean(&mut conn, vm(2));
+    apply_one(&mut conn, WriteOp::RemoveVm { vm: vm(2), epoch: EPOCH }).unwrap();
+    assert!(any().await, "its row is gone, its history is not");
+    apply_one(&mut conn, WriteOp::PruneHistory { before: at(1_000) }).unwrap();
+    assert!(!any().await);
 }
