@@ -58,7 +58,7 @@ fn a_link_that_is_cut_is_begun_anew_and_commands_go_on_byte_for_byte() {
         let expected = format!("{} {}", number + 1, "x".repeat(80));
         assert_eq!(line.unwrap(), expected);
         if number % 100 == 0 {
-            let part: Vec<u8> = (0..8192_usize).map(|at| ((at * number) % 251) as u8).collect();
+            let part: Vec<u8> = (0..=250).cycle().skip(number % 251).take(8192).collect();
             stdin.write_all(&part).unwrap();
             sent.extend(part);
         }
