@@ -14,6 +14,7 @@ use jiff::Timestamp;
 use matchlock_model::id::{OwnerEpoch, VmId};
 use matchlock_model::identity::{Namespaces, ProcessIdentity};
 use matchlock_model::phase::Phase;
+use matchlock_model::record::Started;
 use matchlock_model::subnet::SubnetPool;
 use matchlock_store::{WriteOp, open_state};
 use tempfile::TempDir;
@@ -104,7 +105,7 @@ fn leave(home: &Path, ephemeral: bool) -> Result<()> {
                 WriteOp::AllocateSubnet { vm, epoch, pool, avoid: Vec::new(), at },
                 common::change(number, Phase::Created, 0),
                 common::change(number, Phase::Starting, 0),
-                WriteOp::SetHypervisor { vm, epoch, hypervisor, at },
+                WriteOp::SetHypervisor { vm, epoch, hypervisor, started: Started::Booted, at },
                 common::change(number, Phase::Running, 0),
             ],
         );

@@ -9,6 +9,16 @@ use crate::id::{OwnerEpoch, VmId};
 use crate::identity::{Namespaces, ProcessIdentity};
 use crate::phase::Phase;
 
+/// How a VM's machine began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Started {
+    /// It booted.
+    Booted,
+    /// It went on from a snapshot.
+    Restored,
+}
+
 /// Everything a VM holds or will hold on the host; the JSON in `vm_lifecycle.resources_json`.
 ///
 /// Written before the first of them exists, so that each can be found from its row.
@@ -54,6 +64,9 @@ pub struct Resources {
     /// The hypervisor's process, once it is known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hypervisor: Option<ProcessIdentity>,
+    /// How the hypervisor's machine began.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub started: Option<Started>,
     /// The owner's process.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub owner: Option<ProcessIdentity>,
@@ -235,4 +248,6 @@ pub struct VmRecord {
     pub holds_subnet: bool,
     /// How its own command ended, as a shell says it; `None` if it has not, or nobody knows.
     pub exit_code: Option<u8>,
+    /// How its machine began; `None` before it was launched, or when nobody knows.
+    pub started: Option<Started>,
 }

@@ -2,7 +2,7 @@
 
 use clap::Args;
 use matchlock_model::id::VmId;
-use matchlock_model::record::VmRecord;
+use matchlock_model::record::{Started, VmRecord};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -15,7 +15,7 @@ use crate::node::config::NodeConfig;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 exit_code is that of the command of `matchlock run`, kept as long as the VM is (--rm=false, -d):
-128+n if signal n ended it, null while it runs and when it was lost.")]
+128+n if signal n ended it, null while it runs and when it was lost. started is booted, or restored from a snapshot.")]
 pub(super) struct GetArgs {
     /// VM
     id: VmId,
@@ -35,6 +35,8 @@ pub(super) struct JsonVm {
     config: Value,
     /// How its own command ended; `null` while it runs, or when nobody knows. Ours, not the reference's.
     exit_code: Option<u8>,
+    /// How its machine began; `null` before that, or when nobody knows. Ours, too.
+    started: Option<Started>,
 }
 
 impl JsonVm {
@@ -56,6 +58,7 @@ impl JsonVm {
             created_at: shown.record.created_at,
             config,
             exit_code: shown.record.exit_code,
+            started: shown.record.started,
         })
     }
 }

@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use matchlock_model::id::{OwnerEpoch, VmId};
 use matchlock_model::identity::{Namespaces, ProcessIdentity};
 use matchlock_model::phase::Phase;
-use matchlock_model::record::{CleanupEntry, Resources};
+use matchlock_model::record::{CleanupEntry, Resources, Started};
 use matchlock_model::subnet::{Ipv4Cidr, Subnet, SubnetPool};
 
 /// A VM that is to be made.
@@ -71,8 +71,8 @@ pub enum WriteOp {
         /// When.
         at: Timestamp,
     },
-    /// Records the hypervisor's process, beside the VM and in the next lifecycle row. Answers as
-    /// `SetPhase` does.
+    /// Records the hypervisor's process, beside the VM and in the next lifecycle row, and there how its
+    /// machine begins. Answers as `SetPhase` does.
     SetHypervisor {
         /// The VM.
         vm: VmId,
@@ -80,6 +80,8 @@ pub enum WriteOp {
         epoch: OwnerEpoch,
         /// The hypervisor's process.
         hypervisor: ProcessIdentity,
+        /// How its machine begins.
+        started: Started,
         /// When.
         at: Timestamp,
     },

@@ -62,7 +62,7 @@ mod tests {
     use matchlock_model::id::{OwnerEpoch, VmId};
     use matchlock_model::identity::{Namespaces, ProcessIdentity};
     use matchlock_model::phase::Phase;
-    use matchlock_model::record::Resources;
+    use matchlock_model::record::{Resources, Started};
     use matchlock_model::subnet::SubnetPool;
 
     use super::*;
@@ -97,7 +97,13 @@ mod tests {
         vec![
             WriteOp::InsertVm { record: Box::new(record) },
             phase,
-            WriteOp::SetHypervisor { vm, epoch, hypervisor: owner.clone(), at },
+            WriteOp::SetHypervisor {
+                vm,
+                epoch,
+                hypervisor: owner.clone(),
+                started: Started::Booted,
+                at,
+            },
             WriteOp::SetExit { vm, epoch, code: 0 },
             WriteOp::RaiseEpoch { vm, pid: 1, at },
             WriteOp::AllocateSubnet { vm, epoch, pool, avoid: Vec::new(), at },

@@ -120,11 +120,11 @@ fn run(conn: &Connection, op: WriteOp) -> Answer {
             };
             lifecycle::append(conn, vm, change, at)
         }
-        WriteOp::SetHypervisor { vm, epoch, hypervisor, at } => {
+        WriteOp::SetHypervisor { vm, epoch, hypervisor, started, at } => {
             vms::check_epoch(conn, vm, epoch)?;
             vms::set_hypervisor(conn, vm, &hypervisor)?;
             let change = lifecycle::Change {
-                resources: Some(lifecycle::ResourceChange::Hypervisor(hypervisor)),
+                resources: Some(lifecycle::ResourceChange::Hypervisor(hypervisor, started)),
                 ..lifecycle::Change::default()
             };
             lifecycle::append(conn, vm, change, at)

@@ -116,6 +116,7 @@ fn get_and_inspect_show_a_vm_in_the_references_shape_and_write_nothing() {
         "created_at": CREATED,
         "config": {"image": "busybox", "cpus": 1},
         "exit_code": null,
+        "started": null,
     });
     let got = stored.json(&["get", "vm-0badcafe"]);
     assert_eq!(got, vm);

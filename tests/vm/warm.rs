@@ -131,6 +131,10 @@ fn a_warm_vm_is_like_any_other_and_cold_boots() {
         .output(&["run", "-d", "--no-network", "--image", "busybox", "--", "sleep", "1000"])
         .unwrap();
     let vm = stdout(&started).trim().to_owned();
+    let shown = installation.output(&["inspect", &vm]).unwrap();
+    let shown: serde_json::Value = serde_json::from_slice(&shown.stdout).unwrap();
+    assert_eq!(shown["vm"]["started"], "restored", "{shown}");
+    assert_eq!(shown["lifecycle"]["resources"]["started"], "restored", "{shown}");
     let exec =
         installation.output(&["exec", &vm, "--", "sh", "-c", "echo $((6*7)); hostname"]).unwrap();
     assert_eq!(stdout(&exec), format!("42\n{vm}\n"), "{}", stderr(&exec));

@@ -6,7 +6,7 @@ use std::time::Duration;
 use matchlock_host::guest_link::LinkError;
 use matchlock_host::hypervisor::{HypervisorError, Machine, MachineExit};
 use matchlock_model::failure::{Failure, FailureKind};
-use matchlock_model::record::CleanupStep;
+use matchlock_model::record::{CleanupStep, Started};
 use matchlock_model::vm::OpResult;
 use matchlock_store::WriteOp;
 use tokio::time::{Instant, timeout};
@@ -32,22 +32,24 @@ pub(super) async fn launch(context: &VmContext) -> OpResult {
     let machine = context.deps.hypervisor.launch(&spec).await.map_err(|e| host(&e))?;
     // The hypervisor has its own descriptors now.
     drop(spec);
-    keep(context, machine, started).await
+    keep(context, machine, Started::Booted, started).await
 }
 
 /// Keeps a machine that was launched, and records it.
 pub(super) async fn keep(
     context: &VmContext,
     machine: Arc<dyn Machine>,
-    started: Instant,
+    began: Started,
+    launched: Instant,
 ) -> OpResult {
     let hypervisor = machine.identity();
     // Kept before it is recorded: if the write fails, closing the machine must find it.
-    context.set_machine(Some(machine), started);
+    context.set_machine(Some(machine), launched);
     let op = WriteOp::SetHypervisor {
         vm: context.id,
         epoch: context.epoch,
         hypervisor,
+        started: began,
         at: (context.deps.now)(),
     };
     context.deps.db.write(op).await.map(drop).map_err(Failure::from)

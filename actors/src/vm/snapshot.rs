@@ -22,6 +22,7 @@
 use matchlock_host::hypervisor::{Machine, MachineSpec, Start};
 use matchlock_host::snapshot::{Draft, POINTS, Snapshot, SnapshotError, Wanted};
 use matchlock_model::failure::{Failure, FailureKind, chain};
+use matchlock_model::record::Started;
 use matchlock_model::vm::OpResult;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
@@ -130,7 +131,7 @@ pub(super) async fn restore(context: &VmContext, spec: &MachineSpec) -> Result<b
             return Ok(false);
         }
     };
-    keep(context, machine.clone(), started).await?;
+    keep(context, machine.clone(), Started::Restored, started).await?;
     let Err(failure) = around(POINTS, "restore", resume(context, &*machine, &snapshot)).await
     else {
         context.time(|timings| timings.restore = Some(started.elapsed()));

@@ -146,6 +146,7 @@ async fn a_pid_of_another_namespace_means_nothing_here() {
         vm,
         epoch: matchlock_model::id::OwnerEpoch::FIRST,
         hypervisor: matchlock_model::identity::ProcessIdentity { pid: 4242, ..hypervisor },
+        started: matchlock_model::record::Started::Booted,
         at: jiff::Timestamp::now(),
     };
     world.deps.db.write(op).await.unwrap();

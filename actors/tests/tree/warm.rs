@@ -4,6 +4,7 @@ use matchlock_actors::vm::StartMode;
 use matchlock_host::hypervisor::{FakeHypervisor, LaunchFault, Start};
 use matchlock_model::failure::FailureKind;
 use matchlock_model::phase::Phase;
+use matchlock_model::record::Started;
 use matchlock_model::vm::StopMode;
 
 use super::world::{World, settled};
@@ -47,6 +48,10 @@ async fn a_vm_goes_on_from_it_unless_it_is_to_boot() {
     super::world::reaches(&mut cold, |view| view.phase == Phase::Running).await;
     assert_eq!(starts(&world.hypervisor), ["hold", "restore", "boot"]);
     assert!(cold.view.borrow().timings.restore.is_none());
+    for (id, started) in [(warm.id, Started::Restored), (cold.id, Started::Booted)] {
+        let row = world.deps.reader.vm(id).await.unwrap().unwrap();
+        assert_eq!(row.started, Some(started));
+    }
     for id in [warm.id, cold.id] {
         world.stop(id, StopMode::Force).await.unwrap();
     }

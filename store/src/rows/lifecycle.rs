@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use matchlock_model::id::VmId;
 use matchlock_model::identity::ProcessIdentity;
 use matchlock_model::phase::Phase;
-use matchlock_model::record::{Cleanup, CleanupEntry, LifecycleRecord, Resources};
+use matchlock_model::record::{Cleanup, CleanupEntry, LifecycleRecord, Resources, Started};
 use matchlock_model::subnet::Subnet;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use serde_json::{Map, Value};
@@ -42,7 +42,7 @@ pub(crate) struct Change {
 #[derive(Debug)]
 pub(crate) enum ResourceChange {
     All(Box<Resources>),
-    Hypervisor(ProcessIdentity),
+    Hypervisor(ProcessIdentity, Started),
     Subnet(Subnet),
 }
 
@@ -52,9 +52,14 @@ impl ResourceChange {
         let mut held = held.clone();
         match self {
             Self::All(all) => return super::to_object("resources", &*all),
-            Self::Hypervisor(hypervisor) => {
+            Self::Hypervisor(hypervisor, started) => {
                 let known = super::to_object("hypervisor", &hypervisor)?;
                 held.insert("hypervisor".to_owned(), Value::Object(known));
+                let word = match started {
+                    Started::Booted => "booted",
+                    Started::Restored => "restored",
+                };
+                held.insert("started".to_owned(), word.into());
             }
             Self::Subnet(subnet) => held.extend([
                 ("gateway_ip".to_owned(), subnet.gateway().to_string().into()),

@@ -18,7 +18,7 @@ const SELECT: &str = "
            coalesce(n.owner_epoch, 0) AS owner_epoch, n.owner_json, n.hypervisor_json,
            n.namespaces_json, n.exit_code, coalesce(n.ephemeral, 0) AS ephemeral,
            n.removal_wanted_at IS NOT NULL AS removal_wanted,
-           coalesce(l.phase, 'creating') AS phase, l.last_error,
+           coalesce(l.phase, 'creating') AS phase, l.last_error, l.resources_json,
            EXISTS (SELECT 1 FROM subnet_allocations AS s WHERE s.vm_id = v.id) AS holds_subnet
     FROM vms AS v
     LEFT JOIN vm_nodes AS n ON n.vm_id = v.id
@@ -124,6 +124,7 @@ pub(crate) fn remains(conn: &Connection, vm: VmId) -> rusqlite::Result<Option<Vm
 fn read(row: &Row<'_>) -> rusqlite::Result<VmRecord> {
     let row = Reading::new(row, "vms", "id")?;
     let (node, latest) = (row.of("vm_nodes"), row.of("vm_lifecycle"));
+    let held = readable(latest.json::<Resources>("resources_json"))?.flatten();
     Ok(VmRecord {
         id: row.parsed("id")?,
         pid: row.number("pid")?,
@@ -142,6 +143,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<VmRecord> {
         removal_wanted: node.number::<i64>("removal_wanted")? != 0,
         holds_subnet: row.number::<i64>("holds_subnet")? != 0,
         exit_code: node.number_or_null("exit_code")?,
+        started: held.and_then(|held| held.started),
     })
 }
 

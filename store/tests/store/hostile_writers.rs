@@ -90,7 +90,10 @@ impl Writer {
             self.append(number, set_phase(id, phase));
             self.disturb(epoch);
         }
-        self.append(number, WriteOp::SetHypervisor { vm: id, epoch: EPOCH, hypervisor, at: at(1) });
+        let started = matchlock_model::record::Started::Booted;
+        let launched =
+            WriteOp::SetHypervisor { vm: id, epoch: EPOCH, hypervisor, started, at: at(1) };
+        self.append(number, launched);
         let raise = WriteOp::RaiseEpoch { vm: id, pid: 1, at: at(2) };
         assert_eq!(self.write(raise), Ok(WriteOutcome::Epoch(second)));
         for phase in

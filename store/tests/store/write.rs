@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use matchlock_model::id::OwnerEpoch;
 use matchlock_model::phase::{InvalidTransition, Phase};
-use matchlock_model::record::{CleanupEntry, CleanupStatus, Resources};
+use matchlock_model::record::{CleanupEntry, CleanupStatus, Resources, Started};
 use matchlock_store::{WriteConn, WriteError, WriteOp, WriteOutcome};
 
 use crate::support::{
@@ -163,17 +163,34 @@ async fn a_row_that_would_say_the_same_is_not_appended() {
 #[tokio::test]
 async fn the_hypervisor_is_known_beside_the_vm_and_in_its_history() {
     let (home, mut writer) = home_with_vm();
-    let set =
-        |epoch| WriteOp::SetHypervisor { vm: vm(1), epoch, hypervisor: process(5_000), at: at(30) };
+    let set = |epoch| WriteOp::SetHypervisor {
+        vm: vm(1),
+        epoch,
+        hypervisor: process(5_000),
+        started: Started::Restored,
+        at: at(30),
+    };
     assert_eq!(apply_one(&mut writer, set(EPOCH)), Ok(WriteOutcome::Version(2)));
     assert_eq!(apply_one(&mut writer, set(EPOCH)), Ok(WriteOutcome::Version(2)));
     assert!(matches!(apply_one(&mut writer, set(OwnerEpoch(0))), Err(WriteError::Fenced { .. })));
     let reader = home.reader();
     let row = reader.vm(vm(1)).await.unwrap().unwrap();
-    assert_eq!(row.hypervisor, Some(process(5_000)));
+    assert_eq!((row.hypervisor, row.started), (Some(process(5_000)), Some(Started::Restored)));
     let head = reader.lifecycle_head(vm(1)).await.unwrap().unwrap();
-    assert_eq!(head.resources, Resources { hypervisor: Some(process(5_000)), ..resources() });
+    assert_eq!(
+        head.resources,
+        Resources {
+            hypervisor: Some(process(5_000)),
+            started: Some(Started::Restored),
+            ..resources()
+        }
+    );
     assert_eq!(head.phase, Phase::Creating);
+    // What a later build has for it, an older one does not know, nor hide anything of the VM.
+    let later =
+        "UPDATE vm_lifecycle SET resources_json = json_set(resources_json, '$.started', 'sent')";
+    home.plain().execute(later, []).unwrap();
+    assert_eq!(reader.vm(vm(1)).await.unwrap().unwrap().started, None);
 }
 
 #[tokio::test]
@@ -212,7 +229,13 @@ async fn a_take_over_fences_the_owner_before() {
     let late = vec![
         set_phase(vm(1), Phase::Created),
         WriteOp::RemoveVm { vm: vm(1), epoch: EPOCH },
-        WriteOp::SetHypervisor { vm: vm(1), epoch: EPOCH, hypervisor: process(1), at: at(41) },
+        WriteOp::SetHypervisor {
+            vm: vm(1),
+            epoch: EPOCH,
+            hypervisor: process(1),
+            started: Started::Booted,
+            at: at(41),
+        },
         WriteOp::SetExit { vm: vm(1), epoch: EPOCH, code: 7 },
     ];
     assert_eq!(writer.apply(late), vec![Err(fenced); 4]);
@@ -255,7 +278,13 @@ fn a_vm_that_is_not_there_is_told() {
     let mut writer = home.writer();
     let missing = vec![
         set_phase(vm(9), Phase::Created),
-        WriteOp::SetHypervisor { vm: vm(9), epoch: EPOCH, hypervisor: process(1), at: at(0) },
+        WriteOp::SetHypervisor {
+            vm: vm(9),
+            epoch: EPOCH,
+            hypervisor: process(1),
+            started: Started::Booted,
+            at: at(0),
+        },
         WriteOp::SetExit { vm: vm(9), epoch: EPOCH, code: 7 },
         WriteOp::RaiseEpoch { vm: vm(9), pid: 1, at: at(0) },
         WriteOp::RemoveVm { vm: vm(9), epoch: EPOCH },
