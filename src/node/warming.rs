@@ -23,6 +23,7 @@
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use matchlock_actors::fleet::VmHandle;
 use matchlock_actors::vm::{CreateVm, StartMode};
@@ -34,11 +35,16 @@ use matchlock_model::image::ImageConfig;
 use matchlock_model::spec::{MIN_DISK_SIZE_MB, NetworkInput, SpecError, VmSpec, VmSpecInput};
 use matchlock_model::view::{Timings, VmView};
 use matchlock_model::vm::StopMode;
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::client::{NodeClient, not_cleaned_up, settled};
 use super::detach::when_started;
+
+/// How long the VM has the host to itself. Whoever is done by then would not have waited for a snapshot,
+/// and would pay for a part of one each time.
+const HEAD_START: Duration = Duration::from_millis(500);
 
 /// What the record of a template says instead of an image.
 const NO_IMAGE: &str = "matchlock-warm";
@@ -196,7 +202,11 @@ impl Warming {
         drop(state);
         let this = self.clone();
         self.0.tasks.spawn(async move {
-            this.made(template).await;
+            tokio::select! {
+                biased;
+                () = this.0.ending.cancelled() => {}
+                () = sleep(HEAD_START) => this.made(template).await,
+            }
             this.state().is_making = false;
         });
     }
