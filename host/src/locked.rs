@@ -33,25 +33,29 @@ impl Locked {
             Err(Errno::WOULDBLOCK) => return Ok(None),
             locked => locked?,
         }
-        let lock = Self(opened);
-        let ours = fstat(lock.as_fd())?;
+        Self(opened).if_named(dir)
+    }
+
+    /// The lock, if the name is still that of what is locked.
+    fn if_named(self, dir: &Path) -> Result<Option<Self>, Errno> {
+        let ours = fstat(self.as_fd())?;
         match stat(dir) {
             Ok(there) if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino) => {
-                Ok(Some(lock))
+                Ok(Some(self))
             }
             Ok(_) | Err(Errno::NOENT) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// Locks a directory for oneself; `None` when somebody else has a lock on it.
+    /// Locks a directory for oneself; `None` when somebody else has a lock on it, or has just replaced it.
     pub(crate) fn exclusive(dir: &Path) -> Result<Option<Self>, Errno> {
         let opened = open(dir, DIRECTORY, Mode::empty())?;
         match flock(&opened, FlockOperation::NonBlockingLockExclusive) {
             Err(Errno::WOULDBLOCK) => Ok(None),
             locked => {
                 locked?;
-                Ok(Some(Self(opened)))
+                Self(opened).if_named(dir)
             }
         }
     }

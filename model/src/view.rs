@@ -36,6 +36,8 @@ pub struct Timings {
     pub spawn: Option<Duration>,
     /// Starting it from a snapshot, until its guest went on as a machine of its own.
     pub restore: Option<Duration>,
+    /// Saving it as a snapshot, until others can start from that; of a template only.
+    pub saved: Option<Duration>,
     /// From there until the guest kernel started `/init`, by the guest's clock; of a boot only.
     pub kernel: Option<Duration>,
     /// From the start of the hypervisor until the agent answered.

@@ -199,7 +199,19 @@ async fn sweep(node: &Node, config: &NodeConfig) -> Result<usize, Failure> {
     let bundles = bundles.map_err(|error| Failure::from_error(FailureKind::Host, &error));
     let snapshots = node.deps().snapshots.sweep().await;
     let snapshots = snapshots.map_err(|error| Failure::from_error(FailureKind::Host, &error));
-    Ok(images? + bundles? + snapshots?)
+    let (mut removed, mut failed) = (0, Vec::new());
+    for swept in [images, bundles, snapshots] {
+        match swept {
+            Ok(count) => removed += count,
+            Err(failure) => failed.push(failure),
+        }
+    }
+    // All that went wrong is told.
+    let texts: Vec<&str> = failed.iter().map(|failure| failure.message.as_str()).collect();
+    match failed.first() {
+        None => Ok(removed),
+        Some(first) => Err(Failure::new(first.kind, texts.join("; "))),
+    }
 }
 
 /// How much was removed, unless something could not be.

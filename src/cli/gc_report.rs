@@ -199,8 +199,10 @@ impl Report {
             ));
         }
         if self.swept > 0 {
-            let what = "remains of interrupted pulls, imports or removals, or stale snapshots";
-            lines.push(format!("Removed {} {what}", self.swept));
+            let what = render::count(self.swept, "leftover");
+            lines.push(format!(
+                "Removed {what} in the cache: interrupted pulls, imports and removals, stale snapshots"
+            ));
         }
         lines
     }

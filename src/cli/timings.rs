@@ -38,12 +38,16 @@ impl Stopwatch {
     pub(super) fn print(&self, timings: &Timings, has_network: bool) {
         let total = self.elapsed();
         let after_command = self.command_ended.map(|ended| Self::now() - ended);
+        let spawned = match timings.restore {
+            Some(_) => "started the hypervisor, and in it the guest, from a snapshot",
+            None => "started the hypervisor",
+        };
         let rows = [
             ("image", self.image, "found the image, booted the node"),
             ("disk", timings.disk, "made directory and disk"),
             ("network", timings.network, "took a subnet, made TAP and firewall tables"),
-            ("spawn", timings.spawn, "started the hypervisor"),
-            ("restore", timings.restore, "of it, until the guest went on from a snapshot"),
+            ("spawn", timings.spawn, spawned),
+            ("restore", timings.restore, "until the guest went on from a snapshot"),
             ("kernel", timings.kernel, "guest kernel, until /init, by the guest's clock"),
             (
                 "agent ready",
@@ -57,7 +61,14 @@ impl Stopwatch {
             ("after command", after_command, "from the command's end to ours"),
             ("total", Some(total), ""),
         ];
-        for (name, took, what) in rows.into_iter().filter(|row| has_network || row.0 != "network") {
+        let is_part = |name: &str| match name {
+            "network" => has_network,
+            // It either booted or was restored.
+            "restore" => timings.restore.is_some(),
+            "kernel" => timings.restore.is_none(),
+            _ => true,
+        };
+        for (name, took, what) in rows.into_iter().filter(|row| is_part(row.0)) {
             let took = took.map_or_else(|| "-".to_owned(), millis);
             render::tell(&format!("{name:<14}{took:>12}  {what}"));
         }

@@ -29,8 +29,8 @@ use crate::node::warming::{template, template_spec};
 #[derive(Debug, Args)]
 #[command(after_help = "\
 `run`, `run -d` and `create` of a session start from it when they ask for as many CPUs and as much
-memory, with or without a network as it was made; --cold boots. The first of its kind makes it beside its
-command, unless MATCHLOCK_AUTO_WARM=0; `warm` makes it beforehand, and anew where there is one. It is of
+memory, with or without a network as it was made; --cold boots. One whose command takes some seconds makes
+it beside that, unless MATCHLOCK_AUTO_WARM=0; `warm` makes it now, and anew where there is one. It is of
 no use any more once this host was started anew, or the guest or the hypervisor is another; then they
 boot, say so and make another. Nothing of an image is in it, and what two microVMs must not share is made
 after the start: random numbers, clock, disks, addresses.

@@ -9,7 +9,8 @@
 //! ```
 //!
 //! # Invariants
-//! 1. At most one template at a time in a node, and at most one try for each shape.
+//! 1. At most one template at a time in a node, and after one that came to nothing none of its shape for
+//!    [`TRY_AGAIN`].
 //! 2. A template is a VM of the node like any other, and does not outlive it: [`Warming::end`] is called
 //!    before the VMs are taken down, [`Warming::ended`] waits for what was begun.
 //! 3. What becomes of a template changes nothing for whoever runs a VM: no error, no exit code, no word
@@ -20,7 +21,7 @@
 //! template has made is taken down with it. A crash leaves a VM and half a snapshot: `matchlock gc` removes
 //! both.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -35,7 +36,7 @@ use matchlock_model::image::ImageConfig;
 use matchlock_model::spec::{MIN_DISK_SIZE_MB, NetworkInput, SpecError, VmSpec, VmSpecInput};
 use matchlock_model::view::{Timings, VmView};
 use matchlock_model::vm::StopMode;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -45,6 +46,9 @@ use super::detach::when_started;
 /// How long the VM has the host to itself. Whoever is done by then would not have waited for a snapshot,
 /// and would pay for a part of one each time.
 const HEAD_START: Duration = Duration::from_millis(500);
+
+/// How long what kept a snapshot from being made is given to pass.
+const TRY_AGAIN: Duration = Duration::from_secs(60);
 
 /// What the record of a template says instead of an image.
 const NO_IMAGE: &str = "matchlock-warm";
@@ -82,7 +86,8 @@ struct Inner {
 #[derive(Debug, Default)]
 struct State {
     is_making: bool,
-    tried: HashSet<Shape>,
+    /// When each was last tried in vain.
+    tried: HashMap<Shape, Instant>,
 }
 
 /// What a template is, of so many CPUs and so much memory.
@@ -195,9 +200,12 @@ impl Warming {
         let Some(template) = template else { return };
         let mut state = self.state();
         let is_ending = self.0.ending.is_cancelled();
-        if is_ending || state.is_making || !state.tried.insert(template.shape.clone()) {
+        let last = state.tried.get(&template.shape);
+        let is_too_soon = last.is_some_and(|last| last.elapsed() < TRY_AGAIN);
+        if is_ending || state.is_making || is_too_soon {
             return;
         }
+        state.tried.insert(template.shape.clone(), Instant::now());
         state.is_making = true;
         drop(state);
         let this = self.clone();
@@ -214,6 +222,7 @@ impl Warming {
     /// Sees a template up and gone.
     async fn made(&self, template: Template) {
         let client = &self.0.client;
+        let shape = template.shape.clone();
         // Once it is asked for, it is waited for: it would be there, and nobody would know.
         let created = async { client.create_vm(template.create()?).await };
         let handle = match created.await {
@@ -228,14 +237,21 @@ impl Warming {
                 self.take_down(handle).await
             }
         };
-        let left = match &view {
-            Ok(view) => not_cleaned_up(view),
-            Err(failure) => Some(failure.message.clone()),
+        let view = match view {
+            Ok(view) => view,
+            Err(failure) => return tracing::error!(vm_id = %id, %failure, "of a template"),
         };
-        match (left, view.ok().and_then(|view| view.cause)) {
-            (Some(left), _) => tracing::error!(vm_id = %id, "of a template: {left}"),
+        if let Some(left) = not_cleaned_up(&view) {
+            tracing::error!(vm_id = %id, "of a template: {left}");
+        }
+        match (view.timings.saved, view.cause) {
+            (Some(_), _) => {
+                // Whatever becomes of it, another may be made.
+                self.state().tried.remove(&shape);
+                tracing::info!(vm_id = %id, "made a snapshot for the next VMs");
+            }
             (None, Some(failure)) => tracing::debug!(vm_id = %id, %failure, "no snapshot is made"),
-            (None, None) => tracing::info!(vm_id = %id, "made a snapshot for the next VMs"),
+            (None, None) => tracing::debug!(vm_id = %id, "no snapshot is made"),
         }
     }
 

@@ -120,7 +120,7 @@ fn gc_removes_what_a_killed_removal_left() {
     let output = installation.output(&["gc"]).unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(0), "{output:?}", output = output.stderr);
-    assert!(text.contains("Removed 1 remains of interrupted "), "{text}");
+    assert!(text.contains("Removed 1 leftover in the cache: "), "{text}");
     assert!(!left.try_exists().unwrap());
     assert_eq!(listed(&installation).as_array().unwrap().len(), 2);
 }

@@ -9,6 +9,9 @@ use matchlock_model::vm::OpResult;
 
 use super::context::{StartMode, VmContext};
 
+/// How many subnets a snapshot that is made beside a VM leaves to others.
+const SPARE_SUBNETS: u64 = 8;
+
 /// How many subnets are tried that turn out to be in use.
 const SUBNET_TRIES: usize = 16;
 
@@ -23,6 +26,7 @@ fn host(error: &(dyn std::error::Error + 'static)) -> Failure {
 /// subnet is given back and the next one taken.
 pub(super) async fn create_tap(context: &VmContext) -> OpResult {
     let Some(network) = &context.create.spec.network else { return Ok(()) };
+    leave_subnets(context).await?;
     let mut avoid = Vec::new();
     for _ in 0..SUBNET_TRIES {
         let grant = context.deps.subnets.allocate(context.id, context.epoch, avoid.clone()).await?;
@@ -42,6 +46,21 @@ pub(super) async fn create_tap(context: &VmContext) -> OpResult {
     }
     let text = format!("{SUBNET_TRIES} subnets in a row were taken by others of this host");
     Err(Failure::new(FailureKind::Host, text))
+}
+
+/// A template that nobody asked for takes none of the last subnets: they are for VMs.
+async fn leave_subnets(context: &VmContext) -> OpResult {
+    if context.create.start != (StartMode::Template { anew: false }) {
+        return Ok(());
+    }
+    let pool = context.deps.subnet_pool.clone()?;
+    let rows = context.deps.reader.vm_ids().await.map_err(|e| host(&e))?;
+    let vms = u64::try_from(rows.len()).unwrap_or(u64::MAX);
+    if vms.saturating_add(SPARE_SUBNETS) <= pool.count() {
+        return Ok(());
+    }
+    let text = format!("{vms} VMs are listed, and {pool} has {} subnets", pool.count());
+    Err(Failure::new(FailureKind::Busy, text).context("the subnets are left to VMs"))
 }
 
 async fn make(

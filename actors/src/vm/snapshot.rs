@@ -49,6 +49,7 @@ async fn wanted(context: &VmContext, spec: &MachineSpec) -> Result<Wanted, Failu
 pub(super) async fn save(context: &VmContext) -> OpResult {
     let machine = context.machine().ok_or_else(no_machine)?;
     let limit = context.deps.limits.boot;
+    let started = Instant::now();
     let held = tokio::select! {
         biased;
         exit = machine.wait_exit() => return Err(ended_early(&*machine, &exit)),
@@ -62,7 +63,9 @@ pub(super) async fn save(context: &VmContext) -> OpResult {
     let late = || Failure::new(FailureKind::Timeout, format!("it was not saved within {limit:?}"));
     let saved = saved.map_err(|_| late())?.map_err(|e| host(&e))?;
     let draft = context.take_draft().ok_or_else(no_claim)?;
-    context.deps.snapshots.publish(draft, saved).await.map_err(|e| host(&e))
+    context.deps.snapshots.publish(draft, saved).await.map_err(|e| host(&e))?;
+    context.time(|timings| timings.saved = Some(started.elapsed()));
+    Ok(())
 }
 
 fn no_claim() -> Failure {

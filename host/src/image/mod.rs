@@ -71,6 +71,7 @@ pub use blob::{BlobLease, remove_blob, sweep_blobs};
 pub use build::{Imported, import};
 pub use garbage::{Garbage, GarbageKind, Garbages};
 pub use pull::{PullProgress, PullRequest, PulledImage, TellPull, pull};
+pub(crate) use room::free_beside_the_reserve;
 pub use roots::blobs_of;
 pub use wish::{Change, ImportWish, InvalidWish};
 pub use workspace::{Swept, sweep_temporary, sweep_workspaces};

@@ -39,10 +39,20 @@ pub(super) fn check_at(path: &Path, needed: u64) -> Result<(), ImageError> {
     decide(&found, path, needed)
 }
 
-fn decide(found: &StatVfs, path: &Path, needed: u64) -> Result<(), ImageError> {
+/// How many bytes others than images may take here, the reserve left.
+pub(crate) fn free_beside_the_reserve(path: &Path) -> Result<u64, Errno> {
+    rustix::fs::statvfs(path).map(|found| free(&found).0)
+}
+
+/// What may be taken, and the reserve.
+fn free(found: &StatVfs) -> (u64, u64) {
     let bytes = |blocks: u64| blocks.saturating_mul(found.f_frsize);
     let reserve = (bytes(found.f_blocks) / SHARE).min(RESERVE);
-    let free = bytes(found.f_bavail).saturating_sub(reserve);
+    (bytes(found.f_bavail).saturating_sub(reserve), reserve)
+}
+
+fn decide(found: &StatVfs, path: &Path, needed: u64) -> Result<(), ImageError> {
+    let (free, reserve) = free(found);
     if needed <= free {
         return Ok(());
     }

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -13,9 +13,10 @@ use async_trait::async_trait;
 use rustix::io::Errno;
 use tokio::task::spawn_blocking;
 
-use super::record::{self, Record};
+use super::record::{self, Guest, Record};
 use super::{Draft, MAX_BYTES, MAX_COUNT, POINTS, Snapshot, SnapshotError, Snapshots, Wanted};
 use crate::hypervisor::Saved;
+use crate::image;
 use crate::locked::Locked;
 
 /// What is being made, and what is being removed.
@@ -28,10 +29,29 @@ pub struct LinuxSnapshots {
     dir: PathBuf,
 }
 
+/// What a snapshot takes at most, besides a part of the machine's memory: what its kernel knows of each
+/// page.
+const ROOM_BYTES: u64 = 128 << 20;
+const ROOM_OF_MEMORY: u64 = 64;
+
 /// The directory of one that is being made; removed with all that is in it when it is dropped.
 pub(super) struct Room {
     dir: PathBuf,
+    /// The number of its file, which tells it from another that has got its name.
+    memory: (u64, u64),
+    guest: Guest,
     is_shown: bool,
+}
+
+impl Room {
+    /// Whether the name is still that of this one: somebody may have removed all snapshots by hand.
+    fn is_there(&self) -> io::Result<bool> {
+        match fs::symlink_metadata(self.dir.join("memory")) {
+            Ok(found) => Ok((found.dev(), found.ino()) == self.memory),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
 }
 
 impl Drop for Room {
@@ -39,7 +59,13 @@ impl Drop for Room {
         if self.is_shown {
             return;
         }
-        if let Err(error) = remove_hidden(&self.dir) {
+        let look = |e| SnapshotError::io("look at", &self.dir, e);
+        let removed = match self.is_there().map_err(look) {
+            Ok(true) => remove_hidden(&self.dir),
+            Ok(false) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = removed {
             let error = matchlock_model::failure::chain(&error);
             tracing::warn!(error, "half a snapshot is left; `matchlock gc` tries again");
         }
@@ -92,9 +118,7 @@ impl LinuxSnapshots {
             return Err(SnapshotError::Stale { key, what });
         }
         let path = dir.join("memory");
-        let open = |e: io::Error| SnapshotError::io("open", &path, e);
-        let memory = File::open(&path).map_err(open)?;
-        let size = memory.metadata().map_err(open)?.len();
+        let (memory, size) = record::open_file(&path)?;
         if size != record.bytes {
             let what = format!("{} has {size} bytes instead of {}", path.display(), record.bytes);
             return Err(SnapshotError::Damaged { what });
@@ -118,19 +142,45 @@ impl LinuxSnapshots {
         make(&self.dir)?;
         let lock = self.lock()?.ok_or_else(|| SnapshotError::Busy { dir: self.dir.clone() })?;
         self.sweep_hidden()?;
+        self.has_room(&wanted)?;
+        let guest = Guest::of(&wanted)?;
         let new = self.dir.join(NEW);
         make(&new)?;
         let path = new.join("memory");
-        let room = Room { dir: new, is_shown: false };
         let memory = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
-        let memory = memory.map_err(|e| SnapshotError::io("make", &path, e))?;
+        let memory = memory.and_then(|file| Ok((file.metadata()?, file)));
+        let (found, memory) = match memory {
+            Ok(made) => made,
+            Err(error) => {
+                remove_hidden(&new)?;
+                return Err(SnapshotError::io("make", &path, error));
+            }
+        };
+        let memory_id = (found.dev(), found.ino());
+        let room = Room { dir: new, memory: memory_id, guest, is_shown: false };
         Ok(Draft { memory, wanted, room: Some(room), _claim: Box::new(lock) })
+    }
+
+    /// The disk may be the one of the state and the VMs: the reserve of images is theirs here, too.
+    fn has_room(&self, wanted: &Wanted) -> Result<(), SnapshotError> {
+        let needed = ROOM_BYTES + (wanted.memory_mb << 20) / ROOM_OF_MEMORY;
+        let free = image::free_beside_the_reserve(&self.dir)
+            .map_err(|e| SnapshotError::io("look at", &self.dir, e))?;
+        if needed <= free {
+            return Ok(());
+        }
+        Err(SnapshotError::NoSpace { dir: self.dir.clone(), needed, free })
     }
 
     fn publish_now(&self, draft: &mut Draft, saved: Saved) -> Result<(), SnapshotError> {
         let new = self.dir.join(NEW);
         let write = |error: io::Error| SnapshotError::io("write", &new, error);
-        let record = Record::new(&draft.wanted, saved)?;
+        let gone = || SnapshotError::Removed { dir: self.dir.clone() };
+        let room = draft.room.as_ref().ok_or_else(gone)?;
+        if !room.is_there().map_err(write)? {
+            return Err(gone());
+        }
+        let record = Record::new(&draft.wanted, &room.guest, saved)?;
         let text = serde_json::to_vec_pretty(&record).map_err(|e| write(e.into()))?;
         let mut file = OpenOptions::new()
             .write(true)
@@ -151,7 +201,12 @@ impl LinuxSnapshots {
         }
         File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(write)?;
         POINTS.after("publish").map_err(|e| write(e.into()))?;
-        self.limit(Some(&place)).map(drop)
+        // It is there; what is wrong with others is for `gc` to tell.
+        if let Err(error) = self.limit(Some(&place)) {
+            let error = matchlock_model::failure::chain(&error);
+            tracing::debug!(error, "other snapshots could not be looked at");
+        }
+        Ok(())
     }
 
     fn sweep_now(&self) -> Result<usize, SnapshotError> {
@@ -184,13 +239,19 @@ impl LinuxSnapshots {
     /// not the one that was just made.
     fn limit(&self, made: Option<&Path>) -> Result<usize, SnapshotError> {
         let mut removed = 0;
-        let mut kept = Vec::new();
+        let (mut kept, mut failed) = (Vec::new(), None);
         for name in self.names()? {
             let dir = self.dir.join(name);
-            match self.look_at(dir.clone())? {
-                Some(found) => kept.push(found),
-                None => removed += usize::from(self.remove(&dir)?),
-            }
+            let looked = match self.look_at(dir.clone()) {
+                Ok(Some(found)) => {
+                    kept.push(found);
+                    Ok(())
+                }
+                Ok(None) => self.remove(&dir).map(|gone| removed += usize::from(gone)),
+                Err(error) => Err(error),
+            };
+            // One that cannot be judged keeps no other from being.
+            failed = failed.or(looked.err());
         }
         kept.sort_by_key(|one| std::cmp::Reverse((Some(&*one.dir) == made, one.used)));
         let mut sum = 0;
@@ -201,7 +262,7 @@ impl LinuxSnapshots {
                 removed += usize::from(self.remove(&one.dir)?);
             }
         }
-        Ok(removed)
+        failed.map_or(Ok(removed), Err)
     }
 
     /// One that somebody may use; `None` for one that nobody can.
@@ -222,6 +283,14 @@ impl LinuxSnapshots {
         if record.outdated()?.is_some() {
             return Ok(None);
         }
+        match record::open_file(&dir.join("memory")) {
+            Ok((_, size)) if size == record.bytes => {}
+            Ok(_) | Err(SnapshotError::Damaged { .. }) => return Ok(None),
+            Err(SnapshotError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        }
         let path = dir.join("snapshot.json");
         let used = fs::metadata(&path).and_then(|found| found.modified());
         let used = used.map_err(|e| SnapshotError::io("look at", &path, e))?;
@@ -231,12 +300,17 @@ impl LinuxSnapshots {
     /// Removes one, if it is there and nobody has a lease on it; whether it is gone.
     fn remove(&self, dir: &Path) -> Result<bool, SnapshotError> {
         let fail = |error: io::Error| SnapshotError::io("remove", dir, error);
+        match fs::symlink_metadata(dir) {
+            Ok(found) if found.is_dir() => {}
+            // A file or a link has no lease.
+            Ok(_) => return fs::remove_file(dir).map(|()| true).map_err(fail),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+            Err(error) => return Err(fail(error)),
+        }
         let _excluded = match Locked::exclusive(dir) {
             Ok(Some(lock)) => lock,
             Ok(None) => return Ok(false),
             Err(Errno::NOENT) => return Ok(true),
-            // A file has no lease.
-            Err(Errno::NOTDIR) => return fs::remove_file(dir).map(|()| true).map_err(fail),
             Err(error) => return Err(fail(error.into())),
         };
         let unnamed = self.dir.join(REMOVED);

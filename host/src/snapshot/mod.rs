@@ -128,6 +128,26 @@ pub enum SnapshotError {
         /// Where.
         dir: PathBuf,
     },
+    /// The disk is needed for other things.
+    #[error(
+        "there is no room for a snapshot in {dir}: it takes up to {} MB, and {} MB are free besides \
+         what is kept for others",
+        needed >> 20, free >> 20
+    )]
+    NoSpace {
+        /// Where.
+        dir: PathBuf,
+        /// How many bytes it may take.
+        needed: u64,
+        /// How many it may have.
+        free: u64,
+    },
+    /// Somebody has removed it by hand while it was made.
+    #[error("the snapshot was removed from {dir} while it was made")]
+    Removed {
+        /// Where it was.
+        dir: PathBuf,
+    },
     /// A file operation failed.
     #[error("could not {doing} {path}")]
     Io {

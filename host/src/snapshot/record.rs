@@ -1,8 +1,8 @@
 //! `snapshot.json`: what a snapshot is of, and whether that is still so.
 
-use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -13,12 +13,17 @@ use crate::facts;
 use crate::hypervisor::Saved;
 
 /// The version of the record that we know.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
-/// A file as it was: another one has another number, or was changed at another time.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// No record is as long.
+const MAX_RECORD_BYTES: u64 = 64 * 1024;
+
+/// A file as it was: another one has another number, and whatever is done to one changes its time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct FileId {
     path: PathBuf,
+    #[serde(default)]
+    device: u64,
     inode: u64,
     size: u64,
     changed_s: i64,
@@ -30,12 +35,42 @@ impl FileId {
         let found = fs::metadata(path)?;
         Ok(Self {
             path: path.to_owned(),
+            device: found.dev(),
             inode: found.ino(),
             size: found.size(),
-            changed_s: found.mtime(),
-            changed_ns: found.mtime_nsec(),
+            // The time of its content can be set to anything, this one cannot.
+            changed_s: found.ctime(),
+            changed_ns: found.ctime_nsec(),
         })
     }
+}
+
+/// The guest of a machine, as its files are at some moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Guest {
+    kernel: FileId,
+    initramfs: FileId,
+}
+
+impl Guest {
+    /// As it is now.
+    pub(super) fn of(wanted: &Wanted) -> Result<Self, SnapshotError> {
+        let id = |path: &Path| FileId::of(path).map_err(|e| SnapshotError::io("look at", path, e));
+        Ok(Self { kernel: id(&wanted.kernel)?, initramfs: id(&wanted.initramfs)? })
+    }
+}
+
+/// Opens a file of a snapshot. Nothing waits for the other end of a fifo.
+pub(super) fn open_file(path: &Path) -> Result<(File, u64), SnapshotError> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path);
+    let file = file.map_err(|e| SnapshotError::io("open", path, e))?;
+    let found = file.metadata().map_err(|e| SnapshotError::io("look at", path, e))?;
+    if !found.is_file() {
+        let what = format!("{} is not a regular file", path.display());
+        return Err(SnapshotError::Damaged { what });
+    }
+    Ok((file, found.len()))
 }
 
 /// What a snapshot says of itself.
@@ -55,16 +90,25 @@ pub(super) struct Record {
 }
 
 impl Record {
-    /// That of a snapshot of such a machine on this host, as it is now.
-    pub(super) fn new(wanted: &Wanted, saved: Saved) -> Result<Self, SnapshotError> {
-        let id = |path: &Path| FileId::of(path).map_err(|e| SnapshotError::io("look at", path, e));
+    /// That of a snapshot of such a machine on this host. `before` is the guest as it was before the
+    /// machine was launched: it must be the same still, or nobody knows what was booted.
+    pub(super) fn new(
+        wanted: &Wanted,
+        before: &Guest,
+        saved: Saved,
+    ) -> Result<Self, SnapshotError> {
+        let Guest { kernel, initramfs } = Guest::of(wanted)?;
+        if (&kernel, &initramfs) != (&before.kernel, &before.initramfs) {
+            let what = "its guest kernel or initramfs was replaced while it was made";
+            return Err(SnapshotError::Stale { key: key(wanted), what });
+        }
         Ok(Self {
             format: FORMAT,
             protocol: matchlock_wire::PROTOCOL_VERSION,
             boot_id: boot_id()?,
             hypervisor: wanted.hypervisor.clone(),
-            kernel: id(&wanted.kernel)?,
-            initramfs: id(&wanted.initramfs)?,
+            kernel,
+            initramfs,
             vcpus: wanted.vcpus,
             memory_mb: wanted.memory_mb,
             nic: wanted.nic,
@@ -76,7 +120,10 @@ impl Record {
     /// Reads the one in this directory.
     pub(super) fn read(dir: &Path) -> Result<Self, SnapshotError> {
         let path = dir.join("snapshot.json");
-        let text = fs::read(&path).map_err(|e| SnapshotError::io("read", &path, e))?;
+        let (file, _) = open_file(&path)?;
+        let mut text = Vec::new();
+        let read = file.take(MAX_RECORD_BYTES).read_to_end(&mut text);
+        read.map_err(|e| SnapshotError::io("read", &path, e))?;
         serde_json::from_slice(&text).map_err(|error| SnapshotError::Damaged {
             what: format!("{} is no record of one: {error}", path.display()),
         })
@@ -91,7 +138,14 @@ impl Record {
     pub(super) fn outdated(&self) -> Result<Option<&'static str>, SnapshotError> {
         let same = |id: &FileId| match FileId::of(&id.path) {
             Ok(found) => Ok(found == *id),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) =>
+            {
+                Ok(false)
+            }
             Err(error) => Err(SnapshotError::io("look at", &id.path, error)),
         };
         Ok(if self.format != FORMAT || self.protocol != matchlock_wire::PROTOCOL_VERSION {

@@ -151,3 +151,82 @@ async fn a_lease_keeps_one_and_the_least_recently_used_goes() {
         assert_eq!(found.is_some(), is_kept, "{number}");
     }
 }
+
+#[tokio::test]
+async fn a_guest_that_is_replaced_while_it_is_saved_is_not_published() {
+    let (cache, snapshots, wanted) = world();
+    let draft = snapshots.begin(&wanted).await.unwrap();
+    // The same size, and the same time of its content: the everyday `cp -p` over it.
+    let before = fs::metadata(&wanted.kernel).unwrap();
+    fs::write(&wanted.kernel, "lenrek").unwrap();
+    let kernel = fs::File::options().write(true).open(&wanted.kernel).unwrap();
+    kernel.set_modified(before.modified().unwrap()).unwrap();
+    let saved = Saved { bytes: 0, sha256: hex::encode(Sha256::digest(b"")) };
+    let refused = snapshots.publish(draft, saved).await.unwrap_err().to_string();
+    assert!(refused.contains("replaced"), "{refused}");
+    assert_eq!(names(cache.path()), Vec::<String>::new());
+    make(&snapshots, &wanted, b"memory").await.unwrap();
+    fs::write(&wanted.kernel, "kernel").unwrap();
+    kernel.set_modified(before.modified().unwrap()).unwrap();
+    let stale = snapshots.find(&wanted).await.unwrap_err().to_string();
+    assert!(stale.contains("replaced"), "{stale}");
+}
+
+#[tokio::test]
+async fn one_that_was_removed_by_hand_is_not_mixed_with_another() {
+    let (cache, snapshots, wanted) = world();
+    let mine = snapshots.begin(&wanted).await.unwrap();
+    mine.file().unwrap().write_all(b"mine").unwrap();
+    fs::remove_dir_all(cache.path().join("snapshots")).unwrap();
+    let other = Wanted { memory_mb: 600, ..wanted.clone() };
+    let theirs = snapshots.begin(&other).await.unwrap();
+    let saved =
+        |text: &[u8]| Saved { bytes: text.len() as u64, sha256: hex::encode(Sha256::digest(text)) };
+    let refused = snapshots.publish(mine, saved(b"mine")).await.unwrap_err();
+    assert!(matches!(refused, SnapshotError::Removed { .. }), "{refused}");
+    theirs.file().unwrap().write_all(b"theirs").unwrap();
+    snapshots.publish(theirs, saved(b"theirs")).await.unwrap();
+    snapshots.find(&other).await.unwrap().unwrap().check().await.unwrap();
+    assert!(snapshots.find(&wanted).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn what_cannot_be_judged_keeps_nothing_else_from_it() {
+    let (cache, snapshots, wanted) = world();
+    let of = |memory_mb| Wanted { memory_mb, ..wanted.clone() };
+    let dir = |number| cache.path().join("snapshots").join(record::key(&of(number)));
+    for number in 0..3 {
+        make(&snapshots, &of(number), b"memory").await.unwrap();
+    }
+    // Nobody waits for the other end of a pipe, and what has no memory is of no use.
+    fs::remove_file(dir(0).join("snapshot.json")).unwrap();
+    nix::unistd::mkfifo(&dir(0).join("snapshot.json"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    fs::remove_file(dir(1).join("memory")).unwrap();
+    std::os::unix::fs::symlink("/nowhere", cache.path().join("snapshots/dangling")).unwrap();
+    let damaged = snapshots.find(&of(0)).await.unwrap_err();
+    assert!(matches!(damaged, SnapshotError::Damaged { .. }), "{damaged}");
+    assert_eq!(snapshots.sweep().await.unwrap(), 3);
+    assert_eq!(names(cache.path()), [record::key(&of(2))]);
+    // A link to itself can be neither followed nor called gone.
+    let guest = cache.path().join("loop");
+    fs::write(&guest, "kernel").unwrap();
+    let looping = Wanted { kernel: guest.clone(), ..wanted.clone() };
+    make(&snapshots, &looping, b"memory").await.unwrap();
+    fs::remove_file(&guest).unwrap();
+    std::os::unix::fs::symlink(&guest, &guest).unwrap();
+    fs::remove_file(dir(2).join("memory")).unwrap();
+    snapshots.sweep().await.unwrap_err();
+    assert_eq!(names(cache.path()), [record::key(&looping)], "the other one went");
+    make(&snapshots, &wanted, b"memory").await.unwrap();
+    assert!(snapshots.find(&wanted).await.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn the_reserve_of_the_disk_is_left_to_others() {
+    let (cache, snapshots, wanted) = world();
+    let huge = Wanted { memory_mb: u64::MAX >> 20, ..wanted.clone() };
+    let refused = snapshots.begin(&huge).await.unwrap_err();
+    assert!(matches!(refused, SnapshotError::NoSpace { .. }), "{refused}");
+    assert_eq!(names(cache.path()), Vec::<String>::new());
+    make(&snapshots, &wanted, b"memory").await.unwrap();
+}
