@@ -51,6 +51,15 @@ async fn expect(job: &mut Job, seen: &mut usize, text: &str) -> String {
     }
 }
 
+/// Reads until all that ever came has this text so many times.
+async fn says(job: &mut Job, text: &str, times: usize) {
+    while String::from_utf8_lossy(&job.stdout).matches(text).count() < times {
+        job.next().await.unwrap();
+        let offset = job.offset;
+        job.send(ExecInput::Ack { offset }).await;
+    }
+}
+
 /// Types, and waits until the agent has taken it.
 async fn keys(job: &mut Job, text: &[u8]) {
     let offset = job.stdin_taken;
@@ -150,8 +159,11 @@ fn keys_are_signals_and_jobs_are_controlled() {
         keys(&mut job, b"\x03").await;
         expect(&mut job, seen, "^C").await;
         expect(&mut job, seen, "ready> ").await;
-        // Stopped, shown, in the background, back in the foreground, interrupted.
-        keys(&mut job, b"sh -c 'echo $((5*7)); exec sleep 1001'\r").await;
+        // Stopped, shown, in the background, back in the foreground, interrupted. The shell says which
+        // job it is before it puts it in front; the job says when it has been told to go on, which is
+        // after that.
+        let told = "sh -c 'trap \"echo told\" CONT; echo $((5*7)); while :; do sleep .1; done'\r";
+        keys(&mut job, told.as_bytes()).await;
         expect(&mut job, seen, "35\r\n").await;
         keys(&mut job, b"\x1a").await;
         expect(&mut job, seen, "Stopped").await;
@@ -159,10 +171,11 @@ fn keys_are_signals_and_jobs_are_controlled() {
         keys(&mut job, b"bg; jobs\r").await;
         expect(&mut job, seen, "Running").await;
         expect(&mut job, seen, "ready> ").await;
+        says(&mut job, "told\r\n", 1).await;
         keys(&mut job, b"fg\r").await;
-        expect(&mut job, seen, "1001").await;
-        expect(&mut job, seen, "\r\n").await;
+        says(&mut job, "told\r\n", 2).await;
         keys(&mut job, b"\x1c").await;
+        expect(&mut job, seen, "^\\").await;
         expect(&mut job, seen, "ready> ").await;
         keys(&mut job, b"exit 5\r").await;
         assert_eq!(job.finish().await, ExecOutput::Exited(ExitStatus::Code(5)));
