@@ -161,8 +161,8 @@ fn keys_are_signals_and_jobs_are_controlled() {
         expect(&mut job, seen, "ready> ").await;
         // Stopped, shown, in the background, back in the foreground, interrupted. The shell says which
         // job it is before it puts it in front; the job says when it has been told to go on, which is
-        // after that.
-        let told = "sh -c 'trap \"echo told\" CONT; echo $((5*7)); while :; do sleep .1; done'\r";
+        // after that. It starts no other program: a shell that waits for one to be executed cannot stop.
+        let told = "sh -c 'trap \"echo told\" CONT; echo $((5*7)); while :; do :; done'\r";
         keys(&mut job, told.as_bytes()).await;
         expect(&mut job, seen, "35\r\n").await;
         keys(&mut job, b"\x1a").await;
