@@ -7,7 +7,7 @@ use matchlock_model::phase::Phase;
 use matchlock_model::record::Started;
 use matchlock_model::vm::StopMode;
 
-use super::world::{World, settled};
+use super::world::{Host, World, settled};
 
 /// How the machines began that were launched so far.
 fn starts(hypervisor: &FakeHypervisor) -> Vec<&'static str> {
@@ -127,6 +127,20 @@ async fn a_template_that_dies_makes_no_snapshot_and_leaves_nothing() {
     let view = settled(&mut template).await;
     assert!(view.cause.is_some() && view.cleaned_up, "{view:?}");
     assert_eq!(world.snapshots.count(), 0);
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_template_that_nobody_asked_for_leaves_the_last_subnets_to_vms() {
+    let subnets = "base=10.99.0.0/28,size=30".parse().unwrap();
+    let world = World::with(100_000, |store| store, Host { subnets, ..Host::default() }).await;
+    for (anew, refused) in [(false, Some(FailureKind::Busy)), (true, None)] {
+        let template = world.create_as(StartMode::Template { anew }, true).await;
+        let cause = settled(&mut template.unwrap()).await.cause;
+        assert_eq!(cause.map(|failure| failure.kind), refused);
+    }
+    assert_eq!(starts(&world.hypervisor), ["hold"], "the one that was asked for");
     world.assert_nothing_left().await;
     world.shutdown().await;
 }

@@ -58,6 +58,8 @@ pub(crate) struct Host {
     pub(crate) cancel: Duration,
     /// Its VMs have no NIC.
     pub(crate) no_network: bool,
+    /// What its VMs' subnets are taken of.
+    pub(crate) subnets: SubnetPool,
     pub(crate) taps: FakeTaps,
     pub(crate) network_locks: Arc<dyn NetworkLocks>,
 }
@@ -72,6 +74,7 @@ impl Default for Host {
             hang: Duration::from_millis(500),
             cancel: Duration::from_millis(300),
             no_network: false,
+            subnets: SubnetPool::default(),
             taps: FakeTaps::default(),
             network_locks,
         }
@@ -134,7 +137,8 @@ impl World {
         let processes = FakeProcesses::new();
         let hypervisor = FakeHypervisor::new(processes.clone());
         let connector = FakeConnector::default();
-        let Host { install, first_id, hang, cancel, no_network, taps, network_locks } = host;
+        let Host { install, first_id, hang, cancel, no_network, subnets, taps, network_locks } =
+            host;
         let firewall = FakeFirewall::default().in_process(processes.own_identity().unwrap());
         let snapshots = FakeSnapshots::default();
         let (rootfs, locks) = (FakeRootfs::new(), FakeOwnerLocks::default());
@@ -151,7 +155,7 @@ impl World {
             taps: Arc::new(taps.clone()),
             firewall: Arc::new(firewall.clone()),
             network_locks,
-            subnet_pool: Ok(Arc::new(SubnetPool::default())),
+            subnet_pool: Ok(Arc::new(subnets)),
             subnets: SubnetHandle(services.subnet_allocator.clone()),
             locks: Arc::new(locks.clone()),
             owner_server: Arc::new(NoServer),
