@@ -45,7 +45,7 @@ command (--rm) is removed; one that was to be kept keeps its record and logs unt
 What looks like ours and cannot be told to be (a link fc-... without our mark) is named and left alone.
 Without ID it also forgets the history of VMs that were removed long ago, and removes what
 interrupted pulls, imports and removals left in the cache, and stale snapshots. Into the cache --dry-run
-does not look: `matchlock image gc --dry-run` does.
+does not look: `matchlock image gc --dry-run` does, but not at snapshots.
 
 Exit codes: 0 when nothing is left to do; 1 when something could not be removed or looked at.
 
