@@ -60,6 +60,25 @@ fn assert_boots(output: &Output, why: &str) {
     assert!(lines.len() == 1 && lines[0].contains(why) && !said.contains(WARM), "{said}");
 }
 
+/// No page of the guest's is one of another guest's: none is merged with equal ones, none is the snapshot's.
+fn assert_has_its_memory_for_itself(hypervisor: Option<i64>) {
+    let maps = fs::read_to_string(format!("/proc/{}/smaps", hypervisor.unwrap())).unwrap();
+    let mut mapping = "";
+    let (mut resident_kb, mut guest) = (0_u64, false);
+    for line in maps.lines() {
+        if line.starts_with(|c: char| c.is_ascii_digit() || ('a'..='f').contains(&c)) {
+            mapping = line;
+        } else if let Some(size) = line.strip_prefix("Rss:") {
+            resident_kb = size.trim().trim_end_matches(" kB").parse().unwrap();
+        } else if let Some(flags) = line.strip_prefix("VmFlags:") {
+            guest |= resident_kb > 32 << 10;
+            assert!(!flags.split(' ').any(|flag| flag == "mg"), "mergeable: {mapping}");
+            assert!(!mapping.contains("/snapshots/"), "the snapshot itself: {mapping}");
+        }
+    }
+    assert!(guest, "the guest's memory is not there: {maps}");
+}
+
 #[test]
 #[expect(clippy::disallowed_methods, reason = "it is time itself that must pass")]
 fn two_vms_of_one_snapshot_share_nothing_that_makes_a_machine() {
@@ -135,6 +154,7 @@ fn a_warm_vm_is_like_any_other_and_cold_boots() {
     let shown: serde_json::Value = serde_json::from_slice(&shown.stdout).unwrap();
     assert_eq!(shown["vm"]["started"], "restored", "{shown}");
     assert_eq!(shown["lifecycle"]["resources"]["started"], "restored", "{shown}");
+    assert_has_its_memory_for_itself(shown["lifecycle"]["resources"]["hypervisor"]["pid"].as_i64());
     let exec =
         installation.output(&["exec", &vm, "--", "sh", "-c", "echo $((6*7)); hostname"]).unwrap();
     assert_eq!(stdout(&exec), format!("42\n{vm}\n"), "{}", stderr(&exec));
