@@ -198,7 +198,8 @@ impl Looking {
     pub(super) async fn at_all(&self) -> Result<AllVms, CliError> {
         let mut all = AllVms::default();
         let mut rows = Vec::new();
-        for row in self.reader.vms().await.map_err(failed)? {
+        let (vms, look) = self.reader.look_at_vms().await.map_err(failed)?;
+        for row in vms {
             match row {
                 Ok(row) => rows.push(row),
                 Err(bad) => all.unreadable.push(bad),
@@ -206,19 +207,21 @@ impl Looking {
         }
         let ids: Vec<VmId> = rows.iter().map(|row| row.id).collect();
         let held = self.host.locks.are_held(&ids).map_err(|e| CliError::failure(&e))?;
-        let looked: Vec<_> = rows.into_iter().zip(held).collect();
         // One more look at all rows, after the last lock: not one for each that has no owner.
-        let unsure = |(row, held): &(VmSummary, bool)| !held && row.phase != Phase::Cleaned;
-        let later: HashMap<VmId, VmSummary> = if looked.iter().any(unsure) {
-            let rows = self.reader.vms().await.map_err(failed)?;
-            rows.into_iter().flatten().map(|row| (row.id, row)).collect()
+        let unsure = |row: &VmSummary, held: bool| !held && row.phase != Phase::Cleaned;
+        let later = if rows.iter().zip(&held).any(|(row, held)| unsure(row, *held)) {
+            look.again().await.map_err(failed)?
         } else {
-            HashMap::new()
+            None
         };
-        for (row, held) in looked {
-            let record =
-                if unsure(&(row.clone(), held)) { later.get(&row.id).cloned() } else { Some(row) };
-            // One that is not there any more was removed meanwhile.
+        let mut later: Option<HashMap<VmId, VmSummary>> =
+            later.map(|rows| rows.into_iter().flatten().map(|row| (row.id, row)).collect());
+        for (row, held) in rows.into_iter().zip(held) {
+            let record = match &mut later {
+                // One that is not there any more was removed meanwhile.
+                Some(later) if unsure(&row, held) => later.remove(&row.id),
+                _ => Some(row),
+            };
             all.shown.extend(record.map(|record| self.host.shown(record, held)));
         }
         Ok(all)

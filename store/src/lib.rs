@@ -47,5 +47,5 @@ pub use error::{BadRow, DbFault, OpenError, ReadError, WriteError};
 pub use images::{BlobInUse, ImageConn, ImageReader, RemovedImage, TaggedImage, read_images};
 pub use op::{NewVm, WriteOp, WriteOutcome};
 pub use open::{IMAGES_DB, STATE_DB, open_images, open_state};
-pub use reader::{ReadConn, ReadPool};
+pub use reader::{ReadConn, ReadPool, Vms, VmsLook};
 pub use write::WriteConn;

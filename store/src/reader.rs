@@ -12,7 +12,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use deadpool_sqlite::{Config, Hook, HookError, Pool, Runtime};
+use deadpool_sqlite::{Config, Hook, HookError, Object, Pool, Runtime};
 use jiff::Timestamp;
 use matchlock_model::id::{OwnerEpoch, VmId};
 use matchlock_model::record::{LifecycleRecord, VmRecord, VmRemains, VmSummary};
@@ -85,8 +85,20 @@ impl ReadPool {
     ///
     /// # Errors
     /// When none could be read.
-    pub async fn vms(&self) -> Result<Vec<Result<VmSummary, BadRow>>, ReadError> {
+    pub async fn vms(&self) -> Result<Vms, ReadError> {
         self.read(vms::all).await
+    }
+
+    /// As [`Self::vms`], and what tells later whether they are still so.
+    ///
+    /// # Errors
+    /// When none could be read.
+    pub async fn look_at_vms(&self) -> Result<(Vms, VmsLook), ReadError> {
+        let object = self.pool.get().await.map_err(|source| ReadError::Pool { source })?;
+        // The version first: a change that comes between is seen as one.
+        let query = |conn: &Connection| Ok((data_version(conn)?, vms::all(conn)?));
+        let (version, vms) = interact(&object, &self.path, query).await?;
+        Ok((vms, VmsLook { object, path: Arc::clone(&self.path), version }))
     }
 
     /// The ids of all VMs; whatever else their rows say need not be readable.
@@ -175,12 +187,48 @@ impl ReadPool {
         query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, ReadError> {
         let object = self.pool.get().await.map_err(|source| ReadError::Pool { source })?;
-        let read = object
-            .interact(move |conn| query(conn))
-            .await
-            .map_err(|source| ReadError::Interrupted { source })?;
-        read.map_err(|e| ReadError::of(&self.path, e))
+        interact(&object, &self.path, query).await
     }
+}
+
+/// All VMs, newest first; those that cannot be read each with its own error, last.
+pub type Vms = Vec<Result<VmSummary, BadRow>>;
+
+/// A look at all VMs, which can be had again.
+#[derive(Debug)]
+pub struct VmsLook {
+    /// Only the connection that looked knows what was changed by others since.
+    object: Object,
+    path: Arc<Path>,
+    version: i64,
+}
+
+impl VmsLook {
+    /// The VMs as they are now; `None` when nothing at all has changed in the database.
+    ///
+    /// # Errors
+    /// When none could be read.
+    pub async fn again(self) -> Result<Option<Vms>, ReadError> {
+        let before = self.version;
+        let query = move |conn: &Connection| {
+            (data_version(conn)? != before).then(|| vms::all(conn)).transpose()
+        };
+        interact(&self.object, &self.path, query).await
+    }
+}
+
+/// A number that is another once somebody else has committed something.
+fn data_version(conn: &Connection) -> rusqlite::Result<i64> {
+    conn.pragma_query_value(None, "data_version", |row| row.get(0))
+}
+
+async fn interact<T: Send + 'static>(
+    object: &Object,
+    path: &Path,
+    query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+) -> Result<T, ReadError> {
+    let read = object.interact(move |conn| query(conn)).await;
+    read.map_err(|source| ReadError::Interrupted { source })?.map_err(|e| ReadError::of(path, e))
 }
 
 /// One read-only connection that reads on its caller's thread: for whoever may block, and for
@@ -214,7 +262,7 @@ impl ReadConn {
     ///
     /// # Errors
     /// When none could be read.
-    pub fn vms(&self) -> Result<Vec<Result<VmSummary, BadRow>>, ReadError> {
+    pub fn vms(&self) -> Result<Vms, ReadError> {
         self.answer(vms::all(&self.conn))
     }
 

@@ -92,3 +92,36 @@ async fn readers_are_not_blocked_by_a_writer_and_do_not_block_it() {
         assert_eq!(answer.await.unwrap(), 1);
     }
 }
+
+#[tokio::test]
+async fn a_second_look_reads_again_only_what_somebody_has_changed() {
+    let home = Home::new();
+    let mut writer = home.writer();
+    apply_one(&mut writer, insert(vm(1))).unwrap();
+    let reader = home.reader();
+    let ids = |vms: matchlock_store::Vms| -> Vec<_> {
+        let mut ids: Vec<_> = vms.into_iter().map(|row| row.unwrap().id).collect();
+        ids.sort_unstable();
+        ids
+    };
+    let (vms, look) = reader.look_at_vms().await.unwrap();
+    assert_eq!(ids(vms), [vm(1)]);
+    // What is not committed is no change.
+    let other = home.plain();
+    other.execute_batch("BEGIN IMMEDIATE; DELETE FROM vms").unwrap();
+    assert!(look.again().await.unwrap().is_none());
+    other.execute_batch("ROLLBACK").unwrap();
+
+    let (_, look) = reader.look_at_vms().await.unwrap();
+    // Two who look at once have a connection each.
+    let (_, other_look) = reader.look_at_vms().await.unwrap();
+    apply_one(&mut writer, insert(vm(2))).unwrap();
+    for look in [look, other_look] {
+        assert_eq!(look.again().await.unwrap().map(ids), Some(vec![vm(1), vm(2)]));
+    }
+    // So it is when all changes were moved from the log into the file.
+    let (_, look) = reader.look_at_vms().await.unwrap();
+    apply_one(&mut writer, insert(vm(3))).unwrap();
+    other.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
+    assert_eq!(look.again().await.unwrap().map(ids), Some(vec![vm(1), vm(2), vm(3)]));
+}
