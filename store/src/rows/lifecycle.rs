@@ -55,11 +55,7 @@ impl ResourceChange {
             Self::Hypervisor(hypervisor, started) => {
                 let known = super::to_object("hypervisor", &hypervisor)?;
                 held.insert("hypervisor".to_owned(), Value::Object(known));
-                let word = match started {
-                    Started::Booted => "booted",
-                    Started::Restored => "restored",
-                };
-                held.insert("started".to_owned(), word.into());
+                held.insert("started".to_owned(), super::to_value("started", &started)?);
             }
             Self::Subnet(subnet) => held.extend([
                 ("gateway_ip".to_owned(), subnet.gateway().to_string().into()),

@@ -150,9 +150,14 @@ pub(crate) fn to_object<T: Serialize>(
     what: &'static str,
     value: &T,
 ) -> Result<Map<String, Value>, WriteError> {
-    let failed = |reason: String| WriteError::Json { what, reason };
-    match serde_json::to_value(value).map_err(|e| failed(e.to_string()))? {
+    match to_value(what, value)? {
         Value::Object(object) => Ok(object),
-        _ => Err(failed("it is not an object".to_owned())),
+        _ => Err(WriteError::Json { what, reason: "it is not an object".to_owned() }),
     }
+}
+
+/// A value as JSON has it.
+pub(crate) fn to_value<T: Serialize>(what: &'static str, value: &T) -> Result<Value, WriteError> {
+    let failed = |e: serde_json::Error| WriteError::Json { what, reason: e.to_string() };
+    serde_json::to_value(value).map_err(failed)
 }
