@@ -79,7 +79,9 @@ fn a_kernel_can_be_named() {
     let refused = command.env("MATCHLOCK_KERNEL", "/nowhere/kernel").output().unwrap();
     assert_eq!(refused.status.code(), Some(125));
     let said = stderr(&refused);
-    assert!(said.contains("the guest kernel /nowhere/kernel is not a readable file"), "{said}");
+    let wanted = "the guest kernel /nowhere/kernel is not a readable file: correct --kernel or \
+                  MATCHLOCK_KERNEL";
+    assert!(said.contains(wanted), "{said}");
     installation.assert_nothing_left().unwrap();
 }
 

@@ -67,16 +67,14 @@ pub enum GuestBundleError {
         dir: PathBuf,
     },
     /// A file is missing or no file.
-    #[error(
-        "the guest {what} {path} is not a readable file: run `make guest`, or correct {variable}"
-    )]
+    #[error("the guest {what} {path} is not a readable file: {advice}")]
     File {
         /// `kernel` or `initramfs`.
         what: &'static str,
         /// Where it should be.
         path: PathBuf,
-        /// The variable that names it.
-        variable: &'static str,
+        /// What to do.
+        advice: &'static str,
         /// Why.
         source: io::Error,
     },
@@ -181,6 +179,7 @@ impl GuestBundle {
         initramfs: Option<PathBuf>,
     ) -> Result<Self, GuestBundleError> {
         let named = kernel.clone();
+        let names_initramfs = initramfs.is_some();
         let bundle = match (kernel, initramfs) {
             (Some(kernel), Some(initramfs)) => Self::custom(kernel, initramfs),
             (None, None) => Self::default_of(cache)?,
@@ -190,8 +189,10 @@ impl GuestBundle {
             }
             (None, Some(initramfs)) => Self { initramfs, ..Self::default_of(cache)? },
         };
-        check_file("kernel", &bundle.kernel, KERNEL_VARIABLE)?;
-        check_file("initramfs", &bundle.initramfs, INITRAMFS_VARIABLE)?;
+        let advice = if named.is_some() { CORRECT_KERNEL } else { INSTALL };
+        check_file("kernel", &bundle.kernel, advice)?;
+        let advice = if names_initramfs { CORRECT_INITRAMFS } else { INSTALL };
+        check_file("initramfs", &bundle.initramfs, advice)?;
         match named {
             Some(path) if !is_elf(&path)? => Err(GuestBundleError::NoKernel { path }),
             _ => Ok(bundle),
@@ -257,7 +258,14 @@ impl GuestBundle {
     }
 }
 
-/// Checks that a path is a regular file that can be opened.
+/// What to do about a bundle of which a file is gone.
+const INSTALL: &str = "run `make guest` and `scripts/install-bundle.sh`";
+/// What to do about a kernel that the user named.
+const CORRECT_KERNEL: &str = "correct --kernel or MATCHLOCK_KERNEL (`kernel` in config.toml)";
+/// What to do about an initramfs that the user named.
+const CORRECT_INITRAMFS: &str = "correct MATCHLOCK_INITRAMFS";
+
+/// Whether a file begins as an ELF file does.
 fn is_elf(path: &Path) -> Result<bool, GuestBundleError> {
     let mut magic = [0; 4];
     let read = fs::File::open(path).and_then(|mut file| file.read_exact(&mut magic));
@@ -268,10 +276,11 @@ fn is_elf(path: &Path) -> Result<bool, GuestBundleError> {
     }
 }
 
+/// Checks that a path is a regular file that can be opened.
 fn check_file(
     what: &'static str,
     path: &Path,
-    variable: &'static str,
+    advice: &'static str,
 ) -> Result<(), GuestBundleError> {
     let checked = fs::metadata(path).and_then(|found| {
         if !found.is_file() {
@@ -279,12 +288,7 @@ fn check_file(
         }
         fs::File::open(path).map(drop)
     });
-    checked.map_err(|source| GuestBundleError::File {
-        what,
-        path: path.to_owned(),
-        variable,
-        source,
-    })
+    checked.map_err(|source| GuestBundleError::File { what, path: path.to_owned(), advice, source })
 }
 
 #[cfg(test)]
