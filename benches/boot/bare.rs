@@ -1,5 +1,5 @@
-//! QEMU without Matchlock: the machine that a VM's `hypervisor.json` describes, until its agent has
-//! answered and a first command has ended.
+//! QEMU without Matchlock: the machine that a VM's `hypervisor.json` describes, booted or restored,
+//! until its agent has answered and a first command has ended.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,10 +24,12 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Description {
     argv: Vec<String>,
     disk_bytes: u64,
+    /// What it goes on from, unless it boots.
+    snapshot: Option<PathBuf>,
 }
 
 impl Description {
-    /// That of a VM as `run` makes them.
+    /// That of a VM as `run` makes them: one that goes on from a snapshot where there is one.
     pub(crate) fn of_a_vm(installation: &Installation) -> Result<Self> {
         let vm = installation.start_run(&[], &["sleep", "1000"])?;
         let id = installation.wait_for_status("running")?;
@@ -35,14 +37,21 @@ impl Description {
         let text = fs::read(dir.join("hypervisor.json"))?;
         let description: Value = serde_json::from_slice(&text)?;
         let argv = description["argv"].as_array().context("no argv")?;
-        let argv = argv.iter().filter_map(Value::as_str).map(str::to_owned).collect();
+        let argv: Vec<String> = argv.iter().filter_map(Value::as_str).map(str::to_owned).collect();
         let disk_bytes = fs::metadata(dir.join("rootfs.ext4"))?.len();
         vm.signal(rustix::process::Signal::TERM)?;
         vm.wait(PATIENCE)?;
-        Ok(Self { argv, disk_bytes })
+        let snapshot = match &*installation.snapshots()? {
+            [] => None,
+            [name] => Some(installation.cache().join("snapshots").join(name).join("memory")),
+            more => bail!("one of {} snapshots", more.len()),
+        };
+        let is_restored = argv.iter().any(|arg| arg == "-incoming");
+        ensure!(is_restored == snapshot.is_some(), "it began in another way: {argv:?}");
+        Ok(Self { argv, disk_bytes, snapshot })
     }
 
-    /// The same arguments, but for what belongs to the VM: its name and its sockets.
+    /// The same arguments, but for what belongs to the VM: its name, its sockets and what it goes on from.
     fn arguments(&self) -> Result<Vec<String>> {
         let mut own = Vec::new();
         let mut before = "";
@@ -50,6 +59,7 @@ impl Description {
             let is_socket = before == "-chardev" && arg.starts_with("socket,");
             own.push(match (before, is_socket) {
                 ("-name", _) => "bare".to_owned(),
+                ("-incoming", _) => "fd:0".to_owned(),
                 (_, true) if arg.contains("id=link") => {
                     "socket,id=link,path=link.sock,server=on,wait=off".to_owned()
                 }
@@ -66,7 +76,7 @@ impl Description {
 }
 
 /// When things had happened since the spawn.
-pub(crate) struct Booted {
+pub(crate) struct Started {
     pub(crate) ready: Duration,
     pub(crate) first_command: Duration,
 }
@@ -85,8 +95,8 @@ impl Drop for Bare {
     }
 }
 
-/// Boots it, with a fresh disk, and ends it.
-pub(crate) fn boot(description: &Description) -> Result<Booted> {
+/// Starts it, with a fresh disk, and ends it.
+pub(crate) fn start(description: &Description) -> Result<Started> {
     let dir = TempDir::new()?;
     fs::create_dir(dir.path().join("logs"))?;
     make_disk(&dir.path().join("rootfs.ext4"), description.disk_bytes)?;
@@ -94,21 +104,29 @@ pub(crate) fn boot(description: &Description) -> Result<Booted> {
     let program = description.argv.first().context("an empty argv")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let began = Instant::now();
+    let stdin = match &description.snapshot {
+        Some(memory) => fs::File::open(memory)?.into(),
+        None => Stdio::null(),
+    };
     let qemu = Command::new("setpriv")
         .args(["--pdeathsig", "KILL", program])
         .args(description.arguments()?)
         .current_dir(dir.path())
-        .stdin(Stdio::null())
+        .stdin(stdin)
         .stdout(log.try_clone()?)
         .stderr(log)
         .spawn()
         .context("setpriv")?;
     let bare = Bare { qemu, dir };
     let log = bare.dir.path().join("logs/qemu.log");
-    runtime.block_on(first_command(&bare, began)).with_context(|| read(&log))
+    let is_restored = description.snapshot.is_some();
+    runtime.block_on(first_command(&bare, began, is_restored)).with_context(|| read(&log))
 }
 
-async fn first_command(bare: &Bare, began: Instant) -> Result<Booted> {
+async fn first_command(bare: &Bare, began: Instant, is_restored: bool) -> Result<Started> {
+    if is_restored {
+        YamuxConnector.resume(bare, PATIENCE).await?;
+    }
     let link = YamuxConnector.connect(bare, PATIENCE).await?;
     let ready = began.elapsed();
     link.configure(&GuestConfig {
@@ -132,7 +150,7 @@ async fn first_command(bare: &Bare, began: Instant) -> Result<Booted> {
     while let Some(event) = session.events.recv().await {
         if let ExecEvent::Exited(status) = event? {
             ensure!(status == ExitStatus::Code(0), "`true` ended with {status:?}");
-            return Ok(Booted { ready, first_command: began.elapsed() });
+            return Ok(Started { ready, first_command: began.elapsed() });
         }
     }
     bail!("the command has no end")

@@ -33,6 +33,16 @@ pub(crate) enum Start {
     Warm,
 }
 
+impl Start {
+    /// For a table.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Cold => "cold",
+            Self::Warm => "warm",
+        }
+    }
+}
+
 /// Runs `true` in a microVM.
 pub(crate) fn of_a_run(installation: &Installation, start: Start) -> Result<Life> {
     let mut command = installation.command(&["run", "--no-network"])?;

@@ -20,6 +20,7 @@ use anyhow::{Context as _, Result, ensure};
 use bare::Description;
 use kernels::GuestKernel;
 use life::{Life, Start};
+use matchlock_test_support::Installation;
 use samples::Samples;
 
 const ROUNDS: usize = 15;
@@ -36,9 +37,9 @@ fn main() -> Result<()> {
     }
     let mut lives = Vec::new();
     for kernel in &kernels {
-        for (start, of) in [("cold", &kernel.cold), ("warm", &kernel.warm)] {
-            let life = of.typical().context("no life")?;
-            lives.push((format!("{} kernel, {start}", kernel.guest.name), life));
+        for of in [&kernel.cold, &kernel.warm] {
+            let life = of.lives.typical().context("no life")?;
+            lives.push((format!("{} kernel, {}", kernel.guest.name, of.start.name()), life));
         }
     }
     let picture = timeline::svg(&lives)?;
@@ -70,36 +71,52 @@ fn load_average() -> Result<String> {
 /// What was measured with one guest kernel.
 struct Kernel {
     guest: GuestKernel,
-    description: Description,
-    cold: Lives,
+    cold: Compared,
     /// From a snapshot.
-    warm: Lives,
+    warm: Compared,
+}
+
+/// Machines that begin in one way: Matchlock's, and QEMU alone.
+struct Compared {
+    start: Start,
+    description: Description,
+    lives: Lives,
     bare_ready: Samples,
     bare_first: Samples,
 }
 
 fn prepare(guest: GuestKernel) -> Result<Kernel> {
-    let description = Description::of_a_vm(&guest.installation)?;
+    let cold = Compared::new(Start::Cold, &guest.installation)?;
     let warmed = guest.installation.output(&["warm", "--no-network"])?;
     ensure!(warmed.status.success(), "{}", String::from_utf8_lossy(&warmed.stderr));
-    Ok(Kernel {
-        guest,
-        description,
-        cold: Lives::default(),
-        warm: Lives::default(),
-        bare_ready: Samples::default(),
-        bare_first: Samples::default(),
-    })
+    let warm = Compared::new(Start::Warm, &guest.installation)?;
+    Ok(Kernel { guest, cold, warm })
 }
 
 impl Kernel {
-    /// Matchlock and QEMU alone, one after the other: what slows one slows both.
     fn round(&mut self) -> Result<()> {
-        self.cold.0.push(life::of_a_run(&self.guest.installation, Start::Cold)?);
-        let bare = bare::boot(&self.description)?;
+        self.cold.round(&self.guest.installation)?;
+        self.warm.round(&self.guest.installation)
+    }
+}
+
+impl Compared {
+    fn new(start: Start, installation: &Installation) -> Result<Self> {
+        Ok(Self {
+            start,
+            description: Description::of_a_vm(installation)?,
+            lives: Lives::default(),
+            bare_ready: Samples::default(),
+            bare_first: Samples::default(),
+        })
+    }
+
+    /// Matchlock and QEMU alone, one after the other: what slows one slows both.
+    fn round(&mut self, installation: &Installation) -> Result<()> {
+        self.lives.0.push(life::of_a_run(installation, self.start)?);
+        let bare = bare::start(&self.description)?;
         self.bare_ready.push_ms(bare.ready);
         self.bare_first.push_ms(bare.first_command);
-        self.warm.0.push(life::of_a_run(&self.guest.installation, Start::Warm)?);
         Ok(())
     }
 }
@@ -125,8 +142,9 @@ impl Lives {
 fn table(kernels: &[Kernel]) -> Result<String> {
     let mut text = format!(
         "`cargo bench --bench boot`: `matchlock run --no-network --image busybox -- true`, with \
-         `--cold` and from the snapshot of `matchlock warm`, and by turns QEMU alone: the arguments that the VM's `hypervisor.json` shows, spawned by the benchmark, its \
-         agent spoken to over the same link. {ROUNDS} rounds. Milliseconds, median ± median absolute \
+         `--cold` and from the snapshot of `matchlock warm`, and by turns QEMU alone: the arguments \
+         that the VM's `hypervisor.json` shows, spawned by the benchmark, from the same snapshot where \
+         it is warm, its agent spoken to over the same link. {ROUNDS} rounds. Milliseconds, median ± median absolute \
          deviation (least … most); the ratio is Matchlock to QEMU alone in one round. Matchlock's parts \
          are from the times of its own log (`MATCHLOCK_LOG=debug`): *ready* is from the spawn of QEMU \
          to the agent's answer, *first command* to the end of `true`, *before the spawn* from the \
@@ -135,46 +153,36 @@ fn table(kernels: &[Kernel]) -> Result<String> {
          | kernel | what | Matchlock | QEMU alone | ratio | goal |\n|---|---|---|---|---|---|\n"
     );
     for kernel in kernels {
-        let name = kernel.guest.title();
-        let lives = &kernel.cold;
-        let (ready, first) = (lives.samples(|l| l.ready), lives.samples(|l| l.first_command));
-        let compared = [
-            (
-                "ready",
-                ready,
-                &kernel.bare_ready,
-                if kernel.guest.name == "own" { "≤ 1.05×" } else { "" },
-            ),
-            ("first command", first, &kernel.bare_first, ""),
-        ];
-        for (what, ours, bare, goal) in compared {
-            let ratio = ours.combine(bare, |ours, bare| ours / bare).spread(2);
-            writeln!(
-                text,
-                "| {name} | cold: {what} | {} | {} | {ratio} | {goal} |",
-                ours.spread(0),
-                bare.spread(0)
-            )?;
-        }
-        for (start, lives) in [("cold", lives), ("warm", &kernel.warm)] {
-            let whole = if start == "warm" { "≤ 450 ms" } else { "" };
-            let mut own = vec![
-                ("before the spawn", lives.samples(|l| l.before_spawn), "≤ 20 ms"),
-                ("after the end", lives.samples(|l| l.after_end), "≤ 50 ms"),
-                ("**the whole `run`**", lives.samples(|l| l.whole), whole),
-            ];
-            if start == "warm" {
-                own.insert(0, ("first command", lives.samples(|l| l.first_command), ""));
-                own.insert(0, ("ready", lives.samples(|l| l.ready), ""));
-            }
-            for (what, samples, goal) in own {
-                writeln!(
-                    text,
-                    "| {name} | {start}: {what} | {} | | | {goal} |",
-                    samples.spread(1)
-                )?;
-            }
-        }
+        rows(&mut text, &kernel.guest, &kernel.cold)?;
+        rows(&mut text, &kernel.guest, &kernel.warm)?;
     }
     Ok(text)
+}
+
+/// The rows of machines that begin in one way.
+fn rows(text: &mut String, guest: &GuestKernel, of: &Compared) -> Result<()> {
+    let Compared { start, lives, .. } = of;
+    let (kernel, start_name) = (guest.title(), start.name());
+    let is_own = guest.name == "own";
+    let ready_goal = if is_own && *start == Start::Cold { "≤ 1.05×" } else { "" };
+    let whole_goal = if *start == Start::Warm { "≤ 450 ms" } else { "" };
+    let compared = [
+        ("ready", lives.samples(|l| l.ready), &of.bare_ready, ready_goal),
+        ("first command", lives.samples(|l| l.first_command), &of.bare_first, ""),
+    ];
+    for (what, ours, bare, goal) in compared {
+        let ratio = ours.combine(bare, |ours, bare| ours / bare).spread(2);
+        let (ours, bare) = (ours.spread(0), bare.spread(0));
+        writeln!(text, "| {kernel} | {start_name}: {what} | {ours} | {bare} | {ratio} | {goal} |")?;
+    }
+    let own = [
+        ("before the spawn", lives.samples(|l| l.before_spawn), "≤ 20 ms"),
+        ("after the end", lives.samples(|l| l.after_end), "≤ 50 ms"),
+        ("**the whole `run`**", lives.samples(|l| l.whole), whole_goal),
+    ];
+    for (what, samples, goal) in own {
+        let spread = samples.spread(1);
+        writeln!(text, "| {kernel} | {start_name}: {what} | {spread} | | | {goal} |")?;
+    }
+    Ok(())
 }
