@@ -82,6 +82,19 @@ fn a_hypervisor_that_fails_at_once() {
 }
 
 #[test]
+fn a_hypervisor_behind_a_script_that_waits_for_it_ends_with_its_vm() {
+    let installation = Installation::new().unwrap();
+    let program = installation.home().with_file_name("qemu");
+    fs::write(&program, "#!/bin/sh\nqemu-system-x86_64 \"$@\"\nexit $?\n").unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let command = ["run", "--no-network", "--image", "busybox", "--", "sh", "-c", "exit 7"];
+    let mut command = installation.command(&command).unwrap();
+    let output = command.env("MATCHLOCK_QEMU", &program).output().unwrap();
+    assert_eq!(output.status.code(), Some(7), "{}", stderr(&output));
+    installation.assert_nothing_left().unwrap();
+}
+
+#[test]
 fn a_long_home_works() {
     let installation = Installation::new().unwrap();
     let deep = installation.home().join("d".repeat(120));

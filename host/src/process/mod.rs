@@ -19,6 +19,7 @@ use matchlock_model::identity::{Namespaces, ProcessIdentity};
 
 mod before_exec;
 mod fake;
+mod group;
 mod linux;
 mod namespaces;
 mod spawn;

@@ -11,6 +11,7 @@
 //!    the process ends or the last [`Spawner`] is dropped.
 //! 2. The same thread reaps them, so none stays a zombie, whoever forgets it.
 //! 3. A child that nobody received (the caller was cancelled) is killed.
+//! 4. A child has ended when whatever it had started in its group is gone, too (see `group`).
 //!
 //! # Failure
 //! When the thread fails, its children die with it and each [`Child`] says that it has ended with
@@ -38,6 +39,7 @@ use tokio::time::timeout;
 
 use super::ProcessError;
 use super::before_exec::before_exec;
+use super::group::{Group, LOOK_AGAIN};
 use super::linux::identity_of_child;
 
 /// What to start.
@@ -285,6 +287,7 @@ impl Drop for Unclaimed {
 /// A child as the thread keeps it.
 struct Tracked {
     process: std::process::Child,
+    group: Group,
     pidfd: Arc<OwnedFd>,
     exit: watch::Sender<Option<ChildExit>>,
 }
@@ -349,11 +352,14 @@ impl Thread {
 
     /// Sleeps until there is a job or a child has ended.
     fn wait_for_event(&self) {
+        let running = self.children.iter().filter(|child| !child.group.is_ending());
         let mut events: Vec<PollFd<'_>> = std::iter::once(&self.wake)
-            .chain(self.children.iter().map(|child| &*child.pidfd))
+            .chain(running.map(|child| &*child.pidfd))
             .map(|fd| PollFd::new(fd, PollFlags::IN))
             .collect();
-        match poll(&mut events, None) {
+        let is_any_ending = self.children.iter().any(|child| child.group.is_ending());
+        let limit = is_any_ending.then_some(LOOK_AGAIN);
+        match poll(&mut events, limit.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => tracing::error!(%errno, "could not wait for children"),
         }
@@ -365,17 +371,12 @@ impl Thread {
 
     /// Collects the children that have ended.
     fn reap(&mut self) {
-        self.children.retain_mut(|child| {
-            let exit = match child.process.try_wait() {
-                Ok(None) => return true,
-                Ok(Some(status)) => ChildExit::Status(status),
-                Err(error) => {
-                    tracing::error!(%error, "could not collect a child");
-                    ChildExit::Unknown
-                }
-            };
-            child.exit.send_replace(Some(exit));
-            false
+        self.children.retain_mut(|child| match child.group.exit(&mut child.process) {
+            None => true,
+            Some(exit) => {
+                child.exit.send_replace(Some(exit));
+                false
+            }
         });
     }
 }
@@ -405,11 +406,11 @@ fn start(spec: ChildSpec) -> Result<(Tracked, Child), SpawnError> {
     let mut process = command.spawn().map_err(|source| name_failure(&spec, source))?;
     // Only this thread reaps, so the pid means this child until then.
     match adopt(&process) {
-        Ok((identity, pidfd)) => {
+        Ok((pid, identity, pidfd)) => {
             let pidfd = Arc::new(pidfd);
             let (sender, exit) = watch::channel(None);
             let child = Child { identity, pidfd: Arc::clone(&pidfd), exit };
-            Ok((Tracked { process, pidfd, exit: sender }, child))
+            Ok((Tracked { process, group: Group::of(pid), pidfd, exit: sender }, child))
         }
         Err(source) => {
             // Killed by pid, which is safe for the same reason; without a pidfd it cannot be kept.
@@ -424,11 +425,11 @@ fn start(spec: ChildSpec) -> Result<(Tracked, Child), SpawnError> {
 }
 
 /// Opens a pidfd of a child that was just started, and reads its identity.
-fn adopt(process: &std::process::Child) -> io::Result<(ProcessIdentity, OwnedFd)> {
+fn adopt(process: &std::process::Child) -> io::Result<(Pid, ProcessIdentity, OwnedFd)> {
     let pid = i32::try_from(process.id()).map_err(io::Error::other)?;
     let raw = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
     let pidfd = pidfd_open(raw, PidfdFlags::empty())?;
-    Ok((identity_of_child(pid)?, pidfd))
+    Ok((raw, identity_of_child(pid)?, pidfd))
 }
 
 /// Tells a missing program from a missing directory: the kernel says ENOENT for both.

@@ -188,6 +188,38 @@ async fn children_are_reaped_even_if_nobody_waits() {
 }
 
 #[tokio::test]
+async fn what_a_child_has_started_is_gone_when_the_child_is() {
+    let (directory, spawner, _) = world();
+    let is_there = |pid: &str| std::path::Path::new("/proc").join(pid).try_exists().unwrap();
+    for (end, is_killed) in [("wait", true), ("exit 7", false)] {
+        // Two that take no notice of anything that can be ignored.
+        let script = format!(
+            "trap '' HUP INT TERM; for _ in 1 2; do sleep 1000 & echo $! >>pids; done; touch ready; {end}"
+        );
+        let child = spawner.spawn(shell(directory.path(), &script, &[])).await.unwrap();
+        soon("the child's children", async {
+            while !directory.path().join("ready").try_exists().unwrap() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+        let exit = if is_killed {
+            child.kill(DEADLINE).await.unwrap()
+        } else {
+            soon("its end", child.wait()).await
+        };
+        let said = if is_killed { "signal: 9 (SIGKILL)" } else { "exit status: 7" };
+        assert_eq!(exit.to_string(), said);
+        let pids = std::fs::read_to_string(directory.path().join("pids")).unwrap();
+        assert_eq!(pids.lines().count(), 2);
+        assert_eq!(pids.lines().find(|pid| is_there(pid)), None, "of {pids:?}");
+        for file in ["pids", "ready"] {
+            std::fs::remove_file(directory.path().join(file)).unwrap();
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_child_gets_only_what_it_is_given() {
     let (directory, spawner, _) = world();
     // Opened without close-on-exec: it would be inherited by anything that is not careful.
