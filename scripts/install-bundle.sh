@@ -22,20 +22,14 @@ trap 'rm -rf -- "$work"' EXIT
 
 # install_bundle VERSION
 install_bundle() {
-	local version=$1 bundle=$bundles/$1 other
+	local version=$1 bundle=$bundles/$1
 	[ -f "$bundle/manifest.json" ] || die "no guest bundle in $bundle: run make guest"
 	[ ! -d "$guest/$version" ] || return 0
 	say "guest: installing $version into $guest"
 	mkdir "$work/bundle"
 	cp -- "$bundle/initramfs" "$bundle/manifest.json" "$work/bundle/"
-	# A new guest program mostly comes with a kernel that is already there.
-	for other in "$guest"/*/kernel; do
-		if cmp -s -- "$bundle/kernel" "$other"; then
-			ln -- "$(realpath -- "$other")" "$work/bundle/kernel"
-			break
-		fi
-	done
-	[ -f "$work/bundle/kernel" ] || cp -- "$bundle/kernel" "$work/bundle/kernel"
+	# No link to one that is there already: a file's links change the time by which snapshots know it.
+	cp --reflink=auto -- "$bundle/kernel" "$work/bundle/kernel"
 	mv -T -- "$work/bundle" "$guest/$version"
 }
 

@@ -115,7 +115,7 @@ pub struct Limits {
     pub vms: usize,
     /// From the hypervisor's start to the agent's answer.
     pub boot: Duration,
-    /// From the hypervisor's start to a restored guest's going on: less than a boot, or it boots.
+    /// For a restored guest to go on, and for its agent to answer then: less than a boot, or it boots.
     pub restore: Duration,
     /// From a ping to the record that the guest does not answer.
     pub hang: Duration,

@@ -1,4 +1,4 @@
-//! Applies what the host says about name, names, DNS, clock, network and CPU.
+//! Applies what the host says about name, names, DNS, clock, network and CPU; gives the machine an id.
 //!
 //! # Invariants
 //! 1. A file is written beside its place and moved there, so a link in the image (a
@@ -8,6 +8,7 @@
 //! # Failure
 //! The first part that fails ends it; the host decides whether the guest is of use.
 
+use std::cell::OnceCell;
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -52,6 +53,9 @@ pub enum ConfigureError {
         /// Why.
         source: io::Error,
     },
+    /// The machine got no id.
+    #[error("cannot draw a machine id")]
+    MachineId(#[source] io::Error),
     /// The network could not be set up.
     #[error("cannot set up the network")]
     Network(#[from] NetworkError),
@@ -70,6 +74,8 @@ pub enum ConfigureError {
 pub struct GuestMachine {
     /// Its control groups, where the kernel has them.
     pub cgroups: Option<Cgroups>,
+    /// Its id, once it has one.
+    machine_id: OnceCell<String>,
 }
 
 impl Machine for GuestMachine {
@@ -85,6 +91,7 @@ impl Machine for GuestMachine {
             source: errno.into(),
         })?;
         write_files(Path::new("/etc"), config)?;
+        self.renew_machine_id(Path::new("/etc"), Path::new(RANDOM_UUID))?;
         if let Some(network) = &config.network {
             network::set_up(network, network::PATIENCE)?;
         }
@@ -92,7 +99,36 @@ impl Machine for GuestMachine {
     }
 }
 
+/// Where the kernel draws a random UUID.
+const RANDOM_UUID: &str = "/proc/sys/kernel/random/uuid";
+
 impl GuestMachine {
+    /// A machine with these control groups.
+    #[must_use]
+    pub fn new(cgroups: Option<Cgroups>) -> Self {
+        Self { cgroups, machine_id: OnceCell::new() }
+    }
+
+    /// Writes an id of this machine's own over the one of the image, which is that of all its machines;
+    /// also where it is empty, which means that one is to be drawn. An image without one has none.
+    fn renew_machine_id(&self, etc: &Path, uuid: &Path) -> Result<(), ConfigureError> {
+        const NAME: &str = "machine-id";
+        let path = etc.join(NAME);
+        match fs::symlink_metadata(&path) {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(source) => return Err(ConfigureError::File { path, source }),
+        }
+        let id = match self.machine_id.get() {
+            Some(id) => id,
+            None => {
+                let drawn = fs::read_to_string(uuid).map_err(ConfigureError::MachineId)?;
+                self.machine_id.get_or_init(|| drawn.replace('-', ""))
+            }
+        };
+        replace(etc, NAME, id).map_err(|source| ConfigureError::File { path, source })
+    }
+
     fn limit_cpu(&self, millis: u32) -> Result<(), ConfigureError> {
         let result = match &self.cgroups {
             Some(cgroups) => cgroups.limit_cpu(millis),
@@ -226,6 +262,26 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_has_one_id_where_its_image_has_one() {
+        let root = tempfile::tempdir().unwrap();
+        let (etc, uuid) = (root.path().join("etc"), root.path().join("uuid"));
+        fs::create_dir(&etc).unwrap();
+        fs::write(&uuid, "0b1c-2d\n").unwrap();
+        let machine = GuestMachine::new(None);
+        machine.renew_machine_id(&etc, &uuid).unwrap();
+        assert_eq!(fs::read_dir(&etc).unwrap().count(), 0, "the image has none");
+        fs::write(root.path().join("shared"), "of all\n").unwrap();
+        std::os::unix::fs::symlink("../shared", etc.join("machine-id")).unwrap();
+        for _ in 0..2 {
+            machine.renew_machine_id(&etc, &uuid).unwrap();
+            assert_eq!(fs::read_to_string(etc.join("machine-id")).unwrap(), "0b1c2d\n");
+            // Applied again it stays.
+            fs::write(&uuid, "another\n").unwrap();
+        }
+        assert_eq!(fs::read_to_string(root.path().join("shared")).unwrap(), "of all\n");
+    }
+
+    #[test]
     fn texts_that_would_make_lines_of_their_own_are_refused() {
         for bad in ["", "a b", "a\nnameserver 6.6.6.6", "a#", "a\0"] {
             let mut hostname = config();
@@ -243,7 +299,7 @@ mod tests {
 
     #[test]
     fn a_limit_without_control_groups_is_refused_and_no_limit_is_not() {
-        let machine = GuestMachine { cgroups: None };
+        let machine = GuestMachine::new(None);
         assert!(machine.limit_cpu(0).is_ok());
         assert!(machine.limit_cpu(500).is_err());
     }

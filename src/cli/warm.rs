@@ -97,13 +97,21 @@ async fn made(node: &Node, create: CreateVm, interrupts: &mut Interrupts) -> Res
     let view = tokio::select! {
         view = progress::waiting("booting a guest to start from", settled(vm.clone())) => view?,
         which = interrupts.next() => {
-            node.client().stop_vm(vm.id, StopMode::Force).await?;
+            match node.client().stop_vm(vm.id, StopMode::Force).await {
+                // It had ended by itself.
+                Err(failure) if failure.kind == FailureKind::NotFound => {}
+                stopped => drop(stopped?),
+            }
             return Ok(which.exit_code());
         }
     };
-    match (&view.cause, not_cleaned_up(&view)) {
-        (None, None) => Ok(0),
-        (Some(cause), None) => Err(CliError::message(cause)),
-        (_, Some(left)) => Err(CliError::message(left)),
+    match (&view.cause, not_cleaned_up(&view), view.timings.saved) {
+        (_, Some(left), _) => Err(CliError::message(left)),
+        (Some(cause), None, _) => Err(CliError::message(cause)),
+        (None, None, None) => Err(CliError::message(format_args!(
+            "{} was ended by somebody else before it was saved: there is no new snapshot",
+            vm.id
+        ))),
+        (None, None, Some(_)) => Ok(0),
     }
 }

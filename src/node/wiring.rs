@@ -81,6 +81,7 @@ pub(super) fn deps(
     let mut limits = Limits::default();
     if let Some(boot) = config.boot_timeout {
         limits.boot = boot;
+        limits.restore = limits.restore.min(boot / 2);
     }
     if let Some(hang) = config.hang_timeout {
         limits.hang = hang;

@@ -3,15 +3,16 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Output, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use matchlock_test_support::Installation;
 use matchlock_test_support::netns::{HOST, PUBLIC, TestNet};
+use matchlock_test_support::{Installation, Running};
 
+use super::image_config::{busybox_files, import};
 use super::inside::{MOUNTS, PRINT_MOUNTS};
 use super::terminal::{a_session, on_terminal, run_args};
-use super::{network, stderr, stdout};
+use super::{PATIENCE, network, stderr, stdout};
 
 /// What is logged of a start from a snapshot, and of one that had to boot.
 pub(super) const WARM: &str = "started from a snapshot";
@@ -94,7 +95,7 @@ fn two_vms_of_one_snapshot_share_nothing_that_makes_a_machine() {
     let script = "cat /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid; hostname
         for random in /dev/urandom /dev/random; do head -c 16 $random | od -An -tx1; done
         [ -e /dev/hwrng ] && head -c 16 /dev/hwrng | od -An -tx1
-        grep btime /proc/stat; cat /etc/machine-id 2>/dev/null; date +%s";
+        grep btime /proc/stat; date +%s";
     let said: Vec<Vec<String>> = (0..2)
         .map(|_| {
             let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
@@ -221,6 +222,57 @@ fn what_is_wrong_about_a_snapshot_is_a_boot_and_a_line() {
     assert_eq!(snapshots(&installation), Vec::<PathBuf>::new());
     let booted = run(&installation, &[], "true");
     assert!(!stderr(&booted).contains("snapshot"), "{}", stderr(&booted));
+    installation.assert_nothing_left().unwrap();
+}
+
+#[test]
+fn a_template_that_somebody_ends_is_no_success() {
+    let installation = installation();
+    let mut command = installation.command(&["warm", "--no-network"]).unwrap();
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let warm = Running::start(&mut command).unwrap();
+    installation.wait_for_template().unwrap();
+    let killed = installation.output(&["kill", "--all"]).unwrap();
+    assert_eq!(killed.status.code(), Some(0), "{}", stderr(&killed));
+    let warm = warm.wait(PATIENCE).unwrap();
+    assert_eq!((warm.status.code(), &*stdout(&warm)), (Some(1), ""));
+    let said = stderr(&warm);
+    assert!(said.contains("ended by somebody else before it was saved"), "{said}");
+    assert_eq!(snapshots(&installation), Vec::<PathBuf>::new());
+    installation.assert_nothing_left().unwrap();
+}
+
+#[test]
+fn an_image_with_a_machine_id_gives_each_vm_one_of_its_own() {
+    let installation = Installation::with_own_cache().unwrap();
+    let made = installation.output(&["warm", "--no-network"]).unwrap();
+    assert_eq!(made.status.code(), Some(0), "{}", stderr(&made));
+    let directory = tempfile::tempdir().unwrap();
+    let (root, files) = (directory.path().join("root"), directory.path().join("files.tar"));
+    fs::create_dir_all(root.join("etc")).unwrap();
+    let of_the_image = "0123456789abcdef0123456789abcdef\n";
+    fs::write(root.join("etc/machine-id"), of_the_image).unwrap();
+    fs::write(&files, busybox_files()).unwrap();
+    let mut tar = std::process::Command::new("tar");
+    tar.arg("-rf").arg(&files).arg("-C").arg(&root).arg("etc/machine-id");
+    assert!(tar.status().unwrap().success());
+    import(&installation, &["with-id"], &fs::read(&files).unwrap());
+    let ids: Vec<String> = [&[][..], &[], &["--cold"]]
+        .into_iter()
+        .map(|flags: &[&str]| {
+            let head = ["run", "--no-network", "--image", "with-id"].into_iter();
+            let args: Vec<&str> =
+                head.chain(flags.iter().copied()).chain(["--", "cat", "/etc/machine-id"]).collect();
+            let mut command = installation.command(&args).unwrap();
+            let output = command.env("MATCHLOCK_LOG", "info").output().unwrap();
+            assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+            assert_eq!(stderr(&output).contains(WARM), flags.is_empty(), "{}", stderr(&output));
+            stdout(&output)
+        })
+        .collect();
+    let is_id = |id: &str| id.len() == 33 && id.trim_end().bytes().all(|b| b.is_ascii_hexdigit());
+    assert!(ids.iter().all(|id| is_id(id) && id != of_the_image), "{ids:?}");
+    assert!(ids[0] != ids[1] && ids[1] != ids[2] && ids[2] != ids[0], "{ids:?}");
     installation.assert_nothing_left().unwrap();
 }
 

@@ -68,7 +68,8 @@ pub(super) async fn run(
                 // Given up while it looked.
                 Ok(()) if fence.is_cancelled() => (false, Err(given_up(effect))),
                 Ok(()) => {
-                    (true, points::effect(effect, carry_out(context, effect, recorded)).await)
+                    let work = carry_out(context, effect, recorded, cancel);
+                    (true, points::effect(effect, work).await)
                 }
                 Err(failure) => (false, Err(failure)),
             }
@@ -124,7 +125,7 @@ async fn overtaken(context: &VmContext) -> Option<Failure> {
     see_epoch(context).await.err().filter(|failure| failure.kind == FailureKind::Fenced)
 }
 
-fn cancelled(effect: &Effect) -> Failure {
+pub(super) fn cancelled(effect: &Effect) -> Failure {
     Failure::new(FailureKind::Cancelled, format!("{effect} was cancelled by a stop"))
 }
 
@@ -222,7 +223,7 @@ const fn is_removal(effect: &Effect) -> bool {
     )
 }
 
-/// Taking down is never cancelled; only the wait for the guest is.
+/// Taking down is never cancelled; only the wait for the guest is. Saving a snapshot sees to it itself.
 const fn is_cancellable(effect: &Effect) -> bool {
     matches!(
         effect,
@@ -233,14 +234,18 @@ const fn is_cancellable(effect: &Effect) -> bool {
             | Effect::ApplyFirewall
             | Effect::Launch
             | Effect::ConnectGuest
-            | Effect::SaveSnapshot
             | Effect::ConfigureGuest
             | Effect::Reattach { .. }
             | Effect::ShutdownGuest { .. }
     )
 }
 
-async fn carry_out(context: &Arc<VmContext>, effect: &Effect, recorded: Phase) -> OpResult {
+async fn carry_out(
+    context: &Arc<VmContext>,
+    effect: &Effect,
+    recorded: Phase,
+    cancel: &CancellationToken,
+) -> OpResult {
     match effect {
         Effect::Record { phase, cause } => {
             // Phases whose record failed are caught up with.
@@ -263,7 +268,7 @@ async fn carry_out(context: &Arc<VmContext>, effect: &Effect, recorded: Phase) -
         Effect::ApplyFirewall => network::apply_firewall(context).await,
         Effect::Launch => machine::launch(context).await,
         Effect::ConnectGuest => machine::connect_guest(context).await,
-        Effect::SaveSnapshot => snapshot::save(context).await,
+        Effect::SaveSnapshot => snapshot::save(context, cancel).await,
         Effect::ConfigureGuest => machine::configure_guest(context).await,
         Effect::Reattach { cause } => watch::reattach(context, cause).await,
         Effect::Note { cause } => watch::note(context, cause.as_ref()).await,

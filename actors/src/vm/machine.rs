@@ -65,7 +65,13 @@ pub(super) async fn connect_guest(context: &VmContext) -> OpResult {
     let link = tokio::select! {
         biased;
         exit = machine.wait_exit() => return Err(ended_early(&*machine, &exit)),
-        link = context.deps.connector.connect(&*machine, limit) => link,
+        link = async {
+            match context.link() {
+                // One that was restored has answered already.
+                Some(link) => Ok(link),
+                None => context.deps.connector.connect(&*machine, limit).await,
+            }
+        } => link,
     };
     let link = match link {
         Ok(link) => link,
@@ -107,7 +113,7 @@ pub(super) async fn never_ready(machine: &dyn Machine, error: &LinkError) -> Fai
 
 /// Where the hypervisor waited longer for a CPU than it had one: that it is the host that is slow, and
 /// not the guest that hangs. For the end of an error text; empty otherwise.
-fn starved(context: &VmContext, machine: &dyn Machine) -> String {
+pub(super) fn starved(context: &VmContext, machine: &dyn Machine) -> String {
     let share = match context.deps.processes.cpu_share(&machine.identity()) {
         Ok(Some(share)) => share,
         Ok(None) => return String::new(),

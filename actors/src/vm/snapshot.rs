@@ -3,9 +3,10 @@
 //! ```text
 //!   claim:    begin ─► (one that is of use is there already? then no launch) ─► launch on hold
 //!   save:     guest on hold ─► the machine saves itself ─► publish
-//!   restore:  find ─► launch from it ─┬─ hash it ─┬─► both well: resume ─► true
+//!   restore:  find ─► launch from it ─┬─ hash it ─┬─► both well: resume, connect ─► true
 //!                                     └─ record ──┘      │
 //!             none, or anything wrong: kill what was launched ─► one line ─► false: boot
+//!             nothing wrong, and yet no answer: discard it, so that another is made
 //! ```
 //!
 //! # Invariants
@@ -19,17 +20,18 @@
 //! Nothing that is wrong about a snapshot fails a VM. What ends the effect is that a machine could not
 //! be ended, or that the row could not be written.
 
-use matchlock_host::hypervisor::{Machine, MachineSpec, Start};
+use matchlock_host::hypervisor::{Machine, MachineSpec, Saved, Start};
 use matchlock_host::snapshot::{Draft, POINTS, Snapshot, SnapshotError, Wanted};
 use matchlock_model::failure::{Failure, FailureKind, chain};
 use matchlock_model::record::Started;
-use matchlock_model::vm::OpResult;
+use matchlock_model::vm::{Effect, OpResult};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
 
 use super::context::VmContext;
-use super::effects::{host, see_epoch};
-use super::machine::{ended_early, keep, never_ready, no_machine};
+use super::effects::{cancelled, host, see_epoch};
+use super::machine::{ended_early, keep, never_ready, no_machine, starved};
 use crate::points::around;
 
 /// The snapshot that a machine like this makes or needs.
@@ -45,27 +47,40 @@ async fn wanted(context: &VmContext, spec: &MachineSpec) -> Result<Wanted, Failu
     })
 }
 
-/// Saves a template, once its guest is on hold.
-pub(super) async fn save(context: &VmContext) -> OpResult {
+/// Saves a template, once its guest is on hold. What is saved is published, whoever cancels meanwhile: a
+/// half of it would be left to others.
+pub(super) async fn save(context: &VmContext, cancel: &CancellationToken) -> OpResult {
+    let started = Instant::now();
+    let saved = tokio::select! {
+        biased;
+        () = cancel.cancelled() => return Err(cancelled(&Effect::SaveSnapshot)),
+        saved = saved(context) => saved?,
+    };
+    let draft = context.take_draft().ok_or_else(no_claim)?;
+    context.deps.snapshots.publish(draft, saved).await.map_err(|e| host(&e))?;
+    context.time(|timings| timings.saved = Some(started.elapsed()));
+    Ok(())
+}
+
+/// Has the machine save itself.
+async fn saved(context: &VmContext) -> Result<Saved, Failure> {
     let machine = context.machine().ok_or_else(no_machine)?;
     let limit = context.deps.limits.boot;
-    let started = Instant::now();
     let held = tokio::select! {
         biased;
         exit = machine.wait_exit() => return Err(ended_early(&*machine, &exit)),
         held = context.deps.connector.held(&*machine, limit) => held,
     };
     if let Err(error) = held {
-        return Err(never_ready(&*machine, &error).await);
+        let starved = starved(context, &*machine);
+        let mut failure = never_ready(&*machine, &error).await;
+        failure.message.push_str(&starved);
+        return Err(failure);
     }
     let file = context.with_draft(Draft::file).ok_or_else(no_claim)?.map_err(|e| host(&e))?;
     let saved = timeout(limit, machine.save(file)).await;
     let late = || Failure::new(FailureKind::Timeout, format!("it was not saved within {limit:?}"));
-    let saved = saved.map_err(|_| late())?.map_err(|e| host(&e))?;
-    let draft = context.take_draft().ok_or_else(no_claim)?;
-    context.deps.snapshots.publish(draft, saved).await.map_err(|e| host(&e))?;
-    context.time(|timings| timings.saved = Some(started.elapsed()));
-    Ok(())
+    saved.map_err(|_| late())?.map_err(|e| host(&e))
 }
 
 fn no_claim() -> Failure {
@@ -135,17 +150,36 @@ pub(super) async fn restore(context: &VmContext, spec: &MachineSpec) -> Result<b
         }
     };
     keep(context, machine.clone(), Started::Restored, started).await?;
-    let Err(failure) = around(POINTS, "restore", resume(context, &*machine, &snapshot)).await
-    else {
-        context.time(|timings| timings.restore = Some(started.elapsed()));
+    let mut is_whole = false;
+    let resumed = around(POINTS, "restore", async {
+        snapshot.check().await.map_err(|e| host(&e))?;
+        is_whole = true;
+        resume(context, &*machine, started).await
+    });
+    let Err(mut failure) = resumed.await else {
         tracing::info!(vm_id = %context.id, "started from a snapshot");
         return Ok(true);
     };
+    let starved = starved(context, &*machine);
+    failure.message.push_str(&starved);
     boots(context, &failure);
+    context.time(|timings| timings.restore = None);
+    context.set_link(None);
     machine.kill(context.deps.limits.kill).await.map_err(|e| host(&e))?;
     // That took a while, and another machine is about to be launched.
     see_epoch(context).await?;
+    if is_whole && starved.is_empty() {
+        discard(context, snapshot).await;
+    }
     Ok(false)
+}
+
+/// Removes a snapshot that was saved well, and yet nothing goes on from it: the next VM would try again.
+async fn discard(context: &VmContext, snapshot: Snapshot) {
+    if let Err(error) = context.deps.snapshots.discard(snapshot).await {
+        let error = chain(&error);
+        tracing::warn!(vm_id = %context.id, error, "a snapshot of no use is left");
+    }
 }
 
 async fn find(context: &VmContext, spec: &MachineSpec) -> Result<Option<Snapshot>, Failure> {
@@ -153,16 +187,21 @@ async fn find(context: &VmContext, spec: &MachineSpec) -> Result<Option<Snapshot
     context.deps.snapshots.find(&wanted).await.map_err(|e| host(&e))
 }
 
-async fn resume(context: &VmContext, machine: &dyn Machine, snapshot: &Snapshot) -> OpResult {
-    snapshot.check().await.map_err(|e| host(&e))?;
+/// Has the guest go on, until its agent answers: until then it may turn out that nobody can.
+async fn resume(context: &VmContext, machine: &dyn Machine, launched: Instant) -> OpResult {
     let limit = context.deps.limits.restore;
-    tokio::select! {
+    let answered = async {
+        context.deps.connector.resume(machine, limit).await?;
+        context.time(|timings| timings.restore = Some(launched.elapsed()));
+        context.deps.connector.connect(machine, limit).await
+    };
+    let link = tokio::select! {
         biased;
-        exit = machine.wait_exit() => Err(ended_early(machine, &exit)),
-        resumed = context.deps.connector.resume(machine, limit) => {
-            resumed.map_err(|e| Failure::from_error(FailureKind::Guest, &e))
-        }
-    }
+        exit = machine.wait_exit() => return Err(ended_early(machine, &exit)),
+        link = answered => link.map_err(|e| Failure::from_error(FailureKind::Guest, &e))?,
+    };
+    context.set_link(Some(link));
+    Ok(())
 }
 
 /// The one line about a snapshot that was of no use.

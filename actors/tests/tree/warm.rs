@@ -1,6 +1,7 @@
 //! Snapshots: made of a template, gone on from, and of no use.
 
 use matchlock_actors::vm::StartMode;
+use matchlock_host::guest_link::{FakeReadiness, LinkError};
 use matchlock_host::hypervisor::{FakeHypervisor, LaunchFault, Start};
 use matchlock_model::failure::FailureKind;
 use matchlock_model::phase::Phase;
@@ -78,6 +79,30 @@ async fn a_damaged_one_is_given_up_and_its_machine_is_gone_before_another_boots(
     assert_eq!(marked.len(), 1, "{marked:?}");
     world.stop(vm.id, StopMode::Force).await.unwrap();
     settled(&mut vm).await;
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_whole_one_that_nothing_goes_on_from_is_discarded_and_another_is_made() {
+    let world = World::new().await;
+    make_warm(&world).await;
+    // Neither the restored guest's agent answers, nor that of the one that boots then.
+    let lost = LinkError::Lost { cause: "it says nothing".to_owned() };
+    world.connector.set_readiness(FakeReadiness::Fails(lost));
+    let mut vm = world.create_as(StartMode::Warm, true).await.unwrap();
+    let view = settled(&mut vm).await;
+    assert!(view.cause.is_some() && view.timings.restore.is_none(), "{view:?}");
+    assert_eq!(starts(&world.hypervisor), ["hold", "restore", "boot"]);
+    assert_eq!(world.snapshots.count(), 0);
+    world.connector.set_readiness(FakeReadiness::Ready);
+    let start = StartMode::Template { anew: false };
+    let view = settled(&mut world.create_as(start, true).await.unwrap()).await;
+    assert_eq!((view.cause, world.snapshots.count()), (None, 1));
+    let warm = world.running(true).await;
+    assert!(warm.view.borrow().timings.restore.is_some());
+    world.stop(warm.id, StopMode::Force).await.unwrap();
+    settled(&mut { warm }).await;
     world.assert_nothing_left().await;
     world.shutdown().await;
 }

@@ -206,7 +206,7 @@ async fn run(
         agent_ready_us: since_boot_us(),
     };
     let jobs = Jobs::new(Launcher::new(group, std::rc::Rc::clone(&reaper)));
-    let (agent, mut orders) = Agent::new(info, jobs, Box::new(GuestMachine { cgroups }));
+    let (agent, mut orders) = Agent::new(info, jobs, Box::new(GuestMachine::new(cgroups)));
     let mut link = tokio::task::spawn_local(session::serve(port, agent));
     tokio::select! {
         Some(order) = orders.recv() => shutdown::run(order, &reaper, layer).await,

@@ -206,7 +206,11 @@ impl GuestBundle {
     /// What is missing, and what to do about it.
     pub fn find(cache: &Path, kernel_override: Option<PathBuf>) -> Result<Self, GuestBundleError> {
         let initramfs = std::env::var_os(INITRAMFS_VARIABLE).filter(|path| !path.is_empty());
-        Self::find_with(cache, kernel_override, initramfs.map(PathBuf::from))
+        // The hypervisor has another working directory.
+        let initramfs = initramfs.map(std::path::absolute).transpose();
+        let initramfs = initramfs
+            .map_err(|e| GuestBundleError::io("find", Path::new(INITRAMFS_VARIABLE), e))?;
+        Self::find_with(cache, kernel_override, initramfs)
     }
 
     /// The same, and a lease on the bundle that it comes from, if it comes from one.

@@ -18,7 +18,7 @@ use super::session::no_random;
 use crate::hypervisor::Machine;
 
 /// What a deadline that passed was for.
-const HOLD: &str = "the guest on hold";
+const HOLD: &str = "while it was on hold";
 
 /// Waits until a guest is on hold.
 pub(super) async fn held(machine: &dyn Machine, deadline: Duration) -> Result<(), LinkError> {

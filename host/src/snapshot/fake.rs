@@ -67,8 +67,9 @@ impl Snapshots for FakeSnapshots {
             None => Ok(None),
             Some((made, memory, saved)) if made == wanted => Ok(Some(Snapshot {
                 memory: Arc::clone(memory),
+                key,
                 saved: saved.clone(),
-                _lease: None,
+                lease: None,
             })),
             Some(_) => Err(SnapshotError::Stale { key, what: "it is of another hypervisor" }),
         }
@@ -87,6 +88,17 @@ impl Snapshots for FakeSnapshots {
         io::Seek::rewind(&mut memory)
             .map_err(|e| SnapshotError::io("read", Path::new("memory"), e))?;
         self.lock().insert(key(&wanted), (wanted, Arc::new(memory), saved));
+        Ok(())
+    }
+
+    async fn discard(&self, snapshot: Snapshot) -> Result<(), SnapshotError> {
+        let mut shown = self.lock();
+        if shown
+            .get(&snapshot.key)
+            .is_some_and(|(_, memory, _)| Arc::ptr_eq(memory, &snapshot.memory))
+        {
+            shown.remove(&snapshot.key);
+        }
         Ok(())
     }
 

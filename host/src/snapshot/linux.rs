@@ -72,11 +72,15 @@ impl Drop for Room {
     }
 }
 
-/// Removes what a change left that did not come to its end.
+/// Removes what a change left that did not come to its end, or what somebody else has put there.
 fn remove_hidden(path: &Path) -> Result<(), SnapshotError> {
     let fail = |error: io::Error| SnapshotError::io("remove", path, error);
     POINTS.before("sweep").map_err(|e| fail(e.into()))?;
-    fs::remove_dir_all(path).map_err(fail)?;
+    if fs::symlink_metadata(path).map_err(fail)?.is_dir() {
+        fs::remove_dir_all(path).map_err(fail)?;
+    } else {
+        fs::remove_file(path).map_err(fail)?;
+    }
     POINTS.after("sweep").map_err(|e| fail(e.into()))
 }
 
@@ -104,10 +108,27 @@ impl LinuxSnapshots {
         done.unwrap_or_else(|e| Err(SnapshotError::io("work in", &self.dir, io::Error::other(e))))
     }
 
+    /// Whether the directory is there, and only we, or root, can have written in it.
+    fn is_ours(&self) -> Result<bool, SnapshotError> {
+        match fs::metadata(&self.dir) {
+            Ok(found) => Ok(record::is_trusted(&found)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(SnapshotError::io("look at", &self.dir, error)),
+        }
+    }
+
     fn find_now(&self, wanted: &Wanted) -> Result<Option<Snapshot>, SnapshotError> {
+        if !self.is_ours()? {
+            tracing::debug!(dir = %self.dir.display(), "there are no snapshots of our own");
+            return Ok(None);
+        }
         let key = record::key(wanted);
         let dir = self.dir.join(&key);
-        let lease = Locked::shared(&dir).map_err(|e| SnapshotError::io("lock", &dir, e))?;
+        let lease = match Locked::shared(&dir) {
+            // They are root's, and for root alone.
+            Err(Errno::ACCESS) => None,
+            lease => lease.map_err(|e| SnapshotError::io("lock", &dir, e))?,
+        };
         let Some(lease) = lease else { return Ok(None) };
         let record = Record::read(&dir)?;
         let unlike = match record.outdated()? {
@@ -129,7 +150,27 @@ impl LinuxSnapshots {
         if let Err(error) = noted {
             tracing::debug!(%error, key, "could not note the use of a snapshot");
         }
-        Ok(Some(Snapshot { memory: Arc::new(memory), saved: record.saved(), _lease: Some(lease) }))
+        let (memory, saved) = (Arc::new(memory), record.saved());
+        Ok(Some(Snapshot { memory, key, saved, lease: Some(lease) }))
+    }
+
+    fn discard_now(&self, snapshot: Snapshot) -> Result<(), SnapshotError> {
+        let Snapshot { memory, key, lease, .. } = snapshot;
+        let dir = self.dir.join(key);
+        let path = dir.join("memory");
+        let look = |e| SnapshotError::io("look at", &path, e);
+        let used = memory.metadata().map_err(look)?;
+        drop(lease);
+        // Whoever is changing something may be replacing it.
+        let Some(_lock) = self.lock()? else { return Ok(()) };
+        match fs::symlink_metadata(&path) {
+            Ok(found) if (found.dev(), found.ino()) == (used.dev(), used.ino()) => {
+                self.remove(&dir).map(drop)
+            }
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(look(error)),
+        }
     }
 
     fn begin_now(&self, wanted: Wanted) -> Result<Draft, SnapshotError> {
@@ -139,7 +180,11 @@ impl LinuxSnapshots {
             }
             _ => Ok(()),
         };
-        make(&self.dir)?;
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.dir);
+        made.map_err(|e| SnapshotError::io("make", &self.dir, e))?;
+        if !self.is_ours()? {
+            return Err(SnapshotError::NotOurs { dir: self.dir.clone() });
+        }
         let lock = self.lock()?.ok_or_else(|| SnapshotError::Busy { dir: self.dir.clone() })?;
         self.sweep_hidden()?;
         self.has_room(&wanted)?;
@@ -210,11 +255,21 @@ impl LinuxSnapshots {
     }
 
     fn sweep_now(&self) -> Result<usize, SnapshotError> {
+        // Nothing was ever made, or not by us.
+        if !self.is_ours()? {
+            return Ok(0);
+        }
         match self.lock() {
             Ok(Some(_lock)) => Ok(self.sweep_hidden()? + self.limit(None)?),
-            // Nothing was ever made, or somebody is just making something.
+            // Somebody is just making something, or has just removed everything.
             Ok(None) => Ok(0),
-            Err(SnapshotError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            Err(SnapshotError::Io { source, .. })
+                if matches!(
+                    source.kind(),
+                    // Root's, for root alone.
+                    io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied
+                ) =>
+            {
                 Ok(0)
             }
             Err(error) => Err(error),
@@ -342,6 +397,10 @@ impl Snapshots for LinuxSnapshots {
 
     async fn publish(&self, mut draft: Draft, saved: Saved) -> Result<(), SnapshotError> {
         self.elsewhere(move |this| this.publish_now(&mut draft, saved)).await
+    }
+
+    async fn discard(&self, snapshot: Snapshot) -> Result<(), SnapshotError> {
+        self.elsewhere(move |this| this.discard_now(snapshot)).await
     }
 
     async fn sweep(&self) -> Result<usize, SnapshotError> {

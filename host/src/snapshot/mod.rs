@@ -4,7 +4,8 @@
 //!   begin ─► snapshots/.new/memory ─► (the hypervisor writes) ─┬─► publish ─► snapshots/<key>/
 //!                                                              └─► dropped: .new is removed
 //!   find ──► lease ─► the same as is wanted? ─► memory, to be launched with
-//!                      └ no: stale              └ check, beside the launch: each byte is hashed
+//!                      └ no: stale              ├ check, beside the launch: each byte is hashed
+//!                                               └ discard: whole, but what goes on from it fails
 //!   sweep ─► what nobody can use any more, what is too much: the least recently used first
 //! ```
 //!
@@ -15,6 +16,8 @@
 //!    then has no maker that lives.
 //! 3. A snapshot with a lease is not removed. A lease is held until the machine has read it all.
 //! 4. Nobody else may read one: it is a machine's memory. Nothing of an image, and no secret, is in it.
+//! 5. Nobody else may have written one: it goes into a hypervisor that is ours. One that others could
+//!    write is none for us.
 //!
 //! # Failure
 //! What is stale or damaged is an error of [`Snapshots::find`] or [`Snapshot::check`]; whoever asked
@@ -71,8 +74,9 @@ pub struct Wanted {
 pub struct Snapshot {
     /// What was saved.
     pub memory: Arc<File>,
+    key: String,
     saved: Saved,
-    _lease: Option<Locked>,
+    lease: Option<Locked>,
 }
 
 /// A snapshot that is being made. Nobody else makes one meanwhile. Dropped, it leaves nothing.
@@ -142,6 +146,14 @@ pub enum SnapshotError {
         /// How many it may have.
         free: u64,
     },
+    /// Others could write there.
+    #[error(
+        "the snapshots in {dir} are another user's, or others can write there: remove that directory"
+    )]
+    NotOurs {
+        /// Where.
+        dir: PathBuf,
+    },
     /// Somebody has removed it by hand while it was made.
     #[error("the snapshot was removed from {dir} while it was made")]
     Removed {
@@ -187,7 +199,15 @@ pub trait Snapshots: Send + Sync {
     /// When it cannot be shown, or the older one is in use; then nothing was made.
     async fn publish(&self, draft: Draft, saved: Saved) -> Result<(), SnapshotError>;
 
-    /// Removes what is left of changes, stale, or too much. How much was removed.
+    /// Removes one that is whole and yet of no use, because what goes on from it fails; unless others
+    /// use it, or it was replaced already.
+    ///
+    /// # Errors
+    /// When it could not be looked at or removed.
+    async fn discard(&self, snapshot: Snapshot) -> Result<(), SnapshotError>;
+
+    /// Removes what is left of changes, stale, or too much. How much was removed. Snapshots of another
+    /// user's are none of ours.
     ///
     /// # Errors
     /// When something could not be removed or looked at.

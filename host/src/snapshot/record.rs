@@ -32,6 +32,9 @@ struct FileId {
 
 impl FileId {
     fn of(path: &Path) -> io::Result<Self> {
+        if path.to_str().is_none() {
+            return Err(io::Error::other("its name is not UTF-8, as a snapshot's record is"));
+        }
         let found = fs::metadata(path)?;
         Ok(Self {
             path: path.to_owned(),
@@ -60,6 +63,12 @@ impl Guest {
     }
 }
 
+/// Whether only we, or root, can have written what this is of.
+pub(super) fn is_trusted(found: &fs::Metadata) -> bool {
+    let us = rustix::process::geteuid().as_raw();
+    [0, us].contains(&found.uid()) && found.mode() & 0o022 == 0
+}
+
 /// Opens a file of a snapshot. Nothing waits for the other end of a fifo.
 pub(super) fn open_file(path: &Path) -> Result<(File, u64), SnapshotError> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
@@ -68,6 +77,10 @@ pub(super) fn open_file(path: &Path) -> Result<(File, u64), SnapshotError> {
     let found = file.metadata().map_err(|e| SnapshotError::io("look at", path, e))?;
     if !found.is_file() {
         let what = format!("{} is not a regular file", path.display());
+        return Err(SnapshotError::Damaged { what });
+    }
+    if !is_trusted(&found) {
+        let what = format!("{} is another user's, or others can write it", path.display());
         return Err(SnapshotError::Damaged { what });
     }
     Ok((file, found.len()))

@@ -71,7 +71,23 @@ async fn snapshots_conform(snapshots: &dyn Snapshots, wanted: &Wanted) {
     let stale = snapshots.find(&other).await.unwrap_err();
     assert!(matches!(stale, SnapshotError::Stale { .. }), "{stale}");
     assert_eq!(snapshots.sweep().await.unwrap(), 0, "this one is of use");
-    assert!(snapshots.find(wanted).await.unwrap().is_some());
+    // Of no use: it goes, but not its successor, nor while somebody else goes on from it.
+    let old = snapshots.find(wanted).await.unwrap().unwrap();
+    let also = snapshots.find(wanted).await.unwrap().unwrap();
+    let is_leased = also.lease.is_some();
+    snapshots.discard(old).await.unwrap();
+    assert_eq!(snapshots.find(wanted).await.unwrap().is_some(), is_leased);
+    if is_leased {
+        snapshots.discard(also).await.unwrap();
+        assert!(snapshots.find(wanted).await.unwrap().is_none());
+    }
+    make(snapshots, wanted, b"old").await.unwrap();
+    let mut old = snapshots.find(wanted).await.unwrap().unwrap();
+    old.lease = None;
+    make(snapshots, wanted, b"new").await.unwrap();
+    snapshots.discard(old).await.unwrap();
+    let new = snapshots.find(wanted).await.unwrap().unwrap();
+    assert_eq!(std::io::read_to_string(&*new.memory).unwrap(), "new");
 }
 
 #[tokio::test]
@@ -225,6 +241,66 @@ async fn what_cannot_be_judged_keeps_nothing_else_from_it() {
     assert_eq!(names(cache.path()), [record::key(&looping)], "all others went");
     make(&snapshots, &wanted, b"memory").await.unwrap();
     assert!(snapshots.find(&wanted).await.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn what_others_can_write_is_none_of_ours() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let (cache, snapshots, wanted) = world();
+    make(&snapshots, &wanted, b"memory").await.unwrap();
+    let dir = cache.path().join("snapshots");
+    let snapshot = dir.join(record::key(&wanted));
+    let chmod =
+        |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    for mode in [0o770, 0o707, 0o722] {
+        chmod(&dir, mode);
+        assert!(snapshots.find(&wanted).await.unwrap().is_none());
+        let refused = snapshots.begin(&wanted).await.err().unwrap();
+        assert!(matches!(refused, SnapshotError::NotOurs { .. }), "{refused}");
+        assert_eq!(snapshots.sweep().await.unwrap(), 0);
+    }
+    chmod(&dir, 0o700);
+    for file in ["memory", "snapshot.json"] {
+        chmod(&snapshot.join(file), 0o620);
+        let damaged = snapshots.find(&wanted).await.unwrap_err().to_string();
+        assert!(damaged.contains("others can write it"), "{damaged}");
+        chmod(&snapshot.join(file), 0o600);
+    }
+    assert!(snapshots.find(&wanted).await.unwrap().is_some());
+    // Only root can give things away.
+    if rustix::process::geteuid().is_root() {
+        for path in [&dir, &snapshot.join("memory")] {
+            std::os::unix::fs::chown(path, Some(65534), None).unwrap();
+            let found = snapshots.find(&wanted).await;
+            assert!(matches!(found, Ok(None) | Err(SnapshotError::Damaged { .. })), "{found:?}");
+            std::os::unix::fs::chown(path, Some(0), None).unwrap();
+        }
+        assert!(snapshots.find(&wanted).await.unwrap().is_some());
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_somebody_has_put_there_is_swept_like_anything_hidden() {
+    let (cache, snapshots, wanted) = world();
+    make(&snapshots, &wanted, b"memory").await.unwrap();
+    let hidden = cache.path().join("snapshots/.nfs0001");
+    fs::write(&hidden, "").unwrap();
+    assert_eq!(snapshots.sweep().await.unwrap(), 1);
+    fs::write(&hidden, "").unwrap();
+    make(&snapshots, &wanted, b"another").await.unwrap();
+    assert_eq!(names(cache.path()), [record::key(&wanted)]);
+}
+
+#[tokio::test]
+async fn a_guest_that_no_record_can_name_is_refused_before_anything_is_made() {
+    use std::os::unix::ffi::OsStrExt as _;
+    let (cache, snapshots, wanted) = world();
+    let kernel = cache.path().join(std::ffi::OsStr::from_bytes(b"k\xff"));
+    fs::write(&kernel, "kernel").unwrap();
+    let refused = snapshots.begin(&Wanted { kernel, ..wanted }).await.err().unwrap();
+    let refused = matchlock_model::failure::chain(&refused);
+    assert!(refused.contains("not UTF-8"), "{refused}");
+    assert_eq!(names(cache.path()), Vec::<String>::new());
 }
 
 #[tokio::test]
