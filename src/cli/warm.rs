@@ -1,5 +1,5 @@
 //! `matchlock warm`: make the snapshot from which later VMs start, before any of them makes it itself
-//! (`node/warming.rs`).
+//! (`node/warming/`).
 //!
 //! ```text
 //!  warm ─► a VM like any other, of no image ─► on hold ─► saved ─► taken down ─► its record is gone

@@ -163,12 +163,16 @@ fn one_that_is_of_no_use_is_replaced() {
     let [name] = &*installation.snapshots().unwrap() else { panic!("one snapshot") };
     let snapshot = installation.cache().join("snapshots").join(name);
     let (memory, record) = (snapshot.join("memory"), snapshot.join("snapshot.json"));
-    let text = fs::read_to_string(&record).unwrap();
-    let mut damaged = fs::read(&memory).unwrap();
-    *damaged.first_mut().unwrap() ^= 1;
-    let stale = text.replace("\"boot_id\": \"", "\"boot_id\": \"0");
-    for (file, content) in [(&record, stale.as_bytes()), (&memory, &damaged)] {
-        fs::write(file, content).unwrap();
+    for file in [&record, &memory] {
+        // What is there now: of the one before the length would tell.
+        let mut content = fs::read(file).unwrap();
+        if file == &record {
+            let text = String::from_utf8(content).unwrap();
+            content = text.replace("\"boot_id\": \"", "\"boot_id\": \"0").into_bytes();
+        } else {
+            *content.first_mut().unwrap() ^= 1;
+        }
+        fs::write(file, &content).unwrap();
         let (run, stdin) = waiting(&installation, "warn");
         matchlock_test_support::wait_until(PATIENCE, "another snapshot", || {
             // Between the old and the new one there is none.

@@ -29,7 +29,7 @@ pub(super) fn end(installation: &Installation, vm: &str) {
 }
 
 /// What `exec` prints.
-fn exec(installation: &Installation, vm: &str, script: &str) -> String {
+pub(super) fn exec(installation: &Installation, vm: &str, script: &str) -> String {
     let output = installation.output(&["exec", vm, "--", "sh", "-c", script]).unwrap();
     assert_eq!(output.status.code(), Some(0), "{script}: {}", stderr(&output));
     stdout(&output)

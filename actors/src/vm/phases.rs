@@ -69,6 +69,12 @@ pub struct PhaseFollower {
 }
 
 impl PhaseFollower {
+    /// Follows nobody: there is no next change. For what stands in for a fleet.
+    #[must_use]
+    pub fn of_nobody() -> Self {
+        Self { log: watch::Sender::new(Arc::default()).subscribe(), next: 0 }
+    }
+
     /// The next change; `None` when there will be none. Dropping this loses nothing.
     pub async fn next(&mut self) -> Option<PhaseChange> {
         let from = self.next;

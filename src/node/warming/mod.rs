@@ -274,3 +274,6 @@ impl Warming {
         self.0.tasks.wait().await;
     }
 }
+
+#[cfg(test)]
+mod tests;
