@@ -24,7 +24,6 @@ use matchlock_host::snapshot::{Draft, POINTS, Snapshot, SnapshotError, Wanted};
 use matchlock_model::failure::{Failure, FailureKind, chain};
 use matchlock_model::record::Started;
 use matchlock_model::vm::OpResult;
-use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
 
 use super::context::VmContext;
@@ -92,7 +91,7 @@ pub(super) async fn claim(context: &VmContext, spec: &MachineSpec, anew: bool) -
 async fn is_there(context: &VmContext, wanted: &Wanted) -> bool {
     let looked = async {
         match context.deps.snapshots.find(wanted).await? {
-            Some(snapshot) => snapshot.check().await.map(|()| true),
+            Some(snapshot) => context.deps.snapshots.check(&snapshot).await.map(|()| true),
             None => Ok(false),
         }
     };
@@ -106,8 +105,9 @@ async fn is_there(context: &VmContext, wanted: &Wanted) -> bool {
 /// Lets others make one: removes what of this one was not published.
 pub(super) async fn let_go(context: &VmContext) {
     let Some(draft) = context.take_draft() else { return };
-    if let Err(error) = spawn_blocking(move || drop(draft)).await {
-        tracing::warn!(vm_id = %context.id, %error, "half a snapshot is left; `matchlock gc` tries again");
+    if let Err(error) = context.deps.snapshots.discard(draft).await {
+        let error = chain(&error);
+        tracing::warn!(vm_id = %context.id, error, "half a snapshot is left; `matchlock gc` tries again");
     }
 }
 
@@ -154,7 +154,7 @@ async fn find(context: &VmContext, spec: &MachineSpec) -> Result<Option<Snapshot
 }
 
 async fn resume(context: &VmContext, machine: &dyn Machine, snapshot: &Snapshot) -> OpResult {
-    snapshot.check().await.map_err(|e| host(&e))?;
+    context.deps.snapshots.check(snapshot).await.map_err(|e| host(&e))?;
     let limit = context.deps.limits.restore;
     tokio::select! {
         biased;

@@ -129,7 +129,11 @@ impl LinuxSnapshots {
         if let Err(error) = noted {
             tracing::debug!(%error, key, "could not note the use of a snapshot");
         }
-        Ok(Some(Snapshot { memory: Arc::new(memory), saved: record.saved(), _lease: Some(lease) }))
+        Ok(Some(Snapshot {
+            memory: Arc::new(memory),
+            saved: record.saved(),
+            _lease: Box::new(lease),
+        }))
     }
 
     fn begin_now(&self, wanted: Wanted) -> Result<Draft, SnapshotError> {
@@ -158,7 +162,7 @@ impl LinuxSnapshots {
         };
         let memory_id = (found.dev(), found.ino());
         let room = Room { dir: new, memory: memory_id, guest, is_shown: false };
-        Ok(Draft { memory, wanted, room: Some(room), _claim: Box::new(lock) })
+        Ok(Draft { memory, wanted, room: Some(room), claim: Box::new(lock) })
     }
 
     /// The disk may be the one of the state and the VMs: the reserve of images is theirs here, too.
@@ -335,6 +339,11 @@ impl Snapshots for LinuxSnapshots {
         self.elsewhere(move |this| this.find_now(&wanted)).await
     }
 
+    async fn check(&self, snapshot: &Snapshot) -> Result<(), SnapshotError> {
+        let (memory, saved) = (Arc::clone(&snapshot.memory), snapshot.saved.clone());
+        self.elsewhere(move |_| record::check(&memory, &saved)).await
+    }
+
     async fn begin(&self, wanted: &Wanted) -> Result<Draft, SnapshotError> {
         let wanted = wanted.clone();
         self.elsewhere(move |this| this.begin_now(wanted)).await
@@ -342,6 +351,14 @@ impl Snapshots for LinuxSnapshots {
 
     async fn publish(&self, mut draft: Draft, saved: Saved) -> Result<(), SnapshotError> {
         self.elsewhere(move |this| this.publish_now(&mut draft, saved)).await
+    }
+
+    async fn discard(&self, draft: Draft) -> Result<(), SnapshotError> {
+        self.elsewhere(move |_| {
+            drop(draft);
+            Ok(())
+        })
+        .await
     }
 
     async fn sweep(&self) -> Result<usize, SnapshotError> {

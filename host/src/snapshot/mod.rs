@@ -17,9 +17,10 @@
 //! 4. Nobody else may read one: it is a machine's memory. Nothing of an image, and no secret, is in it.
 //!
 //! # Failure
-//! What is stale or damaged is an error of [`Snapshots::find`] or [`Snapshot::check`]; whoever asked
+//! What is stale or damaged is an error of [`Snapshots::find`] or [`Snapshots::check`]; whoever asked
 //! boots instead. What a crash leaves is swept by the next change and by `gc`.
 
+use std::any::Any;
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -72,8 +73,14 @@ pub struct Snapshot {
     /// What was saved.
     pub memory: Arc<File>,
     saved: Saved,
-    _lease: Option<Locked>,
+    /// Keeps it from being removed.
+    _lease: Box<dyn Lease>,
 }
+
+/// What keeps a snapshot from being removed until it is dropped.
+trait Lease: fmt::Debug + Send + Sync {}
+
+impl Lease for Locked {}
 
 /// A snapshot that is being made. Nobody else makes one meanwhile. Dropped, it leaves nothing.
 pub struct Draft {
@@ -82,7 +89,7 @@ pub struct Draft {
     /// Dropped before the lock: what it removes is nobody else's yet.
     room: Option<linux::Room>,
     /// Keeps others out.
-    _claim: Box<dyn Send + Sync>,
+    claim: Box<dyn Any + Send + Sync>,
 }
 
 impl fmt::Debug for Draft {
@@ -175,7 +182,14 @@ pub trait Snapshots: Send + Sync {
     /// When there is one that is stale or damaged, or it cannot be looked at.
     async fn find(&self, wanted: &Wanted) -> Result<Option<Snapshot>, SnapshotError>;
 
-    /// Begins one. Dropped, nothing was made.
+    /// Sees that one is byte for byte what was saved. Beside a launch it costs no time.
+    ///
+    /// # Errors
+    /// When it is not.
+    async fn check(&self, snapshot: &Snapshot) -> Result<(), SnapshotError>;
+
+    /// Begins one. Dropped, nothing was made; [`discard`](Self::discard) drops it where files may be
+    /// removed.
     ///
     /// # Errors
     /// When somebody else makes one, or there is no place for it.
@@ -187,25 +201,17 @@ pub trait Snapshots: Send + Sync {
     /// When it cannot be shown, or the older one is in use; then nothing was made.
     async fn publish(&self, draft: Draft, saved: Saved) -> Result<(), SnapshotError>;
 
+    /// Ends one that is not to be shown: removes what was made of it, and lets others make one.
+    ///
+    /// # Errors
+    /// When something of it may be left. Others may make one all the same.
+    async fn discard(&self, draft: Draft) -> Result<(), SnapshotError>;
+
     /// Removes what is left of changes, stale, or too much. How much was removed.
     ///
     /// # Errors
     /// When something could not be removed or looked at.
     async fn sweep(&self) -> Result<usize, SnapshotError>;
-}
-
-impl Snapshot {
-    /// Sees that it is byte for byte what was saved. Beside a launch it costs no time.
-    ///
-    /// # Errors
-    /// When it is not.
-    pub async fn check(&self) -> Result<(), SnapshotError> {
-        let (memory, saved) = (Arc::clone(&self.memory), self.saved.clone());
-        let hashed = tokio::task::spawn_blocking(move || record::check(&memory, &saved)).await;
-        hashed.unwrap_or_else(|error| {
-            Err(SnapshotError::Damaged { what: format!("it could not be hashed: {error}") })
-        })
-    }
 }
 
 #[cfg(test)]
