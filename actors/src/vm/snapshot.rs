@@ -28,7 +28,7 @@ use tokio::time::{Instant, timeout};
 
 use super::context::VmContext;
 use super::effects::{host, see_epoch};
-use super::machine::{ended_early, keep, never_ready, no_machine};
+use super::machine::{end_marked, ended_early, keep, never_ready, no_machine};
 use crate::points::around;
 
 /// The snapshot that a machine like this makes or needs.
@@ -131,6 +131,9 @@ pub(super) async fn restore(context: &VmContext, spec: &MachineSpec) -> Result<b
         Ok(machine) => machine,
         Err(error) => {
             boots(context, &host(&error));
+            // It should have left none; but two of one VM must not be, and nobody would find the first.
+            end_marked(context).await?;
+            see_epoch(context).await?;
             return Ok(false);
         }
     };
