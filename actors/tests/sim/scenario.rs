@@ -405,11 +405,10 @@ impl Game {
             }
             sleep(Duration::from_secs(1)).await;
         }
+        // Later its process has ended, and with it all that it held.
+        self.sim.check_no_snapshot(&node.process);
         if node.process.is_alive() && !node.shutdown().await && node.process.is_alive() {
             self.sim.trace.broken("a node did not shut down");
-        }
-        if node.process.is_alive() {
-            self.sim.check_no_snapshot(&node.process);
         }
         node.process.die();
     }

@@ -313,7 +313,7 @@ impl Sim {
     /// The process ends in order: nothing of a snapshot is its own any more.
     pub(crate) fn check_no_snapshot(&self, of: &Proc) {
         self.check_no_claim(of);
-        if self.snapshots.is_leased_by(&of.identity) {
+        if of.is_alive() && self.snapshots.is_leased_by(&of.identity) {
             self.trace.broken(format_args!("p{} has no VM, and a lease", of.pid));
         }
     }

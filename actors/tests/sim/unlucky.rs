@@ -35,6 +35,9 @@ pub(crate) async fn one_is_unlucky(sim: &Arc<Sim>) {
     sleep(UNDISTURBED).await;
     if victim.view.borrow().phase != Phase::Running {
         // Its id is that of somebody's link.
+        if victim.id != squatter().vm {
+            sim.trace.broken(format_args!("{} does not run without a fault", victim.id));
+        }
         return game.finish().await;
     }
     let spared: Vec<_> = node.vm_actors().iter().skip(1).map(ActorCell::get_id).collect();
