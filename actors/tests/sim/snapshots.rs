@@ -290,15 +290,15 @@ impl Sim {
     }
 
     /// A template of a process has settled, or was not created.
-    pub(crate) fn check_unexpected(&self, of: &Proc) {
+    pub(crate) fn check_unexpected(&self, of: &Proc, stuck: bool) {
         let mut laws = lock(&self.snapshot_laws);
         let expected = laws.expected.entry(of.pid).or_default();
         *expected -= 1;
         let others = *expected;
         let discards = laws.discards.get(&of.pid).copied().unwrap_or_default();
         drop(laws);
-        // One that is being removed by an effect that does not end is told in the view.
-        if others == 0 && discards == 0 {
+        // An effect that does not end is told in the view; in the end it has ended, see below.
+        if others == 0 && discards == 0 && !stuck {
             self.check_no_claim(of);
         }
     }
