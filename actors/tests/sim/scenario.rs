@@ -88,7 +88,7 @@ impl Game {
         // Whoever gets no answer does not know what there is.
         let Ok(handle) = answer.ok()? else {
             if is_template {
-                self.sim.check_unexpected(&node.process, false);
+                self.sim.check_unexpected(&node.process, true);
             }
             return None;
         };
@@ -122,10 +122,7 @@ impl Game {
                 self.sim.trace.count(format!("settled {}", view.phase));
                 self.sim.check_settled(handle.id, view.cleaned_up, ephemeral);
                 if is_template {
-                    // What it says is still running lets go when it ends.
-                    let stuck = view.cause.as_ref();
-                    let stuck = stuck.is_some_and(|cause| cause.message.contains("still running"));
-                    self.sim.check_unexpected(&node.process, stuck);
+                    self.sim.check_unexpected(&node.process, view.cleaned_up);
                 }
                 lock(&self.vms).insert(handle.id, (node.process.pid, true));
                 return;

@@ -290,15 +290,15 @@ impl Sim {
     }
 
     /// A template of a process has settled, or was not created.
-    pub(crate) fn check_unexpected(&self, of: &Proc, stuck: bool) {
+    pub(crate) fn check_unexpected(&self, of: &Proc, cleaned_up: bool) {
         let mut laws = lock(&self.snapshot_laws);
         let expected = laws.expected.entry(of.pid).or_default();
         *expected -= 1;
         let others = *expected;
         let discards = laws.discards.get(&of.pid).copied().unwrap_or_default();
         drop(laws);
-        // An effect that does not end is told in the view; in the end it has ended, see below.
-        if others == 0 && discards == 0 && !stuck {
+        // What could not be ended is told in the view; when its process ends it has ended, see below.
+        if others == 0 && discards == 0 && cleaned_up {
             self.check_no_claim(of);
         }
     }
