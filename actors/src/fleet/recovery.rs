@@ -133,7 +133,11 @@ impl FleetState {
         let context = self.registry.lock().get(&id).map(|entry| Arc::clone(&entry.context));
         let deps = self.deps.clone();
         tokio::spawn(async move {
-            let cause = compensate(&deps, &reconciler, context, id, lock, cause).await;
+            let compensated = compensate(&deps, &reconciler, context, id, lock, cause.clone());
+            // Whoever waits for the VM's end is told it, also where that panics.
+            let compensated = AssertUnwindSafe(compensated).catch_unwind().await;
+            let cause = compensated
+                .unwrap_or_else(|panic| panicked("cleaning up", &*panic).context(&cause));
             if myself.cast(FleetMsg::Compensated { id, cause }).is_err() {
                 tracing::error!(vm_id = %id, "the fleet was gone before a VM was given up");
             }

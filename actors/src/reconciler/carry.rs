@@ -176,7 +176,32 @@ impl<'a> Work<'a> {
         points::around(GC, step, self.act(action)).await
     }
 
+    /// Sees, just before something of the VM is removed, that nobody has taken it over since: a
+    /// cleaner that was overruled must not do what it was about to do. Writes carry the epoch.
+    async fn see_epoch(&self, action: &Action) -> Result<(), Failure> {
+        let touches = match action {
+            Action::RemoveTap
+            | Action::RemoveFirewall
+            | Action::RemoveSockets
+            | Action::RemoveDisk
+            | Action::RemoveDir => true,
+            Action::RecordCleaning
+            | Action::RecordCleaned
+            | Action::CloseMachine(_)
+            | Action::ReleaseSubnet
+            | Action::RemoveRow => false,
+        };
+        let Some(ours) = self.epoch.filter(|_| touches) else { return Ok(()) };
+        let current = self.deps.reader.owner_epoch(self.vm).await.map_err(|e| host(&e))?;
+        if current == Some(ours) {
+            return Ok(());
+        }
+        let text = format!("{} was taken over by another matchlock", self.vm);
+        Err(Failure::new(FailureKind::Fenced, text))
+    }
+
     async fn act(&mut self, action: &Action) -> Result<(), Failure> {
+        self.see_epoch(action).await?;
         let paths = self.deps.paths(self.vm);
         let rootfs = &self.deps.rootfs;
         match action {

@@ -183,6 +183,12 @@ pub(super) async fn close_machine(context: &VmContext) -> OpResult {
         machine.kill(limit).await.map_err(|e: HypervisorError| host(&e))?;
         return Ok(());
     }
+    end_marked(context).await
+}
+
+/// Ends every hypervisor that has the VM's mark.
+pub(super) async fn end_marked(context: &VmContext) -> OpResult {
+    let limit = context.deps.limits.kill;
     let processes = Arc::clone(&context.deps.processes);
     let mark = context.deps.mark(context.id);
     for process in processes.find_marked().map_err(|e| host(&e))? {

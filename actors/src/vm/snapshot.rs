@@ -6,7 +6,7 @@
 //!   restore:  find ─► launch from it ─┬─ hash it ─┬─► both well: resume, connect ─► true
 //!                                     └─ record ──┘      │
 //!             none, or anything wrong: kill what was launched ─► one line ─► false: boot
-//!             nothing wrong, and yet no answer: discard it, so that another is made
+//!             nothing wrong, and yet no answer: withdraw it, so that another is made
 //! ```
 //!
 //! # Invariants
@@ -25,13 +25,12 @@ use matchlock_host::snapshot::{Draft, POINTS, Snapshot, SnapshotError, Wanted};
 use matchlock_model::failure::{Failure, FailureKind, chain};
 use matchlock_model::record::Started;
 use matchlock_model::vm::{Effect, OpResult};
-use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::context::VmContext;
 use super::effects::{cancelled, host, see_epoch};
-use super::machine::{ended_early, keep, never_ready, no_machine, starved};
+use super::machine::{end_marked, ended_early, keep, never_ready, no_machine, starved};
 use crate::points::around;
 
 /// The snapshot that a machine like this makes or needs.
@@ -107,7 +106,7 @@ pub(super) async fn claim(context: &VmContext, spec: &MachineSpec, anew: bool) -
 async fn is_there(context: &VmContext, wanted: &Wanted) -> bool {
     let looked = async {
         match context.deps.snapshots.find(wanted).await? {
-            Some(snapshot) => snapshot.check().await.map(|()| true),
+            Some(snapshot) => context.deps.snapshots.check(&snapshot).await.map(|()| true),
             None => Ok(false),
         }
     };
@@ -121,8 +120,9 @@ async fn is_there(context: &VmContext, wanted: &Wanted) -> bool {
 /// Lets others make one: removes what of this one was not published.
 pub(super) async fn let_go(context: &VmContext) {
     let Some(draft) = context.take_draft() else { return };
-    if let Err(error) = spawn_blocking(move || drop(draft)).await {
-        tracing::warn!(vm_id = %context.id, %error, "half a snapshot is left; `matchlock gc` tries again");
+    if let Err(error) = context.deps.snapshots.discard(draft).await {
+        let error = chain(&error);
+        tracing::warn!(vm_id = %context.id, error, "half a snapshot is left; `matchlock gc` tries again");
     }
 }
 
@@ -146,13 +146,16 @@ pub(super) async fn restore(context: &VmContext, spec: &MachineSpec) -> Result<b
         Ok(machine) => machine,
         Err(error) => {
             boots(context, &host(&error));
+            // It should have left none; but two of one VM must not be, and nobody would find the first.
+            end_marked(context).await?;
+            see_epoch(context).await?;
             return Ok(false);
         }
     };
     keep(context, machine.clone(), Started::Restored, started).await?;
     let mut is_whole = false;
     let resumed = around(POINTS, "restore", async {
-        snapshot.check().await.map_err(|e| host(&e))?;
+        context.deps.snapshots.check(&snapshot).await.map_err(|e| host(&e))?;
         is_whole = true;
         resume(context, &*machine, started).await
     });
@@ -169,14 +172,14 @@ pub(super) async fn restore(context: &VmContext, spec: &MachineSpec) -> Result<b
     // That took a while, and another machine is about to be launched.
     see_epoch(context).await?;
     if is_whole && starved.is_empty() {
-        discard(context, snapshot).await;
+        withdraw(context, snapshot).await;
     }
     Ok(false)
 }
 
 /// Removes a snapshot that was saved well, and yet nothing goes on from it: the next VM would try again.
-async fn discard(context: &VmContext, snapshot: Snapshot) {
-    if let Err(error) = context.deps.snapshots.discard(snapshot).await {
+async fn withdraw(context: &VmContext, snapshot: Snapshot) {
+    if let Err(error) = context.deps.snapshots.withdraw(snapshot).await {
         let error = chain(&error);
         tracing::warn!(vm_id = %context.id, error, "a snapshot of no use is left");
     }

@@ -45,6 +45,17 @@ pub(crate) enum Act {
     Read,
     Write,
     OpenStore,
+    Fingerprint,
+    FindSnapshot,
+    CheckSnapshot,
+    BeginSnapshot,
+    Hold,
+    Save,
+    Publish,
+    Withdraw,
+    Discard,
+    Resume,
+    Sweep,
 }
 
 /// What kind of operation, as far as faults and laws go by it.
@@ -63,7 +74,7 @@ pub(crate) enum Kind {
 }
 
 impl Act {
-    pub(crate) const ALL: [Self; 36] = [
+    pub(crate) const ALL: [Self; 47] = [
         Self::CreateDir,
         Self::ServeOwner,
         Self::CreateDisk,
@@ -100,6 +111,17 @@ impl Act {
         Self::Read,
         Self::Write,
         Self::OpenStore,
+        Self::Fingerprint,
+        Self::FindSnapshot,
+        Self::CheckSnapshot,
+        Self::BeginSnapshot,
+        Self::Hold,
+        Self::Save,
+        Self::Publish,
+        Self::Withdraw,
+        Self::Discard,
+        Self::Resume,
+        Self::Sweep,
     ];
 
     pub(crate) const fn kind(self) -> Kind {
@@ -109,15 +131,24 @@ impl Act {
             | Self::CreateDisk
             | Self::CreateTap
             | Self::ApplyFirewall
-            | Self::Launch => Kind::Build,
+            | Self::Launch
+            | Self::Publish => Kind::Build,
             Self::Kill
             | Self::RemoveTap
             | Self::ReleaseFirewall
             | Self::RemoveFirewall
             | Self::RemoveSockets
             | Self::RemoveDisk
-            | Self::RemoveDir => Kind::Undo,
-            Self::Connect | Self::Configure | Self::Shutdown => Kind::Wait,
+            | Self::RemoveDir
+            | Self::Withdraw
+            | Self::Discard => Kind::Undo,
+            Self::Connect
+            | Self::Configure
+            | Self::Shutdown
+            | Self::BeginSnapshot
+            | Self::Hold
+            | Self::Save
+            | Self::Resume => Kind::Wait,
             Self::HostSubnets
             | Self::NetworkLock
             | Self::Obstacles
@@ -126,7 +157,11 @@ impl Act {
             | Self::ObserveFirewall
             | Self::ListFirewall
             | Self::Read
-            | Self::Write => Kind::Look,
+            | Self::Write
+            | Self::Fingerprint
+            | Self::FindSnapshot
+            | Self::CheckSnapshot
+            | Self::Sweep => Kind::Look,
             Self::ListDirs
             | Self::ObserveFiles
             | Self::FindMarked
@@ -240,8 +275,15 @@ impl Plan {
                 Fault::LateReply(_) => kind != Kind::Now && act != Act::Kill,
                 Fault::Twice => {
                     // The others take something that there is only once.
-                    let once =
-                        [Act::CreateTap, Act::ApplyFirewall, Act::Launch, Act::ReleaseFirewall];
+                    let once = [
+                        Act::CreateTap,
+                        Act::ApplyFirewall,
+                        Act::Launch,
+                        Act::ReleaseFirewall,
+                        Act::Publish,
+                        Act::Withdraw,
+                        Act::Discard,
+                    ];
                     matches!(kind, Kind::Build | Kind::Undo) && !once.contains(&act)
                 }
                 // What takes down, or looks for others, has no deadline: it must end by itself.

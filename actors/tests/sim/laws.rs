@@ -7,12 +7,13 @@ use futures::FutureExt as _;
 use matchlock_host::firewall::filter_table;
 use matchlock_host::process::Processes as _;
 use matchlock_host::tap::{Taps as _, tap_name};
-use matchlock_model::id::{InstallId, Mark, VmId};
+use matchlock_model::id::VmId;
 use matchlock_model::phase::Phase;
 use matchlock_model::record::LifecycleRecord;
 use matchlock_store::WriteOp;
 
 use super::faults::{Act, Kind};
+use super::strangers::squatter;
 use super::world::{Sim, Tenure, lock};
 
 /// What the laws need to remember.
@@ -33,6 +34,8 @@ pub(crate) struct Laws {
     takers: BTreeSet<(i32, VmId)>,
     /// Owners whose VM was taken over while they held its lock.
     overruled: BTreeMap<VmId, Overruled>,
+    /// Who has ended a hypervisor of which VM, and not looked at its epoch since.
+    unseen: BTreeSet<(i32, VmId)>,
 }
 
 /// An owner whose VM was taken over.
@@ -82,9 +85,13 @@ impl Laws {
         let other = self
             .in_flight
             .values()
-            .find(|(_, other, _)| *other == vm)
+            // Showing a snapshot touches nothing of the VM: it goes on when the VM is given up.
+            .find(|(_, other, act)| *other == vm && *act != Act::Publish)
             .map(|(pid, _, act)| format!("{act:?} of p{pid}"));
         self.in_flight.insert(id, (pid, vm, act));
+        if act == Act::Kill {
+            self.unseen.insert((pid, vm));
+        }
         if act == Act::CreateTap {
             self.with_tap.insert(vm);
         }
@@ -106,42 +113,7 @@ impl Laws {
     }
 }
 
-/// A VM of another installation, with everything of it on this host.
-fn stranger() -> Mark {
-    Mark { install: InstallId::from_bytes([9; 8]), vm: VmId::new(7) }
-}
-
-/// Of another installation, with the name of a TAP that may be ours.
-pub(crate) fn squatter() -> Mark {
-    Mark { install: InstallId::from_bytes([9; 8]), vm: VmId::new(3) }
-}
-
 impl Sim {
-    /// Others live on this host too.
-    pub(crate) fn settle_strangers(&self) {
-        let (mark, squatter) = (stranger(), squatter());
-        self.processes.add(Some(mark.clone()), None);
-        self.taps.add_link("fc-99999999", Some(&mark.to_string()), &[gateway(100)]);
-        self.taps.add_link(&tap_name(squatter.vm), Some(&squatter.to_string()), &[]);
-        self.firewall.add_table("inet strangers", Some(&mark.to_string()));
-        let table = format!("inet {}", filter_table(&tap_name(squatter.vm)));
-        self.firewall.add_table(&table, Some(&squatter.to_string()));
-    }
-
-    /// Nobody has touched them.
-    pub(crate) fn check_strangers(&self) {
-        let there = self.processes.find_marked().unwrap();
-        let process = there.iter().any(|process| process.mark == stranger());
-        let (taps, tables) = (self.taps.existing(), self.firewall.existing());
-        let squatted = tap_name(squatter().vm);
-        let taps = ["fc-99999999".to_owned(), squatted.clone()].iter().all(|t| taps.contains(t));
-        let table = format!("inet {}", filter_table(&squatted));
-        let tables = ["inet strangers".to_owned(), table].iter().all(|t| tables.contains(t));
-        if !(process && taps && tables) {
-            self.trace.broken("law 8: something of another installation was touched");
-        }
-    }
-
     pub(crate) fn has_hypervisor(&self, vm: VmId) -> bool {
         let mark = self.mark(vm);
         self.processes.find_marked().unwrap().iter().any(|process| process.mark == mark)
@@ -211,6 +183,9 @@ impl Sim {
         if !matches!(act.kind(), Kind::Build | Kind::Undo) {
             return;
         }
+        if act == Act::Launch {
+            self.check_launch(pid, vm);
+        }
         if self.is_of_overruled(pid, act, vm) {
             return;
         }
@@ -241,6 +216,7 @@ impl Sim {
             WriteOp::InsertVm { record } => {
                 laws.owners.insert(record.id, pid);
                 laws.overruled.remove(&record.id);
+                self.forget_template(record.id);
             }
             WriteOp::RaiseEpoch { vm, .. } => {
                 laws.owners.insert(*vm, pid);
@@ -258,6 +234,7 @@ impl Sim {
 
     /// A process reads the epoch of a VM.
     pub(crate) fn note_look(&self, pid: i32, vm: VmId) {
+        lock(&self.laws).unseen.remove(&(pid, vm));
         if let Some(overruled) = lock(&self.laws).overruled.get_mut(&vm)
             && overruled.pid == pid
         {
@@ -307,6 +284,17 @@ impl Sim {
         true
     }
 
+    /// Of one VM there is one hypervisor; and whoever has ended one has seen since that the VM is still
+    /// its own before it launches another.
+    fn check_launch(&self, pid: i32, vm: VmId) {
+        if self.has_hypervisor(vm) {
+            self.broken(pid, Act::Launch, vm, "another hypervisor of it lives");
+        }
+        if lock(&self.laws).unseen.contains(&(pid, vm)) {
+            self.broken(pid, Act::Launch, vm, "law 4: it has not looked since it ended the other");
+        }
+    }
+
     /// Law 1: the row that names a resource is there before the resource, and it is ours.
     fn check_build(&self, pid: i32, act: Act, vm: VmId) {
         let rows = lock(&self.rows);
@@ -318,7 +306,10 @@ impl Sim {
         if row.owner.as_ref().map(|owner| owner.pid) != Some(pid) {
             self.broken(pid, act, vm, "law 4: the row has another owner");
         }
-        let phase = if act == Act::Launch { Phase::Starting } else { Phase::Creating };
+        let phase = match act {
+            Act::Launch | Act::Publish => Phase::Starting,
+            _ => Phase::Creating,
+        };
         if head.phase != phase {
             let text = format!("law 1: the recorded phase is {}", head.phase);
             self.broken(pid, act, vm, &text);
@@ -395,6 +386,7 @@ impl Sim {
                     wrong(*vm, &format!("cleaned, but there is {remains:?}, subnet {subnet}"));
                 }
             }
+            WriteOp::SetPhase { vm, phase: Phase::Running, .. } => self.check_runs(*vm),
             WriteOp::RemoveVm { vm, .. } if self.is_theirs(pid, op) => {
                 let remains = self.remains(*vm);
                 if self.has_dir(*vm) || !remains.is_empty() {
@@ -480,10 +472,6 @@ impl Sim {
             }
         }
     }
-}
-
-fn gateway(octet: u8) -> (Ipv4Addr, u8) {
-    (Ipv4Addr::new(192, 168, octet, 1), 24)
 }
 
 /// Whether the row names what is to be made.

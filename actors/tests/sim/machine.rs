@@ -11,6 +11,7 @@ use futures::future::BoxFuture;
 use matchlock_host::guest_link::{ExecSession, GuestLink, LinkConnector, LinkError};
 use matchlock_host::hypervisor::{
     ExitReason, FakeMachine, Hypervisor, HypervisorError, Machine, MachineExit, MachineSpec, Saved,
+    Start,
 };
 use matchlock_host::rootfs::VmPaths;
 use matchlock_model::exec::ExecSpec;
@@ -45,7 +46,15 @@ impl Hypervisor for Host {
     }
 
     async fn fingerprint(&self, spec: &MachineSpec) -> Result<String, HypervisorError> {
-        self.0.sim.hypervisor.fingerprint(spec).await
+        let work = || -> BoxFuture<'_, _> {
+            async {
+                let version = lock(&self.0.sim.snapshot_laws).version;
+                let of = self.0.sim.hypervisor.fingerprint(spec).await?;
+                Ok(format!("{of} v{version}"))
+            }
+            .boxed()
+        };
+        self.0.act(Act::Fingerprint, Some(spec.mark.vm), work, control).await
     }
 
     async fn launch(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>, HypervisorError> {
@@ -57,13 +66,45 @@ impl Hypervisor for Host {
 impl Host {
     async fn start(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>, HypervisorError> {
         let (sim, vm) = (&self.0.sim, spec.mark.vm);
+        sim.check_start(&self.0, vm, &spec.start);
         let launched = sim.hypervisor.launch(spec).await?;
         let machine = sim.hypervisor.machine(vm).expect("it was just launched");
         assert_eq!(machine.identity(), launched.identity());
         sockets(sim, &spec.paths);
         let (pid, inner) = (self.0.pid, Arc::clone(&machine));
-        lock(&sim.machines).push(Launched { vm, pid, machine, links: Vec::new() });
+        lock(&sim.machines).push(Launched {
+            vm,
+            pid,
+            machine,
+            guest: Guest::of(&spec.start),
+            links: Vec::new(),
+        });
         Ok(Arc::new(SimMachine { host: self.clone(), vm, inner }))
+    }
+}
+
+/// How far a guest has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Guest {
+    /// It boots, and goes on by itself.
+    Free,
+    /// It boots to be saved.
+    ToBeHeld,
+    /// It waits to be saved.
+    Held,
+    /// It was saved.
+    Saved,
+    /// It was restored, and waits until it may go on.
+    Restored,
+}
+
+impl Guest {
+    const fn of(start: &Start) -> Self {
+        match start {
+            Start::Boot => Self::Free,
+            Start::Hold => Self::ToBeHeld,
+            Start::Restore(_) => Self::Restored,
+        }
     }
 }
 
@@ -102,7 +143,24 @@ impl Machine for SimMachine {
     }
 
     async fn save(&self, to: File) -> Result<Saved, HypervisorError> {
-        self.inner.save(to).await
+        let (sim, identity) = (&self.host.0.sim, self.inner.identity());
+        let to = &to;
+        let work = || -> BoxFuture<'_, _> {
+            async move {
+                let guest = sim.guest(&self.inner.identity());
+                sim.note_save(self.vm, self.host.0.pid, guest, to);
+                let takes = sim.rng().up_to(Duration::from_secs(2));
+                sleep(takes).await;
+                self.host.0.gate().await;
+                let file = to.try_clone().map_err(control)?;
+                let saved = self.inner.save(file).await?;
+                sim.note_saved(to);
+                sim.set_guest(&self.inner.identity(), Guest::Saved);
+                Ok(saved)
+            }
+            .boxed()
+        };
+        self.host.0.act(Act::Save, sim.vm_of(&identity), work, control).await
     }
 
     fn console_tail(&self, max_lines: usize) -> Result<Vec<String>, HypervisorError> {
@@ -170,14 +228,61 @@ impl LinkConnector for Host {
             .unwrap_or_else(|_| Err(LinkError::Timeout { what: "the handshake", waited: deadline }))
     }
 
-    async fn held(&self, _machine: &dyn Machine, _deadline: Duration) -> Result<(), LinkError> {
-        self.0.gate().await;
-        Ok(())
+    async fn held(&self, machine: &dyn Machine, deadline: Duration) -> Result<(), LinkError> {
+        let (sim, identity) = (&self.0.sim, machine.identity());
+        let work = || -> BoxFuture<'_, _> {
+            async {
+                let boot = sim.rng().up_to(Duration::from_secs(4));
+                sleep(boot.min(deadline)).await;
+                self.0.gate().await;
+                sim.hold(&identity)
+            }
+            .boxed()
+        };
+        let asked = self.0.act(Act::Hold, sim.vm_of(&identity), work, lost);
+        tokio::time::timeout(deadline, asked)
+            .await
+            .unwrap_or(Err(LinkError::Timeout { what: "the guest", waited: deadline }))
     }
 
-    async fn resume(&self, _machine: &dyn Machine, _deadline: Duration) -> Result<(), LinkError> {
-        self.0.gate().await;
-        Ok(())
+    async fn resume(&self, machine: &dyn Machine, deadline: Duration) -> Result<(), LinkError> {
+        let (sim, identity) = (&self.0.sim, machine.identity());
+        let work = || -> BoxFuture<'_, _> {
+            async {
+                let takes = sim.rng().up_to(Duration::from_millis(200));
+                sleep(takes).await;
+                self.0.gate().await;
+                self.go_on(&identity).await
+            }
+            .boxed()
+        };
+        let asked = self.0.act(Act::Resume, sim.vm_of(&identity), work, lost);
+        let resumed = tokio::time::timeout(deadline, asked)
+            .await
+            .unwrap_or(Err(LinkError::Timeout { what: "the guest", waited: deadline }));
+        sim.trace.count(if resumed.is_ok() { "restored" } else { "not restored" });
+        resumed
+    }
+}
+
+impl Host {
+    /// Lets a guest that was restored go on; some hang, and some die.
+    async fn go_on(&self, identity: &ProcessIdentity) -> Result<(), LinkError> {
+        let sim = &self.0.sim;
+        let vm = sim.living(identity)?;
+        sim.check_goes_on(vm, &sim.start_of(identity));
+        let fate = if lock(&sim.plan).on { sim.rng().below(20) } else { 20 };
+        match fate {
+            0 => std::future::pending().await,
+            1 => {
+                sim.end(identity);
+                Err(LinkError::Lost { cause: "the machine has ended".into() })
+            }
+            _ => {
+                sim.set_guest(identity, Guest::Free);
+                Ok(())
+            }
+        }
     }
 }
 
@@ -185,6 +290,41 @@ impl Sim {
     fn vm_of(&self, identity: &ProcessIdentity) -> Option<VmId> {
         let machines = lock(&self.machines);
         machines.iter().find(|l| l.machine.identity() == *identity).map(|l| l.vm)
+    }
+
+    /// The VM of a machine that lives.
+    fn living(&self, identity: &ProcessIdentity) -> Result<VmId, LinkError> {
+        use matchlock_host::process::Processes as _;
+        let vm = self.vm_of(identity).filter(|_| self.processes.is_alive(identity).unwrap());
+        vm.ok_or_else(|| LinkError::Lost { cause: "the machine has ended".into() })
+    }
+
+    fn with_launched<T>(&self, of: &ProcessIdentity, work: impl FnOnce(&mut Launched) -> T) -> T {
+        let mut machines = lock(&self.machines);
+        let launched = machines.iter_mut().find(|l| l.machine.identity() == *of);
+        work(launched.expect("it was launched"))
+    }
+
+    fn guest(&self, of: &ProcessIdentity) -> Guest {
+        self.with_launched(of, |launched| launched.guest)
+    }
+
+    fn set_guest(&self, of: &ProcessIdentity, guest: Guest) {
+        self.with_launched(of, |launched| launched.guest = guest);
+    }
+
+    fn start_of(&self, machine: &ProcessIdentity) -> Start {
+        self.with_launched(machine, |launched| launched.machine.spec().start.clone())
+    }
+
+    /// A guest has come to where it waits to be saved.
+    fn hold(&self, identity: &ProcessIdentity) -> Result<(), LinkError> {
+        let vm = self.living(identity)?;
+        match self.guest(identity) {
+            Guest::ToBeHeld | Guest::Held => self.set_guest(identity, Guest::Held),
+            other => self.trace.broken(format_args!("{vm} is held, and is {other:?}")),
+        }
+        Ok(())
     }
 
     /// A session with a machine that still lives.
@@ -195,6 +335,10 @@ impl Sim {
         let launched = machines.iter_mut().find(|l| l.machine.identity() == *identity);
         match launched {
             Some(launched) if alive => {
+                if launched.guest != Guest::Free {
+                    let text = format!("{} gets a link, and is {:?}", launched.vm, launched.guest);
+                    self.trace.broken(text);
+                }
                 let link = Arc::new(LinkState::default());
                 launched.links.push(Arc::clone(&link));
                 Ok(link)

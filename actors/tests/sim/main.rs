@@ -15,8 +15,11 @@ mod machine;
 mod node;
 mod rng;
 mod scenario;
+mod snapshots;
 mod store;
+mod strangers;
 mod trace;
+mod unlucky;
 mod world;
 
 use std::collections::BTreeMap;
@@ -34,6 +37,18 @@ const LONGEST: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// How many seeds run when nobody says.
 const SEEDS: u64 = 200;
+
+/// What must have happened in so many seeds, or the laws about it say nothing.
+const MUST_HAPPEN: [&str; 8] = [
+    "restored",
+    "saved",
+    "not restored",
+    "damaged is found",
+    "died in a publication",
+    "half a snapshot is left",
+    "half a snapshot is swept",
+    "take-over",
+];
 
 /// How many failing seeds of each thread are enough.
 const MOST_FAILURES: usize = 10;
@@ -62,7 +77,7 @@ fn run(seed: u64, replayed: bool) -> Summary {
             let sim = Sim::new(seed, replayed);
             let scenario = async {
                 if seed % 8 == 7 {
-                    scenario::one_is_unlucky(&sim).await;
+                    unlucky::one_is_unlucky(&sim).await;
                 } else {
                     scenario::anything(&sim).await;
                 }
@@ -143,6 +158,10 @@ fn seeds() {
         let all = failures.iter().map(|(seed, _, law)| format!("{seed}: {law}"));
         let all: Vec<_> = all.collect();
         panic!("{}\nfailing seeds (the trace is that of {seed}):\n{}", first, all.join("\n"));
+    }
+    if seeds.end.saturating_sub(seeds.start) >= SEEDS {
+        let never: Vec<_> = MUST_HAPPEN.iter().filter(|what| !tally.contains_key(**what)).collect();
+        assert!(never.is_empty(), "never happened: {never:?}");
     }
 }
 

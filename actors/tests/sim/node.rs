@@ -16,7 +16,7 @@ use matchlock_actors::subnet_allocator::SubnetHandle;
 use matchlock_actors::vm::{CreateVm, StartMode};
 use matchlock_host::image::{ImageDirs, ImportLimits};
 use matchlock_host::registry::RegistrySettings;
-use matchlock_host::snapshot::FakeSnapshots;
+use matchlock_host::snapshot::Snapshots as _;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::id::VmId;
 use matchlock_model::image::ImageConfig;
@@ -78,7 +78,7 @@ fn deps(host: &Host, services: &Services) -> Deps {
         vms_dir: Sim::vms_dir(),
         hypervisor: host.clone(),
         connector: host.clone(),
-        snapshots: Arc::new(FakeSnapshots::default()),
+        snapshots: host.clone(),
         rootfs: host.clone(),
         taps: host.clone(),
         firewall: host.clone(),
@@ -120,6 +120,7 @@ impl Node {
             process.die();
             return None;
         };
+        process.set_root(root.get_cell());
         // A node whose root has ended exits.
         let of = Arc::clone(&process);
         tokio::spawn(async move {
@@ -133,6 +134,7 @@ impl Node {
     pub(crate) async fn create(
         &self,
         ephemeral: bool,
+        start: StartMode,
     ) -> Result<Result<VmHandle, Failure>, CallError> {
         let create = Box::new(CreateVm {
             spec: spec(ephemeral),
@@ -142,7 +144,7 @@ impl Node {
             guest_lease: None,
             kernel: "/fake/kernel".into(),
             initramfs: "/fake/initramfs".into(),
-            start: StartMode::Warm,
+            start,
         });
         let message = |reply| FleetMsg::CreateVm { create, reply };
         self.services.fleet.call(message, ANSWER).await
@@ -187,6 +189,13 @@ impl Node {
         sorted(self.children().iter().flat_map(ActorCell::get_children).collect())
     }
 
+    /// Removes what nobody can use of snapshots, as `gc` does; whether it could.
+    pub(crate) async fn sweep(&self) -> bool {
+        let swept = Host(Arc::clone(&self.process)).sweep().await;
+        self.process.note(format_args!("swept {:?}", swept.as_ref().ok()));
+        swept.is_ok()
+    }
+
     /// Ends the services in order; whether they did.
     pub(crate) async fn shutdown(&self) -> bool {
         let message = |reply| RootMsg::Shutdown { reply };
@@ -198,7 +207,6 @@ impl Node {
     /// SIGKILL.
     pub(crate) fn crash(&self) {
         self.process.die();
-        self.root.kill();
     }
 }
 

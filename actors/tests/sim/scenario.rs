@@ -7,14 +7,13 @@ use std::time::Duration;
 use matchlock_actors::fleet::VmHandle;
 use matchlock_actors::handle::CallError;
 use matchlock_actors::reconciler::{Outcome, Target, VmReport};
+use matchlock_actors::vm::StartMode;
 use matchlock_model::id::VmId;
 use matchlock_model::phase::Phase;
 use matchlock_model::reconcile::Goal;
 use matchlock_model::vm::StopMode;
-use ractor::ActorCell;
 use tokio::time::{Instant, sleep};
 
-use super::laws::squatter;
 use super::node::{IDS, Node};
 use super::world::{Sim, lock};
 
@@ -41,7 +40,7 @@ impl Game {
         Self { sim: Arc::clone(sim), nodes: Arc::default(), vms: Arc::default() }
     }
 
-    fn below(&self, bound: u64) -> u64 {
+    pub(crate) fn below(&self, bound: u64) -> u64 {
         self.sim.rng().below(bound)
     }
 
@@ -61,7 +60,7 @@ impl Game {
     }
 
     /// A call was not answered in time, by a node that lives.
-    fn check_answered<T>(&self, node: &Node, what: &str, answer: &Result<T, CallError>) {
+    pub(crate) fn check_answered<T>(&self, node: &Node, what: &str, answer: &Result<T, CallError>) {
         let how = match answer {
             Ok(_) => "answered",
             Err(CallError::Timeout { .. }) => "timed out",
@@ -74,18 +73,35 @@ impl Game {
         }
     }
 
-    pub(crate) async fn create(self, node: Arc<Node>, ephemeral: bool) -> Option<VmHandle> {
-        let answer = node.create(ephemeral).await;
+    pub(crate) async fn create(
+        self,
+        node: Arc<Node>,
+        ephemeral: bool,
+        start: StartMode,
+    ) -> Option<VmHandle> {
+        let is_template = is_template(start);
+        if is_template {
+            self.sim.expect_template(node.process.pid);
+        }
+        let answer = node.create(ephemeral, start).await;
         self.check_answered(&node, "create", &answer);
-        let handle = answer.ok()?.ok()?;
-        node.process.note(format_args!("created {} ephemeral {ephemeral}", handle.id));
+        // Whoever gets no answer does not know what there is.
+        let Ok(handle) = answer.ok()? else {
+            if is_template {
+                self.sim.check_unexpected(&node.process, true);
+            }
+            return None;
+        };
+        node.process.note(format_args!("created {} ephemeral {ephemeral} {start:?}", handle.id));
         lock(&self.vms).insert(handle.id, (node.process.pid, false));
-        tokio::spawn(self.watch(node, handle.clone(), ephemeral));
+        let kind = (ephemeral, is_template);
+        tokio::spawn(self.watch(node, handle.clone(), kind));
         Some(handle)
     }
 
     /// Follows a VM until its last view.
-    async fn watch(self, node: Arc<Node>, mut handle: VmHandle, ephemeral: bool) {
+    async fn watch(self, node: Arc<Node>, mut handle: VmHandle, kind: (bool, bool)) {
+        let (ephemeral, is_template) = kind;
         loop {
             let view = handle.view.borrow_and_update().clone();
             node.process.note(format_args!(
@@ -99,9 +115,15 @@ impl Game {
             if !node.process.is_alive() {
                 return;
             }
+            if is_template && view.phase == Phase::Running {
+                self.sim.trace.broken(format_args!("{} is a template, and runs", handle.id));
+            }
             if view.settled {
                 self.sim.trace.count(format!("settled {}", view.phase));
                 self.sim.check_settled(handle.id, view.cleaned_up, ephemeral);
+                if is_template {
+                    self.sim.check_unexpected(&node.process, view.cleaned_up);
+                }
                 lock(&self.vms).insert(handle.id, (node.process.pid, true));
                 return;
             }
@@ -116,7 +138,7 @@ impl Game {
     }
 
     /// Stops a VM, and sees that it settles.
-    async fn stop(self, node: Arc<Node>, vm: VmId, mode: StopMode) {
+    pub(crate) async fn stop(self, node: Arc<Node>, vm: VmId, mode: StopMode) {
         let answer = node.stop(vm, mode).await;
         self.check_answered(&node, "stop", &answer);
         if let Ok(Ok(_)) = answer {
@@ -161,7 +183,15 @@ impl Game {
         Some(reports)
     }
 
-    fn mode(&self) -> StopMode {
+    fn start(&self) -> StartMode {
+        match self.below(10) {
+            0..=2 => StartMode::Template { anew: self.below(3) == 0 },
+            3 => StartMode::Cold,
+            _ => StartMode::Warm,
+        }
+    }
+
+    pub(crate) fn mode(&self) -> StopMode {
         if self.below(2) == 0 {
             return StopMode::Force;
         }
@@ -175,12 +205,13 @@ impl Game {
             drop(self.boot().await);
             return;
         };
-        let action = self.below(100);
+        let action = self.below(103);
         self.sim.trace.note(format_args!("action {action} at p{}", node.process.pid));
         match action {
             0..=29 => {
                 let ephemeral = self.below(3) > 0;
-                tokio::spawn(self.clone().create(node, ephemeral));
+                let start = self.start();
+                tokio::spawn(self.clone().create(node, ephemeral, start));
             }
             30..=44 => {
                 let Some(vm) = self.any_vm() else { return };
@@ -219,6 +250,10 @@ impl Game {
                 self.take_over(&node).await;
             }
             97..=98 => self.take_over(&node).await,
+            99..=101 => {
+                let what = self.below(4);
+                self.sim.disturb_snapshots(what);
+            }
             _ => sleep(Duration::from_secs(60)).await,
         }
     }
@@ -270,7 +305,14 @@ impl Game {
             Some(vm) if self.below(2) == 0 => Target::One(vm),
             _ => Target::All,
         };
-        tokio::spawn(self.clone().reconcile(node, target, goal));
+        let game = self.clone();
+        tokio::spawn(async move {
+            let of_all = matches!(target, Target::All);
+            game.reconcile(Arc::clone(&node), target, goal).await;
+            if of_all {
+                node.sweep().await;
+            }
+        });
     }
 
     fn kill_actor(&self, node: &Node) {
@@ -308,6 +350,9 @@ impl Game {
             return self.sim.trace.broken("a node could not boot without a fault");
         };
         self.clean(&last, Goal::Clean).await;
+        if !last.sweep().await || self.sim.snapshots.is_half_made() {
+            self.sim.trace.broken("half a snapshot is left, and nobody makes one");
+        }
         for vm in (1..=IDS).map(VmId::new) {
             let (row, remains) = (lock(&self.sim.rows).vm(vm).unwrap(), self.sim.remains(vm));
             let dirty = row.is_some_and(|row| row.phase != Phase::Cleaned || row.holds_subnet);
@@ -360,11 +405,17 @@ impl Game {
             }
             sleep(Duration::from_secs(1)).await;
         }
+        // Later its process has ended, and with it all that it held.
+        self.sim.check_no_snapshot(&node.process);
         if node.process.is_alive() && !node.shutdown().await && node.process.is_alive() {
             self.sim.trace.broken("a node did not shut down");
         }
         node.process.die();
     }
+}
+
+const fn is_template(start: StartMode) -> bool {
+    matches!(start, StartMode::Template { .. })
 }
 
 fn brief(outcome: &Outcome) -> String {
@@ -391,73 +442,4 @@ pub(crate) async fn anything(sim: &Arc<Sim>) {
         }
     }
     game.finish().await;
-}
-
-/// One VM has all the bad luck: the others notice nothing.
-pub(crate) async fn one_is_unlucky(sim: &Arc<Sim>) {
-    let game = Game::new(sim);
-    lock(&sim.plan).on = false;
-    let node = game.boot().await.expect("without a fault");
-    let victim = game.clone().create(Arc::clone(&node), false).await.expect("without a fault");
-    let mut lucky = Vec::new();
-    for _ in 0..=game.below(3) {
-        lucky.extend(game.clone().create(Arc::clone(&node), true).await);
-    }
-    sleep(UNDISTURBED).await;
-    if victim.view.borrow().phase != Phase::Running {
-        // Its id is that of somebody's link.
-        return game.finish().await;
-    }
-    let spared: Vec<_> = node.vm_actors().iter().skip(1).map(ActorCell::get_id).collect();
-    {
-        let mut plan = lock(&sim.plan);
-        plan.target = Some(victim.id);
-        plan.on = true;
-    }
-    let mut late = None;
-    for round in 0..8 {
-        let what = game.below(40);
-        sim.disturb_guest(victim.id, what);
-        if game.below(3) == 0 {
-            tokio::spawn(game.clone().stop(Arc::clone(&node), victim.id, game.mode()));
-        }
-        // Its actor is killed, life after life.
-        let of_victim =
-            node.vm_actors().into_iter().filter(|cell| !spared.contains(&cell.get_id()));
-        if round != 7 {
-            of_victim.for_each(|cell| cell.kill());
-        }
-        if round == 7 {
-            late = game.clone().create(Arc::clone(&node), true).await;
-        }
-        let pause = sim.rng().up_to(Duration::from_secs(3));
-        sleep(pause).await;
-    }
-    sleep(UNDISTURBED).await;
-    for vm in lucky.into_iter().chain(late) {
-        game.check_lucky(&node, vm).await;
-    }
-    game.finish().await;
-}
-
-impl Game {
-    /// A VM that nothing was done to runs, until it is told to stop; and then leaves nothing.
-    async fn check_lucky(&self, node: &Arc<Node>, vm: VmHandle) {
-        if vm.id == squatter().vm {
-            return;
-        }
-        let view = vm.view.borrow().clone();
-        let link = node.link(vm.id).await;
-        if view.phase != Phase::Running || !matches!(link, Ok(Ok(()))) {
-            let text = format!("{} was disturbed by another VM: {view:?} {link:?}", vm.id);
-            self.sim.trace.broken(text);
-        }
-        self.check_answered(node, "stop", &node.stop(vm.id, StopMode::Force).await);
-        // Not awaited: two who wait for one view wake in random order.
-        sleep(UNDISTURBED).await;
-        let view = vm.view.borrow().clone();
-        if !(view.settled && view.cleaned_up && view.cause.is_none()) {
-            self.sim.trace.broken(format_args!("{} did not end as it should: {view:?}", vm.id));
-        }
-    }
 }

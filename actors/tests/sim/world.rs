@@ -20,19 +20,22 @@ use matchlock_host::firewall::FakeFirewall;
 use matchlock_host::hypervisor::{FakeHypervisor, FakeMachine, Machine as _};
 use matchlock_host::process::{FakeProcesses, Processes as _};
 use matchlock_host::rootfs::{FakeRootfs, VmPaths};
+use matchlock_host::snapshot::FakeSnapshots;
 use matchlock_host::tap::FakeTaps;
 use matchlock_host::tap::tap_name;
 use matchlock_model::id::{InstallId, Mark, VmId};
 use matchlock_model::identity::ProcessIdentity;
 use matchlock_store::{ReadConn, open_state};
+use ractor::ActorCell;
 use tempfile::TempDir;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 
 use super::faults::{Act, Fault, Kind, Plan};
 use super::laws::Laws;
-use super::machine::LinkState;
+use super::machine::{Guest, LinkState};
 use super::rng::Rng;
+use super::snapshots::SnapshotLaws;
 use super::trace::Trace;
 
 /// What an injected panic says; the hook in `main` keeps it quiet.
@@ -68,6 +71,7 @@ pub(crate) struct Launched {
     pub(crate) vm: VmId,
     pub(crate) pid: i32,
     pub(crate) machine: Arc<FakeMachine>,
+    pub(crate) guest: Guest,
     pub(crate) links: Vec<Arc<LinkState>>,
 }
 
@@ -90,6 +94,8 @@ pub(crate) struct Sim {
     pub(crate) rootfs: FakeRootfs,
     pub(crate) taps: FakeTaps,
     pub(crate) firewall: FakeFirewall,
+    pub(crate) snapshots: FakeSnapshots,
+    pub(crate) snapshot_laws: Mutex<SnapshotLaws>,
     /// A kernel without dead-man's switches: TAPs stay until they are removed.
     pub(crate) persistent_taps: bool,
     pub(crate) locks: Mutex<BTreeMap<VmId, Tenure>>,
@@ -126,6 +132,8 @@ impl Sim {
             rootfs: FakeRootfs::new(),
             taps: FakeTaps::new(),
             firewall,
+            snapshots: FakeSnapshots::default(),
+            snapshot_laws: Mutex::default(),
             persistent_taps,
             locks: Mutex::default(),
             cleaners: Mutex::default(),
@@ -205,6 +213,8 @@ pub(crate) struct Proc {
     thawed: Notify,
     /// The TAPs that it made.
     pub(crate) taps: Mutex<Vec<String>>,
+    /// The tree in it, until it ends with it.
+    root: Mutex<Option<ActorCell>>,
 }
 
 /// An operation on a VM that was begun and has not returned.
@@ -232,7 +242,13 @@ impl Proc {
             frozen: AtomicBool::new(false),
             thawed: Notify::new(),
             taps: Mutex::default(),
+            root: Mutex::default(),
         })
+    }
+
+    /// This tree ends with the process.
+    pub(crate) fn set_root(&self, root: ActorCell) {
+        *lock(&self.root) = Some(root);
     }
 
     pub(crate) fn is_alive(&self) -> bool {
@@ -405,8 +421,13 @@ impl Proc {
         }
         self.thaw();
         self.note("dies");
+        let root = lock(&self.root).take();
+        if let Some(root) = root {
+            root.kill();
+        }
         let sim = &self.sim;
         lock(&sim.laws).forget(self.pid);
+        sim.end_snapshots_of(self);
         lock(&sim.locks).retain(|_, tenure| tenure.pid != self.pid);
         lock(&sim.cleaners).retain(|_, tenure| tenure.pid != self.pid);
         lock(&sim.network_lock).take_if(|tenure| tenure.pid == self.pid);

@@ -84,7 +84,7 @@ async fn a_damaged_one_is_given_up_and_its_machine_is_gone_before_another_boots(
 }
 
 #[tokio::test]
-async fn a_whole_one_that_nothing_goes_on_from_is_discarded_and_another_is_made() {
+async fn a_whole_one_that_nothing_goes_on_from_is_withdrawn_and_another_is_made() {
     let world = World::new().await;
     make_warm(&world).await;
     // Neither the restored guest's agent answers, nor that of the one that boots then.

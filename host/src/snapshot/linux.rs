@@ -151,10 +151,10 @@ impl LinuxSnapshots {
             tracing::debug!(%error, key, "could not note the use of a snapshot");
         }
         let (memory, saved) = (Arc::new(memory), record.saved());
-        Ok(Some(Snapshot { memory, key, saved, lease: Some(lease) }))
+        Ok(Some(Snapshot { memory, key, saved, lease: Box::new(lease) }))
     }
 
-    fn discard_now(&self, snapshot: Snapshot) -> Result<(), SnapshotError> {
+    fn withdraw_now(&self, snapshot: Snapshot) -> Result<(), SnapshotError> {
         let Snapshot { memory, key, lease, .. } = snapshot;
         let dir = self.dir.join(key);
         let path = dir.join("memory");
@@ -203,7 +203,7 @@ impl LinuxSnapshots {
         };
         let memory_id = (found.dev(), found.ino());
         let room = Room { dir: new, memory: memory_id, guest, is_shown: false };
-        Ok(Draft { memory, wanted, room: Some(room), _claim: Box::new(lock) })
+        Ok(Draft { memory, wanted, room: Some(room), claim: Box::new(lock) })
     }
 
     /// The disk may be the one of the state and the VMs: the reserve of images is theirs here, too.
@@ -390,6 +390,11 @@ impl Snapshots for LinuxSnapshots {
         self.elsewhere(move |this| this.find_now(&wanted)).await
     }
 
+    async fn check(&self, snapshot: &Snapshot) -> Result<(), SnapshotError> {
+        let (memory, saved) = (Arc::clone(&snapshot.memory), snapshot.saved.clone());
+        self.elsewhere(move |_| record::check(&memory, &saved)).await
+    }
+
     async fn begin(&self, wanted: &Wanted) -> Result<Draft, SnapshotError> {
         let wanted = wanted.clone();
         self.elsewhere(move |this| this.begin_now(wanted)).await
@@ -399,8 +404,16 @@ impl Snapshots for LinuxSnapshots {
         self.elsewhere(move |this| this.publish_now(&mut draft, saved)).await
     }
 
-    async fn discard(&self, snapshot: Snapshot) -> Result<(), SnapshotError> {
-        self.elsewhere(move |this| this.discard_now(snapshot)).await
+    async fn withdraw(&self, snapshot: Snapshot) -> Result<(), SnapshotError> {
+        self.elsewhere(move |this| this.withdraw_now(snapshot)).await
+    }
+
+    async fn discard(&self, draft: Draft) -> Result<(), SnapshotError> {
+        self.elsewhere(move |_| {
+            drop(draft);
+            Ok(())
+        })
+        .await
     }
 
     async fn sweep(&self) -> Result<usize, SnapshotError> {

@@ -5,7 +5,7 @@
 //!                                                              └─► dropped: .new is removed
 //!   find ──► lease ─► the same as is wanted? ─► memory, to be launched with
 //!                      └ no: stale              ├ check, beside the launch: each byte is hashed
-//!                                               └ discard: whole, but what goes on from it fails
+//!                                               └ withdraw: whole, but what goes on from it fails
 //!   sweep ─► what nobody can use any more, what is too much: the least recently used first
 //! ```
 //!
@@ -20,9 +20,10 @@
 //!    write is none for us.
 //!
 //! # Failure
-//! What is stale or damaged is an error of [`Snapshots::find`] or [`Snapshot::check`]; whoever asked
+//! What is stale or damaged is an error of [`Snapshots::find`] or [`Snapshots::check`]; whoever asked
 //! boots instead. What a crash leaves is swept by the next change and by `gc`.
 
+use std::any::Any;
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -76,8 +77,17 @@ pub struct Snapshot {
     pub memory: Arc<File>,
     key: String,
     saved: Saved,
-    lease: Option<Locked>,
+    /// Keeps it from being removed.
+    lease: Box<dyn Lease>,
 }
+
+/// What keeps a snapshot from being removed until it is dropped.
+trait Lease: fmt::Debug + Send + Sync {}
+
+impl Lease for Locked {}
+
+#[cfg(test)]
+impl Lease for () {}
 
 /// A snapshot that is being made. Nobody else makes one meanwhile. Dropped, it leaves nothing.
 pub struct Draft {
@@ -86,7 +96,7 @@ pub struct Draft {
     /// Dropped before the lock: what it removes is nobody else's yet.
     room: Option<linux::Room>,
     /// Keeps others out.
-    _claim: Box<dyn Send + Sync>,
+    claim: Box<dyn Any + Send + Sync>,
 }
 
 impl fmt::Debug for Draft {
@@ -187,7 +197,14 @@ pub trait Snapshots: Send + Sync {
     /// When there is one that is stale or damaged, or it cannot be looked at.
     async fn find(&self, wanted: &Wanted) -> Result<Option<Snapshot>, SnapshotError>;
 
-    /// Begins one. Dropped, nothing was made.
+    /// Sees that one is byte for byte what was saved. Beside a launch it costs no time.
+    ///
+    /// # Errors
+    /// When it is not.
+    async fn check(&self, snapshot: &Snapshot) -> Result<(), SnapshotError>;
+
+    /// Begins one. Dropped, nothing was made; [`discard`](Self::discard) drops it where files may be
+    /// removed.
     ///
     /// # Errors
     /// When somebody else makes one, or there is no place for it.
@@ -204,7 +221,13 @@ pub trait Snapshots: Send + Sync {
     ///
     /// # Errors
     /// When it could not be looked at or removed.
-    async fn discard(&self, snapshot: Snapshot) -> Result<(), SnapshotError>;
+    async fn withdraw(&self, snapshot: Snapshot) -> Result<(), SnapshotError>;
+
+    /// Ends one that is not to be shown: removes what was made of it, and lets others make one.
+    ///
+    /// # Errors
+    /// When something of it may be left. Others may make one all the same.
+    async fn discard(&self, draft: Draft) -> Result<(), SnapshotError>;
 
     /// Removes what is left of changes, stale, or too much. How much was removed. Snapshots of another
     /// user's are none of ours.
@@ -212,20 +235,6 @@ pub trait Snapshots: Send + Sync {
     /// # Errors
     /// When something could not be removed or looked at.
     async fn sweep(&self) -> Result<usize, SnapshotError>;
-}
-
-impl Snapshot {
-    /// Sees that it is byte for byte what was saved. Beside a launch it costs no time.
-    ///
-    /// # Errors
-    /// When it is not.
-    pub async fn check(&self) -> Result<(), SnapshotError> {
-        let (memory, saved) = (Arc::clone(&self.memory), self.saved.clone());
-        let hashed = tokio::task::spawn_blocking(move || record::check(&memory, &saved)).await;
-        hashed.unwrap_or_else(|error| {
-            Err(SnapshotError::Damaged { what: format!("it could not be hashed: {error}") })
-        })
-    }
 }
 
 #[cfg(test)]

@@ -53,11 +53,19 @@ async fn snapshots_conform(snapshots: &dyn Snapshots, wanted: &Wanted) {
     for memory in [&b"one"[..], b"another"] {
         make(snapshots, wanted, memory).await.unwrap();
         let found = snapshots.find(wanted).await.unwrap().unwrap();
-        found.check().await.unwrap();
+        snapshots.check(&found).await.unwrap();
         assert_eq!(std::io::read_to_string(&*found.memory).unwrap().as_bytes(), memory);
         // Whoever checks does not disturb whoever reads.
-        found.check().await.unwrap();
+        snapshots.check(&found).await.unwrap();
     }
+    let draft = snapshots.begin(wanted).await.unwrap();
+    snapshots.discard(draft).await.unwrap();
+    let lease = snapshots.find(wanted).await.unwrap().unwrap();
+    let busy = make(snapshots, wanted, b"a third").await.unwrap_err();
+    assert!(matches!(busy, SnapshotError::Busy { .. }), "{busy}");
+    snapshots.check(&lease).await.unwrap();
+    drop(lease);
+    assert_eq!(snapshots.sweep().await.unwrap(), 0, "what was not shown is gone");
     let others = [
         Wanted { vcpus: 2, ..wanted.clone() },
         Wanted { memory_mb: 513, ..wanted.clone() },
@@ -74,18 +82,15 @@ async fn snapshots_conform(snapshots: &dyn Snapshots, wanted: &Wanted) {
     // Of no use: it goes, but not its successor, nor while somebody else goes on from it.
     let old = snapshots.find(wanted).await.unwrap().unwrap();
     let also = snapshots.find(wanted).await.unwrap().unwrap();
-    let is_leased = also.lease.is_some();
-    snapshots.discard(old).await.unwrap();
-    assert_eq!(snapshots.find(wanted).await.unwrap().is_some(), is_leased);
-    if is_leased {
-        snapshots.discard(also).await.unwrap();
-        assert!(snapshots.find(wanted).await.unwrap().is_none());
-    }
+    snapshots.withdraw(old).await.unwrap();
+    assert!(snapshots.find(wanted).await.unwrap().is_some());
+    snapshots.withdraw(also).await.unwrap();
+    assert!(snapshots.find(wanted).await.unwrap().is_none());
     make(snapshots, wanted, b"old").await.unwrap();
     let mut old = snapshots.find(wanted).await.unwrap().unwrap();
-    old.lease = None;
+    old.lease = Box::new(());
     make(snapshots, wanted, b"new").await.unwrap();
-    snapshots.discard(old).await.unwrap();
+    snapshots.withdraw(old).await.unwrap();
     let new = snapshots.find(wanted).await.unwrap().unwrap();
     assert_eq!(std::io::read_to_string(&*new.memory).unwrap(), "new");
 }
@@ -105,13 +110,45 @@ async fn the_fake_conforms() {
 }
 
 #[tokio::test]
+async fn what_a_process_of_the_fake_leaves_is_swept_and_keeps_nobody_out() {
+    let (_cache, _, wanted) = world();
+    let host = FakeSnapshots::default();
+    let processes = crate::process::FakeProcesses::new();
+    let (one, other) = (processes.add(None, None), processes.add(None, None));
+    let (of_one, of_other) = (host.in_process(one.clone()), host.in_process(other.clone()));
+    make(&of_one, &wanted, b"memory").await.unwrap();
+    let lease = of_one.find(&wanted).await.unwrap().unwrap();
+    let dead = of_one.begin(&wanted).await.unwrap();
+    assert!(host.is_claimed_by(&one) && host.is_leased_by(&one) && !host.is_claimed_by(&other));
+    assert!(of_other.begin(&wanted).await.is_err());
+    host.end_process(&one);
+    assert!(!host.is_claimed() && !host.is_leased_by(&one) && host.is_half_made());
+    make(&of_other, &wanted, b"another").await.unwrap();
+    assert!(!host.is_half_made(), "whoever begins sweeps");
+    let mine = of_other.begin(&wanted).await.unwrap();
+    drop((lease, dead));
+    assert!(host.is_claimed_by(&other), "what the dead had is not theirs any more");
+    host.leave(mine);
+    assert!(!host.is_claimed() && host.is_half_made());
+    assert_eq!(host.sweep().await.unwrap(), 1);
+    host.leave_in_the_middle(of_other.begin(&wanted).await.unwrap());
+    assert!(host.find(&wanted).await.unwrap().is_none(), "the older one is gone");
+    assert_eq!((host.sweep().await.unwrap(), host.is_half_made()), (1, false));
+    make(&host, &wanted, b"memory").await.unwrap();
+    host.outdate();
+    let stale = host.find(&wanted).await.unwrap_err();
+    assert!(matches!(stale, SnapshotError::Stale { .. }), "{stale}");
+    assert_eq!((host.sweep().await.unwrap(), host.count()), (1, 0));
+}
+
+#[tokio::test]
 async fn what_is_damaged_is_found_out() {
     let (cache, snapshots, wanted) = world();
     make(&snapshots, &wanted, b"memory").await.unwrap();
     let memory = cache.path().join("snapshots").join(record::key(&wanted)).join("memory");
     fs::write(&memory, b"memorx").unwrap();
     let found = snapshots.find(&wanted).await.unwrap().unwrap();
-    let damaged = found.check().await.unwrap_err().to_string();
+    let damaged = snapshots.check(&found).await.unwrap_err().to_string();
     assert!(damaged.contains("sha256"), "{damaged}");
     fs::write(&memory, b"memor").unwrap();
     let short = snapshots.find(&wanted).await.unwrap_err().to_string();
@@ -202,7 +239,8 @@ async fn one_that_was_removed_by_hand_is_not_mixed_with_another() {
     assert!(matches!(refused, SnapshotError::Removed { .. }), "{refused}");
     theirs.file().unwrap().write_all(b"theirs").unwrap();
     snapshots.publish(theirs, saved(b"theirs")).await.unwrap();
-    snapshots.find(&other).await.unwrap().unwrap().check().await.unwrap();
+    let found = snapshots.find(&other).await.unwrap().unwrap();
+    snapshots.check(&found).await.unwrap();
     assert!(snapshots.find(&wanted).await.unwrap().is_none());
 }
 
