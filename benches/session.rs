@@ -25,6 +25,7 @@ fn main() -> Result<()> {
     let section = [
         "\n## Sessions\n\n`cargo bench --bench session`: the real program, busybox VMs of 128 MB without a network.\n\n",
         &round_trips(&kernels)?,
+        kernels::not_measured(&kernels),
         &first_commands(&kernels)?,
         &memory(kernels.last().context("no kernel")?)?,
         &format!("\nLoad average before all this: {}.\n", load.trim()),
@@ -182,7 +183,7 @@ fn hypervisors(session: u32) -> Result<Vec<u32>> {
 fn memory(kernel: &GuestKernel) -> Result<String> {
     let mut session = start(&kernel.installation)?;
     let pid = session.pid()?;
-    let mut text = format!("\nMemory, {}:\n", kernel.title());
+    let mut text = format!("\nMemory, {}, VMs that booted:\n", kernel.title());
     text.push_str(
         "\n| VMs in one session, each after a command | the session's process | of it, for each VM \
          after the first | a hypervisor, resident | its share |\n|---|---|---|---|---|\n",

@@ -50,6 +50,7 @@ fn main() -> Result<()> {
     let section = [
         "## From `run` to its end\n\n",
         &table(&kernels)?,
+        kernels::not_measured(kernels.iter().map(|kernel| &kernel.guest)),
         "\nThe typical round of each (the one with the median of the whole time): \
          ![timeline](timeline.svg)\n\n",
         &streams,
@@ -143,13 +144,14 @@ fn table(kernels: &[Kernel]) -> Result<String> {
     let mut text = format!(
         "`cargo bench --bench boot`: `matchlock run --no-network --image busybox -- true`, with \
          `--cold` and from the snapshot of `matchlock warm`, and by turns QEMU alone: the arguments \
-         that the VM's `hypervisor.json` shows, spawned by the benchmark, from the same snapshot where \
-         it is warm, its agent spoken to over the same link. {ROUNDS} rounds. Milliseconds, median ± median absolute \
+         that the VM's `hypervisor.json` shows, spawned by the benchmark (by way of `setpriv`), from the \
+         same snapshot where it is warm (without a look at its bytes), its agent spoken to over the same link. {ROUNDS} rounds. Milliseconds, median ± median absolute \
          deviation (least … most); the ratio is Matchlock to QEMU alone in one round. Matchlock's parts \
-         are from the times of its own log (`MATCHLOCK_LOG=debug`): *ready* is from the spawn of QEMU \
-         to the agent's answer, *first command* to the end of `true`, *before the spawn* from the \
-         start of the program to QEMU's spawn, *after the end* from the end of `true` to the end of \
-         the program, with nothing left.\n\n\
+         are from the times of its own log (`MATCHLOCK_LOG=debug`): *ready* is from the beginning of \
+         the launch to the agent's answer, *first command* to the VM's stop, *before the spawn* from the \
+         start of the program to the launch (QEMU's sockets and description, some 3 ms, come after it), \
+         *after the end* from the VM's stop, which follows the command's end, to the end of the program, \
+         with nothing left.\n\n\
          | kernel | what | Matchlock | QEMU alone | ratio | goal |\n|---|---|---|---|---|---|\n"
     );
     for kernel in kernels {

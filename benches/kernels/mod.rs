@@ -22,6 +22,14 @@ impl GuestKernel {
     }
 }
 
+/// What is said where our own kernel is not measured; empty where it is.
+pub(crate) fn not_measured<'a>(kernels: impl IntoIterator<Item = &'a GuestKernel>) -> &'static str {
+    if kernels.into_iter().any(|kernel| kernel.name == "own") {
+        return "";
+    }
+    "\nOur own kernel was not built, and is not measured: `make kernel`.\n"
+}
+
 /// Those that are installed where the tests find theirs.
 pub(crate) fn built() -> Result<Vec<GuestKernel>> {
     let shared = Installation::new()?.bundles()?;

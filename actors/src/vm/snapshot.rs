@@ -56,7 +56,10 @@ pub(super) async fn save(context: &VmContext, cancel: &CancellationToken) -> OpR
         saved = saved(context) => saved?,
     };
     let draft = context.take_draft().ok_or_else(no_claim)?;
-    context.deps.snapshots.publish(draft, saved).await.map_err(|e| host(&e))?;
+    let limit = context.deps.limits.boot;
+    let published = timeout(limit, context.deps.snapshots.publish(draft, saved)).await;
+    let late = || Failure::new(FailureKind::Timeout, format!("it was not shown within {limit:?}"));
+    published.map_err(|_| late())?.map_err(|e| host(&e))?;
     context.time(|timings| timings.saved = Some(started.elapsed()));
     Ok(())
 }
@@ -169,6 +172,8 @@ pub(super) async fn restore(context: &VmContext, spec: &MachineSpec) -> Result<b
     context.time(|timings| timings.restore = None);
     context.set_link(None);
     machine.kill(context.deps.limits.kill).await.map_err(|e| host(&e))?;
+    // It is not the VM's any more: where the next launch fails, what it left is looked for by its mark.
+    context.set_machine(None, started);
     // That took a while, and another machine is about to be launched.
     see_epoch(context).await?;
     if is_whole && starved.is_empty() {

@@ -103,6 +103,11 @@ impl Laws {
         other
     }
 
+    /// Whether a process does this now, for any VM.
+    pub(crate) fn is_under_way(&self, pid: i32, act: Act) -> bool {
+        self.in_flight.values().any(|(of, _, other)| (*of, *other) == (pid, act))
+    }
+
     pub(crate) fn leave(&mut self, id: u64) {
         self.in_flight.remove(&id);
     }

@@ -314,8 +314,12 @@ impl Sim {
         }
     }
 
-    /// Law 3: no template of the process is there.
+    /// Law 3: no template of the process is there. What is just being shown is shown to its end, also when
+    /// its template was given up meanwhile.
     pub(crate) fn check_no_claim(&self, of: &Proc) {
+        if lock(&self.laws).is_under_way(of.pid, Act::Publish) {
+            return;
+        }
         if of.is_alive() && self.snapshots.is_claimed_by(&of.identity) {
             self.trace.broken(format_args!("p{} has no template, and the claim", of.pid));
         }
