@@ -232,6 +232,12 @@ impl Sim {
                     laws.overruled.insert(*vm, Overruled { pid, token, knows: false, did: None });
                     self.trace.count("overruled");
                 }
+                // One that had begun to clean before it was overruled, and raises the epoch only now, has
+                // the VM: its lock was never taken, and whoever overruled it is overruled.
+                let own = tenures.get(vm).filter(|tenure| tenure.pid == pid).map(|own| own.token);
+                if laws.overruled.get(vm).is_some_and(|overruled| Some(overruled.token) == own) {
+                    laws.overruled.remove(vm);
+                }
             }
             _ => {}
         }
