@@ -84,6 +84,25 @@ fn remove_hidden(path: &Path) -> Result<(), SnapshotError> {
     POINTS.after("sweep").map_err(|e| fail(e.into()))
 }
 
+/// Whose the directory of snapshots is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Whose {
+    /// It is not there.
+    Nobodys,
+    Ours,
+    /// Root's, and we are not root.
+    Roots,
+    /// Of somebody whom we do not trust.
+    Others,
+}
+
+impl Whose {
+    /// Whether only those can have written there whom we trust.
+    fn may_be_used(self) -> bool {
+        matches!(self, Self::Ours | Self::Roots)
+    }
+}
+
 /// One that is there.
 struct Kept {
     dir: PathBuf,
@@ -108,25 +127,34 @@ impl LinuxSnapshots {
         done.unwrap_or_else(|e| Err(SnapshotError::io("work in", &self.dir, io::Error::other(e))))
     }
 
-    /// Whether the directory is there, and only we, or root, can have written in it.
-    fn is_ours(&self) -> Result<bool, SnapshotError> {
-        match fs::metadata(&self.dir) {
-            Ok(found) => Ok(record::is_trusted(&found)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(SnapshotError::io("look at", &self.dir, error)),
+    /// Whose the directory is; one of our own that others can write in is an error.
+    fn whose(&self) -> Result<Whose, SnapshotError> {
+        let found = match fs::metadata(&self.dir) {
+            Ok(found) => found,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Whose::Nobodys),
+            Err(error) => return Err(SnapshotError::io("look at", &self.dir, error)),
+        };
+        match found.uid() {
+            us if us == rustix::process::geteuid().as_raw() => {
+                let not_ours = || SnapshotError::NotOurs { dir: self.dir.clone() };
+                record::is_trusted(&found).then_some(Whose::Ours).ok_or_else(not_ours)
+            }
+            _ if record::is_trusted(&found) => Ok(Whose::Roots),
+            _ => Ok(Whose::Others),
         }
     }
 
     fn find_now(&self, wanted: &Wanted) -> Result<Option<Snapshot>, SnapshotError> {
-        if !self.is_ours()? {
-            tracing::debug!(dir = %self.dir.display(), "there are no snapshots of our own");
+        let whose = self.whose()?;
+        if !whose.may_be_used() {
+            tracing::debug!(dir = %self.dir.display(), ?whose, "no snapshots to start from");
             return Ok(None);
         }
         let key = record::key(wanted);
         let dir = self.dir.join(&key);
         let lease = match Locked::shared(&dir) {
-            // They are root's, and for root alone.
-            Err(Errno::ACCESS) => None,
+            // For root alone.
+            Err(Errno::ACCESS) if whose == Whose::Roots => None,
             lease => lease.map_err(|e| SnapshotError::io("lock", &dir, e))?,
         };
         let Some(lease) = lease else { return Ok(None) };
@@ -182,7 +210,7 @@ impl LinuxSnapshots {
         };
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.dir);
         made.map_err(|e| SnapshotError::io("make", &self.dir, e))?;
-        if !self.is_ours()? {
+        if !self.whose()?.may_be_used() {
             return Err(SnapshotError::NotOurs { dir: self.dir.clone() });
         }
         let lock = self.lock()?.ok_or_else(|| SnapshotError::Busy { dir: self.dir.clone() })?;
@@ -255,20 +283,20 @@ impl LinuxSnapshots {
     }
 
     fn sweep_now(&self) -> Result<usize, SnapshotError> {
-        // Nothing was ever made, or not by us.
-        if !self.is_ours()? {
+        let whose = self.whose()?;
+        if !whose.may_be_used() {
             return Ok(0);
         }
         match self.lock() {
             Ok(Some(_lock)) => Ok(self.sweep_hidden()? + self.limit(None)?),
             // Somebody is just making something, or has just removed everything.
             Ok(None) => Ok(0),
+            Err(SnapshotError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                Ok(0)
+            }
+            // For root alone, who sweeps it, too.
             Err(SnapshotError::Io { source, .. })
-                if matches!(
-                    source.kind(),
-                    // Root's, for root alone.
-                    io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied
-                ) =>
+                if whose == Whose::Roots && source.kind() == io::ErrorKind::PermissionDenied =>
             {
                 Ok(0)
             }

@@ -292,10 +292,14 @@ async fn what_others_can_write_is_none_of_ours() {
         |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     for mode in [0o770, 0o707, 0o722] {
         chmod(&dir, mode);
-        assert!(snapshots.find(&wanted).await.unwrap().is_none());
-        let refused = snapshots.begin(&wanted).await.err().unwrap();
-        assert!(matches!(refused, SnapshotError::NotOurs { .. }), "{refused}");
-        assert_eq!(snapshots.sweep().await.unwrap(), 0);
+        // Our own directory, which it should not be: everybody is told, `gc` as well.
+        let refused = [
+            snapshots.find(&wanted).await.err().unwrap(),
+            snapshots.begin(&wanted).await.err().unwrap(),
+            snapshots.sweep().await.err().unwrap(),
+        ];
+        let is_named = |error: &SnapshotError| matches!(error, SnapshotError::NotOurs { .. });
+        assert!(refused.iter().all(is_named), "{refused:?}");
     }
     chmod(&dir, 0o700);
     for file in ["memory", "snapshot.json"] {
@@ -314,6 +318,12 @@ async fn what_others_can_write_is_none_of_ours() {
             std::os::unix::fs::chown(path, Some(0), None).unwrap();
         }
         assert!(snapshots.find(&wanted).await.unwrap().is_some());
+        // Somebody else's is nothing to us, but we make none there either.
+        std::os::unix::fs::chown(&dir, Some(65534), None).unwrap();
+        assert!(snapshots.find(&wanted).await.unwrap().is_none());
+        assert_eq!(snapshots.sweep().await.unwrap(), 0);
+        let refused = snapshots.begin(&wanted).await.err().unwrap();
+        assert!(matches!(refused, SnapshotError::NotOurs { .. }), "{refused}");
     }
 }
 
