@@ -97,11 +97,7 @@ async fn made(node: &Node, create: CreateVm, interrupts: &mut Interrupts) -> Res
     let view = tokio::select! {
         view = progress::waiting("booting a guest to start from", settled(vm.clone())) => view?,
         which = interrupts.next() => {
-            match node.client().stop_vm(vm.id, StopMode::Force).await {
-                // It had ended by itself.
-                Err(failure) if failure.kind == FailureKind::NotFound => {}
-                stopped => drop(stopped?),
-            }
+            node.client().take_down(vm).await?;
             return Ok(which.exit_code());
         }
     };

@@ -77,10 +77,17 @@ impl NodeClient {
             .fleet
             .call(|reply| FleetMsg::StopVm { id, mode, reply }, CALL_LIMIT)
             .await??;
-        let view = settled(handle).await?;
-        match not_cleaned_up(&view) {
-            None => Ok(view),
-            Some(text) => Err(Failure::new(FailureKind::Host, text)),
+        cleaned_up(settled(handle).await?)
+    }
+
+    /// Takes a VM down by force that its caller has made, and that may have ended by itself meanwhile.
+    ///
+    /// # Errors
+    /// When it could not be cleaned up.
+    pub async fn take_down(&self, vm: VmHandle) -> Result<VmView, Failure> {
+        match self.stop_vm(vm.id, StopMode::Force).await {
+            Err(failure) if failure.kind == FailureKind::NotFound => cleaned_up(settled(vm).await?),
+            stopped => stopped,
         }
     }
 
@@ -326,6 +333,14 @@ pub async fn settled(mut handle: VmHandle) -> Result<VmView, Failure> {
         let text = format!("nobody looks after VM {} any more; run `matchlock gc`", handle.id);
         Failure::new(FailureKind::Internal, text)
     })
+}
+
+/// The last view of a VM that holds nothing any more.
+fn cleaned_up(view: VmView) -> Result<VmView, Failure> {
+    match not_cleaned_up(&view) {
+        None => Ok(view),
+        Some(text) => Err(Failure::new(FailureKind::Host, text)),
+    }
 }
 
 /// Waits until a VM runs.

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
 
 use matchlock_test_support::Installation;
 
@@ -59,13 +60,19 @@ fn not_enough_memory() {
     assert!(said.contains("not enough memory") && said.contains("--memory"), "{said}");
 }
 
+/// A script to be named as the hypervisor.
+fn hypervisor_script(installation: &Installation, text: &str) -> PathBuf {
+    let program = installation.home().with_file_name("qemu");
+    fs::write(&program, format!("#!/bin/sh\n{text}")).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    program
+}
+
 #[test]
 fn a_guest_that_never_gets_ready() {
     let installation = Installation::new().unwrap();
     // A hypervisor that starts and does nothing.
-    let program = installation.home().with_file_name("qemu");
-    fs::write(&program, "#!/bin/sh\nexec sleep 1000\n").unwrap();
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let program = hypervisor_script(&installation, "exec sleep 1000\n");
     let env = [("MATCHLOCK_QEMU", program.to_str().unwrap()), ("MATCHLOCK_BOOT_TIMEOUT", "2")];
     let said = failed_run(&installation, &env, &[]);
     assert!(said.contains("never got ready") && said.contains("console"), "{said}");
@@ -74,9 +81,7 @@ fn a_guest_that_never_gets_ready() {
 #[test]
 fn a_hypervisor_that_fails_at_once() {
     let installation = Installation::new().unwrap();
-    let program = installation.home().with_file_name("qemu");
-    fs::write(&program, "#!/bin/sh\necho 'no such machine' >&2\nexit 3\n").unwrap();
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let program = hypervisor_script(&installation, "echo 'no such machine' >&2\nexit 3\n");
     let said = failed_run(&installation, &[("MATCHLOCK_QEMU", program.to_str().unwrap())], &[]);
     assert!(said.contains("no such machine") && said.contains("exit status: 3"), "{said}");
 }
@@ -84,9 +89,7 @@ fn a_hypervisor_that_fails_at_once() {
 #[test]
 fn a_hypervisor_behind_a_script_that_waits_for_it_ends_with_its_vm() {
     let installation = Installation::new().unwrap();
-    let program = installation.home().with_file_name("qemu");
-    fs::write(&program, "#!/bin/sh\nqemu-system-x86_64 \"$@\"\nexit $?\n").unwrap();
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let program = hypervisor_script(&installation, "qemu-system-x86_64 \"$@\"\nexit $?\n");
     let command = ["run", "--no-network", "--image", "busybox", "--", "sh", "-c", "exit 7"];
     let mut command = installation.command(&command).unwrap();
     let output = command.env("MATCHLOCK_QEMU", &program).output().unwrap();

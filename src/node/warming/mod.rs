@@ -26,7 +26,6 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use matchlock_actors::fleet::VmHandle;
 use matchlock_actors::vm::{CreateVm, StartMode};
 use matchlock_host::facts;
 use matchlock_host::guest_bundle::BundleLease;
@@ -34,8 +33,7 @@ use matchlock_host::guest_link::ExecSession;
 use matchlock_model::failure::{Failure, FailureKind};
 use matchlock_model::image::ImageConfig;
 use matchlock_model::spec::{MIN_DISK_SIZE_MB, NetworkInput, SpecError, VmSpec, VmSpecInput};
-use matchlock_model::view::{Timings, VmView};
-use matchlock_model::vm::StopMode;
+use matchlock_model::view::Timings;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -234,7 +232,7 @@ impl Warming {
             view = settled(handle.clone()) => view,
             () = self.0.ending.cancelled() => {
                 tracing::debug!(vm_id = %id, "a template is given up");
-                self.take_down(handle).await
+                client.take_down(handle).await
             }
         };
         let view = match view {
@@ -252,14 +250,6 @@ impl Warming {
             }
             (None, Some(failure)) => tracing::debug!(vm_id = %id, %failure, "no snapshot is made"),
             (None, None) => tracing::debug!(vm_id = %id, "no snapshot is made"),
-        }
-    }
-
-    async fn take_down(&self, handle: VmHandle) -> Result<VmView, Failure> {
-        match self.0.client.stop_vm(handle.id, StopMode::Force).await {
-            // It had ended by itself.
-            Err(failure) if failure.kind == FailureKind::NotFound => settled(handle).await,
-            stopped => stopped,
         }
     }
 

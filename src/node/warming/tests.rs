@@ -15,6 +15,10 @@ use tokio::sync::watch;
 use tracing::Level;
 use tracing::subscriber::DefaultGuard;
 
+use matchlock_actors::fleet::VmHandle;
+use matchlock_model::view::VmView;
+use matchlock_model::vm::StopMode;
+
 use super::*;
 
 /// More than a template waits, and less than anything here lasts.
