@@ -84,6 +84,19 @@ async fn a_damaged_one_is_given_up_and_its_machine_is_gone_before_another_boots(
 }
 
 #[tokio::test]
+async fn what_a_boot_leaves_that_fails_after_a_restore_is_not_missed() {
+    let world = World::new().await;
+    make_warm(&world).await;
+    world.snapshots.damage();
+    world.hypervisor.set_launch_fault(Some(LaunchFault::LeavesOneThatBoots));
+    let view = settled(&mut world.create_as(StartMode::Warm, true).await.unwrap()).await;
+    assert!(view.cause.is_some() && view.cleaned_up, "{view:?}");
+    assert_eq!(starts(&world.hypervisor), ["hold", "restore", "boot"]);
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_whole_one_that_nothing_goes_on_from_is_withdrawn_and_another_is_made() {
     let world = World::new().await;
     make_warm(&world).await;

@@ -37,6 +37,8 @@ pub enum LaunchFault {
     Never,
     /// The machine starts, and ends at once by itself.
     DiesAtOnce,
+    /// One that is to boot starts, and the launch fails all the same.
+    LeavesOneThatBoots,
 }
 
 /// Launches machines in memory. Clones share them.
@@ -130,7 +132,7 @@ impl Hypervisor for FakeHypervisor {
             }
             Some(LaunchFault::Late(delay)) => tokio::time::sleep(delay).await,
             Some(LaunchFault::Never) => std::future::pending().await,
-            Some(LaunchFault::DiesAtOnce) | None => {}
+            Some(LaunchFault::DiesAtOnce | LaunchFault::LeavesOneThatBoots) | None => {}
         }
         let cwd = Some(spec.paths.dir.clone());
         let machine = Arc::new(FakeMachine {
@@ -148,6 +150,10 @@ impl Hypervisor for FakeHypervisor {
             let nic = lock(&held.inner).nic.take();
             drop(nic);
         });
+        if fault == Some(LaunchFault::LeavesOneThatBoots) && matches!(spec.start, Start::Boot) {
+            let source = io::Error::other("injected fault, after the start");
+            return Err(HypervisorError::Io { doing: "launch".to_owned(), source });
+        }
         if fault == Some(LaunchFault::DiesAtOnce) {
             machine.end(ExitReason::Died("injected fault".to_owned()));
         }
