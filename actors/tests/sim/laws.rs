@@ -5,7 +5,6 @@ use std::net::Ipv4Addr;
 
 use futures::FutureExt as _;
 use matchlock_host::firewall::filter_table;
-use matchlock_host::process::Processes as _;
 use matchlock_host::tap::{Taps as _, tap_name};
 use matchlock_model::id::VmId;
 use matchlock_model::phase::Phase;
@@ -13,7 +12,6 @@ use matchlock_model::record::LifecycleRecord;
 use matchlock_store::WriteOp;
 
 use super::faults::{Act, Kind};
-use super::strangers::squatter;
 use super::world::{Sim, Tenure, lock};
 
 /// What the laws need to remember.
@@ -119,51 +117,6 @@ impl Laws {
 }
 
 impl Sim {
-    pub(crate) fn has_hypervisor(&self, vm: VmId) -> bool {
-        let mark = self.mark(vm);
-        self.processes.find_marked().unwrap().iter().any(|process| process.mark == mark)
-    }
-
-    pub(crate) fn has_tap(&self, vm: VmId) -> bool {
-        vm != squatter().vm && self.taps.existing().contains(&tap_name(vm))
-    }
-
-    pub(crate) fn has_tables(&self, vm: VmId) -> bool {
-        let tap = tap_name(vm);
-        vm != squatter().vm && self.firewall.existing().iter().any(|table| table.ends_with(&tap))
-    }
-
-    fn has_disk(&self, vm: VmId) -> bool {
-        self.rootfs.existing().contains(&Self::paths(vm).rootfs())
-    }
-
-    fn has_sockets(&self, vm: VmId) -> bool {
-        let files = self.rootfs.existing();
-        Self::paths(vm).sockets().iter().any(|socket| files.contains(socket))
-    }
-
-    fn has_dir(&self, vm: VmId) -> bool {
-        self.rootfs.existing().contains(&Self::paths(vm).dir)
-    }
-
-    /// What of a VM is there that a cleaned one must not have.
-    pub(crate) fn remains(&self, vm: VmId) -> Vec<&'static str> {
-        [
-            (self.has_hypervisor(vm), "hypervisor"),
-            (self.has_tap(vm), "TAP"),
-            (self.has_tables(vm), "tables"),
-            (self.has_sockets(vm), "sockets"),
-            (self.has_disk(vm), "disk"),
-        ]
-        .into_iter()
-        .filter_map(|(there, what)| there.then_some(what))
-        .collect()
-    }
-
-    pub(crate) fn has_dir_or_row(&self, vm: VmId) -> bool {
-        self.has_dir(vm) || lock(&self.rows).vm(vm).unwrap().is_some()
-    }
-
     fn broken(&self, pid: i32, act: Act, vm: VmId, why: &str) {
         self.trace.broken(format_args!("{act:?} on {vm} by p{pid}: {why}"));
     }
@@ -267,6 +220,16 @@ impl Sim {
     /// Whether the VM was taken from an owner that may still be there.
     pub(crate) fn is_overruled(&self, vm: VmId) -> bool {
         lock(&self.laws).overruled.contains_key(&vm)
+    }
+
+    /// Whether the VM was given up by this process because of something that does not end: its
+    /// hypervisor is ended at once, and not only when that has ended.
+    pub(crate) fn is_given_up(&self, pid: i32, vm: VmId) -> bool {
+        let tenure = lock(&self.locks).get(&vm).copied();
+        let settled = lock(&self.laws).settled.get(&vm).copied();
+        tenure.zip(settled).is_some_and(|(tenure, settled)| {
+            (tenure.pid, tenure.token) == (pid, settled.token) && settled.stuck.is_some()
+        })
     }
 
     /// Whether an overruled owner has touched the VM since.

@@ -13,6 +13,7 @@ mod host;
 mod laws;
 mod machine;
 mod node;
+mod remains;
 mod rng;
 mod scenario;
 mod snapshots;

@@ -312,6 +312,7 @@ impl Proc {
             // What an overruled owner had begun may still be under way.
             if let Some(other) = other
                 && !self.sim.is_overruled(vm)
+                && !(act == Act::Kill && self.sim.is_given_up(self.pid, vm))
             {
                 let text = format!("{vm}: {act:?} of p{} while {other} is under way", self.pid);
                 self.sim.trace.broken(text);
