@@ -4,6 +4,7 @@ use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use matchlock_actors::fleet::VmHandle;
 use matchlock_actors::reconciler::{OBSERVE, Outcome, ReconcilerMsg, Target, strangers, survey};
 use matchlock_host::owner_lock::OwnerLocks as _;
 use matchlock_host::process::Processes as _;
@@ -12,6 +13,7 @@ use matchlock_model::id::{Mark, VmId};
 use matchlock_model::phase::Phase;
 use matchlock_model::reconcile::{Action, Goal};
 use matchlock_model::vm::StopMode;
+use matchlock_store::WriteOp;
 use tokio::sync::watch;
 
 use super::reconciling::{crashed, crashed_as};
@@ -64,6 +66,30 @@ async fn a_cleaner_that_never_ends_is_overruled_by_force() {
     // Whatever the other still records is refused.
     assert!(world.deps.reader.owner_epoch(vm).await.unwrap() > epoch);
     drop(other);
+    world.reconcile(Target::One(vm), Goal::Remove).await;
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_cleaner_that_is_overruled_finishes_what_it_had_begun_and_removes_nothing_more() {
+    let world = World::new().await;
+    let vm = crashed(&world, 7).await;
+    let late = RootfsFault::Late(Duration::from_millis(500));
+    world.rootfs.set_fault(RootfsOp::RemoveSockets, Some(late));
+    let overrules = async {
+        while !world.rootfs.calls().contains(&RootfsOp::RemoveSockets) {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        let op = WriteOp::RaiseEpoch { vm, pid: 1, at: jiff::Timestamp::now() };
+        world.deps.db.write(op).await.unwrap();
+    };
+    let (reports, ()) = tokio::join!(world.reconcile(Target::One(vm), Goal::Remove), overrules);
+    let Outcome::Failed { error, .. } = &reports[0].outcome else { panic!("{reports:?}") };
+    assert!(error.contains("taken over"), "{error}");
+    let (files, paths) = (world.rootfs.existing(), world.paths(vm));
+    assert!(!files.contains(&paths.link_socket()) && files.contains(&paths.rootfs()), "{files:?}");
+    world.rootfs.set_fault(RootfsOp::RemoveSockets, None);
     world.reconcile(Target::One(vm), Goal::Remove).await;
     world.assert_nothing_left().await;
     world.shutdown().await;
@@ -201,12 +227,8 @@ async fn many_are_cleaned_at_once_and_each_has_its_own_end() {
     world.shutdown().await;
 }
 
-/// What a compensation could not do stands where people look: in the row and in the VM's cause.
-#[tokio::test]
-async fn a_compensation_that_fails_is_told() {
-    let world = World::new().await;
-    let mut vm = world.running(false).await;
-    world.rootfs.set_fault(RootfsOp::Observe, Some(RootfsFault::Fails));
+/// Kills a VM's actor until its budget is used up and the VM is given up.
+async fn exhaust(world: &World, vm: &VmHandle) {
     let exhausts = async {
         while !vm.view.borrow().settled {
             for actor in world.vm_actors() {
@@ -216,6 +238,31 @@ async fn a_compensation_that_fails_is_told() {
         }
     };
     tokio::time::timeout(PATIENCE, exhausts).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_compensation_that_panics_is_told_and_gc_does_it() {
+    let world = World::new().await;
+    let mut vm = world.running(false).await;
+    let hypervisor = world.processes.find_marked().unwrap().remove(0).identity.pid;
+    world.processes.set_panics(hypervisor, true);
+    exhaust(&world, &vm).await;
+    let cause = settled(&mut vm).await.cause.unwrap();
+    assert!(cause.message.contains("injected panic"), "{cause}");
+    world.processes.set_panics(hypervisor, false);
+    world.lock_is_free(vm.id).await;
+    world.reconcile(Target::One(vm.id), Goal::Remove).await;
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+/// What a compensation could not do stands where people look: in the row and in the VM's cause.
+#[tokio::test]
+async fn a_compensation_that_fails_is_told() {
+    let world = World::new().await;
+    let mut vm = world.running(false).await;
+    world.rootfs.set_fault(RootfsOp::Observe, Some(RootfsFault::Fails));
+    exhaust(&world, &vm).await;
     let cause = settled(&mut vm).await.cause.unwrap();
     assert!(cause.message.contains("not cleaned up: observe"), "{cause}");
     let head = world.deps.reader.lifecycle_head(vm.id).await.unwrap().unwrap();

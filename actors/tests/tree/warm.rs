@@ -97,6 +97,23 @@ async fn what_a_boot_leaves_that_fails_after_a_restore_is_not_missed() {
 }
 
 #[tokio::test]
+async fn what_a_restore_leaves_whose_launch_fails_is_gone_before_another_boots() {
+    let world = World::new().await;
+    make_warm(&world).await;
+    world.hypervisor.set_launch_fault(Some(LaunchFault::LeavesOneThatRestores));
+    let mut vm = world.running(true).await;
+    assert_eq!(starts(&world.hypervisor), ["hold", "restore", "boot"]);
+    let booted = world.hypervisor.machine(vm.id).unwrap();
+    let marked = matchlock_host::process::Processes::find_marked(&world.processes).unwrap();
+    let marked: Vec<_> = marked.into_iter().map(|process| process.identity).collect();
+    assert_eq!(marked, [matchlock_host::hypervisor::Machine::identity(&*booted)]);
+    world.stop(vm.id, StopMode::Force).await.unwrap();
+    settled(&mut vm).await;
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_whole_one_that_nothing_goes_on_from_is_withdrawn_and_another_is_made() {
     let world = World::new().await;
     make_warm(&world).await;

@@ -39,6 +39,8 @@ pub enum LaunchFault {
     DiesAtOnce,
     /// One that is to boot starts, and the launch fails all the same.
     LeavesOneThatBoots,
+    /// One that is to go on from a snapshot starts, and the launch fails all the same.
+    LeavesOneThatRestores,
 }
 
 /// Launches machines in memory. Clones share them.
@@ -132,7 +134,12 @@ impl Hypervisor for FakeHypervisor {
             }
             Some(LaunchFault::Late(delay)) => tokio::time::sleep(delay).await,
             Some(LaunchFault::Never) => std::future::pending().await,
-            Some(LaunchFault::DiesAtOnce | LaunchFault::LeavesOneThatBoots) | None => {}
+            Some(
+                LaunchFault::DiesAtOnce
+                | LaunchFault::LeavesOneThatBoots
+                | LaunchFault::LeavesOneThatRestores,
+            )
+            | None => {}
         }
         let cwd = Some(spec.paths.dir.clone());
         let machine = Arc::new(FakeMachine {
@@ -150,7 +157,12 @@ impl Hypervisor for FakeHypervisor {
             let nic = lock(&held.inner).nic.take();
             drop(nic);
         });
-        if fault == Some(LaunchFault::LeavesOneThatBoots) && matches!(spec.start, Start::Boot) {
+        let is_left = match spec.start {
+            Start::Boot => fault == Some(LaunchFault::LeavesOneThatBoots),
+            Start::Restore(_) => fault == Some(LaunchFault::LeavesOneThatRestores),
+            Start::Hold => false,
+        };
+        if is_left {
             let source = io::Error::other("injected fault, after the start");
             return Err(HypervisorError::Io { doing: "launch".to_owned(), source });
         }

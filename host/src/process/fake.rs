@@ -34,6 +34,7 @@ struct Table {
     running: BTreeMap<i32, Entry>,
     immortal: BTreeSet<i32>,
     refused: BTreeSet<i32>,
+    panics: BTreeSet<i32>,
     sightings: BTreeMap<String, NamespaceSighting>,
     hidden: BTreeSet<i32>,
     list_fails: bool,
@@ -61,6 +62,7 @@ impl Default for FakeProcesses {
                 next_ticks: 2,
                 immortal: BTreeSet::new(),
                 refused: BTreeSet::new(),
+                panics: BTreeSet::new(),
                 hidden: BTreeSet::new(),
                 sightings: BTreeMap::new(),
                 list_fails: false,
@@ -137,6 +139,11 @@ impl FakeProcesses {
     /// From now on signals to this pid are (not) refused with EPERM.
     pub fn set_refused(&self, pid: i32, refused: bool) {
         set(&mut self.table().refused, pid, refused);
+    }
+
+    /// From now on whoever wants to end this pid panics (no longer).
+    pub fn set_panics(&self, pid: i32, panics: bool) {
+        set(&mut self.table().panics, pid, panics);
     }
 
     /// From now on this pid can(not) be looked at.
@@ -250,6 +257,8 @@ impl Processes for FakeProcesses {
         if !self.is_alive(identity)? {
             return Ok(());
         }
+        let panics = self.table().panics.contains(&pid);
+        assert!(!panics, "injected panic");
         {
             let mut table = self.table();
             if table.refused.contains(&pid) {
