@@ -13,6 +13,8 @@ export KERNEL=${KERNEL:-stock}
 "$root/scripts/debian-image.sh" "$(dirname -- "$1")/debian.tar"
 
 cd "$root"
+# The program that `make build` has made is the one to measure.
+name_commit
 say "measuring"
 cargo bench --locked --bench store -- --quiet
 # They leave their sections to the scenarios. An old one must not pass for this run's.

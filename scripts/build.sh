@@ -10,12 +10,7 @@ cd "$root"
 case ${1:-} in
 host)
 	say "building target/release/matchlock"
-	# What was built, for `matchlock version`; the commit's own time keeps the build reproducible.
-	if git -C "$root" rev-parse --verify -q HEAD >/dev/null 2>&1; then
-		MATCHLOCK_COMMIT=$(git -C "$root" rev-parse --short=12 HEAD)
-		MATCHLOCK_BUILT=$(git -C "$root" log -1 --format=%cI)
-		export MATCHLOCK_COMMIT MATCHLOCK_BUILT
-	fi
+	name_commit
 	cargo build --release --locked
 	;;
 guest)

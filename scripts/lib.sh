@@ -55,6 +55,15 @@ apt_get() {
 	apt-get "${options[@]}" "$@" </dev/null
 }
 
+# What is built, for `matchlock version`; the commit's own time keeps the build reproducible. Cargo
+# builds anew where it differs: who needs target/release/matchlock as it is says the same.
+name_commit() {
+	git -C "$root" rev-parse --verify -q HEAD >/dev/null 2>&1 || return 0
+	MATCHLOCK_COMMIT=$(git -C "$root" rev-parse --short=12 HEAD)
+	MATCHLOCK_BUILT=$(git -C "$root" log -1 --format=%cI)
+	export MATCHLOCK_COMMIT MATCHLOCK_BUILT
+}
+
 need_cargo() {
 	have cargo || die "missing cargo (the Rust toolchain): install it from https://rustup.rs, then run make again"
 }
