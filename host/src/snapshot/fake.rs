@@ -258,7 +258,7 @@ impl Snapshots for FakeSnapshots {
             return Err(SnapshotError::Removed { dir: "memory".into() });
         }
         if state.is_leased(&name) {
-            return Err(SnapshotError::Busy { dir: "memory".into() });
+            return Err(SnapshotError::InUse { key: name });
         }
         state.shown.insert(name, Shown { wanted, memory, saved, outdated: false });
         Ok(())

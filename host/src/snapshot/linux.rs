@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
 use rustix::io::Errno;
@@ -33,6 +33,10 @@ pub struct LinuxSnapshots {
 /// page.
 const ROOM_BYTES: u64 = 128 << 20;
 const ROOM_OF_MEMORY: u64 = 64;
+
+/// How long somebody may read one that is to be replaced, and how often that is looked at.
+const LONGEST_READ: Duration = Duration::from_secs(3);
+const COME_AGAIN: Duration = Duration::from_millis(20);
 
 /// The directory of one that is being made; removed with all that is in it when it is dropped.
 pub(super) struct Room {
@@ -264,9 +268,7 @@ impl LinuxSnapshots {
         file.write_all(&text).and_then(|()| file.sync_all()).map_err(write)?;
         draft.memory.sync_all().map_err(write)?;
         let place = self.dir.join(record::key(&draft.wanted));
-        if !self.remove(&place)? {
-            return Err(SnapshotError::Busy { dir: self.dir.clone() });
-        }
+        self.make_way(&place)?;
         POINTS.before("publish").map_err(|e| write(e.into()))?;
         fs::rename(&new, &place).map_err(write)?;
         if let Some(room) = &mut draft.room {
@@ -278,6 +280,19 @@ impl LinuxSnapshots {
         if let Err(error) = self.limit(Some(&place)) {
             let error = matchlock_model::failure::chain(&error);
             tracing::debug!(error, "other snapshots could not be looked at");
+        }
+        Ok(())
+    }
+
+    /// Removes the one whose place a new one takes, once whoever starts from it has read it.
+    fn make_way(&self, place: &Path) -> Result<(), SnapshotError> {
+        let begun = Instant::now();
+        while !self.remove(place)? {
+            if begun.elapsed() > LONGEST_READ {
+                let key = place.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                return Err(SnapshotError::InUse { key });
+            }
+            std::thread::sleep(COME_AGAIN);
         }
         Ok(())
     }

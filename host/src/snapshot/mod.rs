@@ -142,6 +142,14 @@ pub enum SnapshotError {
         /// Where.
         dir: PathBuf,
     },
+    /// It is not to be replaced while microVMs read it.
+    #[error(
+        "the snapshot {key} could not be replaced: microVMs are starting from the older one; try again"
+    )]
+    InUse {
+        /// Its name.
+        key: String,
+    },
     /// The disk is needed for other things.
     #[error(
         "there is no room for a snapshot in {dir}: it takes up to {} MB, and {} MB are free besides \
@@ -210,10 +218,10 @@ pub trait Snapshots: Send + Sync {
     /// When somebody else makes one, or there is no place for it.
     async fn begin(&self, wanted: &Wanted) -> Result<Draft, SnapshotError>;
 
-    /// Shows one that was saved, instead of an older one of such machines.
+    /// Shows one that was saved, instead of an older one of such machines, once nobody reads that.
     ///
     /// # Errors
-    /// When it cannot be shown, or the older one is in use; then nothing was made.
+    /// When it cannot be shown, or the older one is in use for seconds; then nothing was made.
     async fn publish(&self, draft: Draft, saved: Saved) -> Result<(), SnapshotError>;
 
     /// Removes one that is whole and yet of no use, because what goes on from it fails; unless others

@@ -61,8 +61,8 @@ async fn snapshots_conform(snapshots: &dyn Snapshots, wanted: &Wanted) {
     let draft = snapshots.begin(wanted).await.unwrap();
     snapshots.discard(draft).await.unwrap();
     let lease = snapshots.find(wanted).await.unwrap().unwrap();
-    let busy = make(snapshots, wanted, b"a third").await.unwrap_err();
-    assert!(matches!(busy, SnapshotError::Busy { .. }), "{busy}");
+    let used = make(snapshots, wanted, b"a third").await.unwrap_err();
+    assert!(matches!(used, SnapshotError::InUse { .. }), "{used}");
     snapshots.check(&lease).await.unwrap();
     drop(lease);
     assert_eq!(snapshots.sweep().await.unwrap(), 0, "what was not shown is gone");
@@ -178,6 +178,22 @@ async fn what_nobody_can_use_is_stale_and_swept() {
 }
 
 #[tokio::test]
+async fn one_is_replaced_as_soon_as_nobody_reads_the_older_one() {
+    let (_cache, snapshots, wanted) = world();
+    make(&snapshots, &wanted, b"older").await.unwrap();
+    let lease = snapshots.find(&wanted).await.unwrap().unwrap();
+    let reads = async {
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        snapshots.check(&lease).await.unwrap();
+        drop(lease);
+    };
+    let (made, ()) = tokio::join!(make(&snapshots, &wanted, b"newer"), reads);
+    made.unwrap();
+    let found = snapshots.find(&wanted).await.unwrap().unwrap();
+    assert_eq!(std::io::read_to_string(&*found.memory).unwrap(), "newer");
+}
+
+#[tokio::test]
 async fn a_lease_keeps_one_and_the_least_recently_used_goes() {
     let (cache, snapshots, wanted) = world();
     let of = |memory_mb| Wanted { memory_mb, ..wanted.clone() };
@@ -193,7 +209,7 @@ async fn a_lease_keeps_one_and_the_least_recently_used_goes() {
     drop(snapshots.find(&of(1)).await.unwrap().unwrap());
     make(&snapshots, &of(100), b"memory").await.unwrap();
     assert_eq!(names(cache.path()).len(), MAX_COUNT + 1, "the one that should go is in use");
-    assert!(matches!(make(&snapshots, &of(0), b"x").await, Err(SnapshotError::Busy { .. })));
+    assert!(matches!(make(&snapshots, &of(0), b"x").await, Err(SnapshotError::InUse { .. })));
     drop(lease);
     make(&snapshots, &of(101), b"memory").await.unwrap();
     assert_eq!(names(cache.path()).len(), MAX_COUNT);
