@@ -3,13 +3,16 @@
 use std::fs;
 use std::future::Future;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
+use std::thread;
 use std::time::Duration;
 
 use matchlock_host::process::{
     ChildExit, FakeProcesses, LinuxProcesses, ProcessError, Processes, SpawnError, Spawner,
 };
 use matchlock_model::identity::ProcessIdentity;
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use tempfile::TempDir;
 
 use crate::common::{
@@ -83,6 +86,34 @@ fn the_cpu_time_of_all_threads_is_counted() {
         number = std::hint::black_box(number.wrapping_mul(3));
         now = had();
     }
+}
+
+#[test]
+fn the_time_that_threads_wait_for_a_cpu_is_counted() {
+    let processes = LinuxProcesses::new().unwrap();
+    let own = processes.own_identity().unwrap();
+    let share = || processes.cpu_share(&own).unwrap().unwrap();
+    let (before, seen) = (share(), AtomicBool::new(false));
+    // Two that both want the first CPU of those we may use. A share leaves out threads that have ended.
+    let wants_it = || {
+        let allowed = sched_getaffinity(None).unwrap();
+        let first = (0..CpuSet::MAX_CPU).find(|cpu| allowed.is_set(*cpu)).unwrap();
+        let mut one = CpuSet::new();
+        one.set(first);
+        sched_setaffinity(None, &one).unwrap();
+        while !seen.load(Ordering::Relaxed) {
+            let now = share();
+            if now.waited > before.waited + Duration::from_millis(20) {
+                seen.store(true, Ordering::Relaxed);
+            }
+            assert!(now.had < before.had + Duration::from_secs(5), "{before:?}, {now:?}");
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(wants_it);
+        }
+    });
 }
 
 #[tokio::test]
