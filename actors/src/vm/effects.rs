@@ -121,7 +121,7 @@ pub(super) async fn run(
 }
 
 /// That the VM is known to be somebody else's by now. Who cannot look does not know.
-async fn overtaken(context: &VmContext) -> Option<Failure> {
+pub(super) async fn overtaken(context: &VmContext) -> Option<Failure> {
     see_epoch(context).await.err().filter(|failure| failure.kind == FailureKind::Fenced)
 }
 

@@ -29,7 +29,7 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::context::VmContext;
-use super::effects::{cancelled, host, see_epoch};
+use super::effects::{cancelled, host, overtaken, see_epoch};
 use super::machine::{end_marked, ended_early, keep, never_ready, no_machine, starved};
 use crate::points::around;
 
@@ -166,7 +166,12 @@ pub(super) async fn restore(context: &VmContext, spec: &MachineSpec) -> Result<b
         tracing::info!(vm_id = %context.id, "started from a snapshot");
         return Ok(true);
     };
-    let starved = starved(context, &*machine);
+    // Whoever takes a VM over ends its machine: that says nothing of the snapshot.
+    if let Some(taken) = overtaken(context).await {
+        return Err(taken);
+    }
+    // Its bytes are what they are, however busy the host is.
+    let starved = if is_whole { starved(context, &*machine) } else { String::new() };
     failure.message.push_str(&starved);
     boots(context, &failure);
     context.time(|timings| timings.restore = None);

@@ -292,6 +292,10 @@ impl LinuxSnapshots {
                 let key = place.file_name().unwrap_or_default().to_string_lossy().into_owned();
                 return Err(SnapshotError::InUse { key });
             }
+            #[expect(
+                clippy::disallowed_methods,
+                reason = "flock has no deadline, and this is a thread that may block"
+            )]
             std::thread::sleep(COME_AGAIN);
         }
         Ok(())
