@@ -33,5 +33,5 @@ fi
 
 # shellcheck disable=SC2016 # for the shell in the microVM
 command='uname -a; cat /etc/os-release; echo "hello from $(hostname)"'
-say "running: matchlock run --image busybox -- sh -c '$command'"
+say "running: ${matchlock#"$root/"} run --image busybox -- sh -c '$command'"
 exec "$matchlock" run --image busybox -- sh -c "$command"

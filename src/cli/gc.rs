@@ -29,7 +29,7 @@ use tokio::sync::watch;
 use super::error::CliError;
 use super::gc_report;
 use super::kill::{take_down, take_over_with};
-use super::looking::Looking;
+use super::looking::{Looking, not_there};
 use super::number;
 use super::progress;
 use crate::node::boot::{Node, existing_install_id};
@@ -85,6 +85,8 @@ pub(super) struct Collected {
     /// `None` where nothing was ever stored.
     pub(super) install: Option<InstallId>,
     pub(super) reports: Vec<VmReport>,
+    /// That the VM that was named is not there.
+    pub(super) missing: Option<CliError>,
     /// What could not be told to be ours.
     pub(super) strangers: Result<Vec<Stranger>, Failure>,
     /// The rows of which nobody can tell which VM they are of.
@@ -97,7 +99,7 @@ pub(super) struct Collected {
 }
 
 pub(super) async fn gc(args: GcArgs, config: NodeConfig) -> Result<u8, CliError> {
-    let collected = if args.dry_run {
+    let mut collected = if args.dry_run {
         look(&config, &args).await?
     } else {
         let node = Node::boot(config.clone()).await?;
@@ -105,6 +107,10 @@ pub(super) async fn gc(args: GcArgs, config: NodeConfig) -> Result<u8, CliError>
         node.shutdown(StopMode::Force).await?;
         collected?
     };
+    if let Some(report) = collected.reports.iter().find(|report| report.outcome == Outcome::Unknown)
+    {
+        collected.missing = Some(not_there(&config, report.vm).await);
+    }
     gc_report::print(&collected, &args)
 }
 
@@ -136,6 +142,7 @@ async fn look(config: &NodeConfig, args: &GcArgs) -> Result<Collected, CliError>
         dry_run: true,
         install,
         reports,
+        missing: None,
         strangers: found,
         unreadable,
         forgotten,
@@ -177,6 +184,7 @@ async fn collect(node: &Node, config: &NodeConfig, args: &GcArgs) -> Result<Coll
         dry_run: false,
         install: Some(sight.install.clone()),
         reports,
+        missing: None,
         strangers: Ok(Vec::new()),
         unreadable: Vec::new(),
         forgotten: Ok(0),

@@ -23,6 +23,9 @@ pub(super) fn print(collected: &Collected, args: &GcArgs) -> Result<u8, CliError
         for vm in &report.vms {
             vm.print(args, collected.dry_run)?;
         }
+        if let Some(error) = &collected.missing {
+            render::error(error);
+        }
     }
     for error in &report.errors {
         render::error(&CliError::message(error));
@@ -210,7 +213,7 @@ impl Report {
 
 impl VmSaid {
     fn of(report: &VmReport, install: Option<&InstallId>) -> Self {
-        let (outcome, done, failed) = match &report.outcome {
+        let (outcome, mut done, failed) = match &report.outcome {
             Outcome::Running => (Said::Running, Vec::new(), None),
             Outcome::BeingCleaned => (Said::BeingCleaned, Vec::new(), None),
             Outcome::Unknown => (Said::NotFound, Vec::new(), None),
@@ -225,6 +228,10 @@ impl VmSaid {
         let objects = finding
             .map(|finding| objects(report.vm, install, finding, &report.outcome))
             .unwrap_or_default();
+        // It is no step of the record, which ends with it.
+        if outcome == Said::Cleaned && objects.iter().any(|object| object.step == ROW) {
+            done.push(ROW.to_owned());
+        }
         let is_idle = match outcome {
             Said::WouldClean => objects.is_empty() && !finding.is_some_and(|f| f.owner_lives),
             Said::Cleaned => done.is_empty(),
@@ -265,9 +272,6 @@ impl VmSaid {
         render::lines(line)?;
         if args.explain {
             render::lines(self.objects.iter().map(|object| object.explained(dry_run)))?;
-        }
-        if self.outcome == Said::NotFound {
-            render::error(&CliError::message(format_args!("VM {id} not found")));
         }
         if let Some(FailedStep { step, error }) = &self.failed {
             render::error(&CliError::message(format_args!("{id}: failed {step}: {error}")));

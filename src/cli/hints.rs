@@ -76,8 +76,8 @@ pub(super) fn instead(error: &clap::Error, verb: &str) -> Option<String> {
             Some(format!("there is no `matchlock {given}`; {instead}"))
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => {
-            Some(if verb == "image" {
-                "which? See `matchlock image --help`".to_owned()
+            Some(if matches!(verb, "image" | "guest") {
+                format!("which? See `matchlock {verb} --help`")
             } else {
                 "what is to be done? E.g. `matchlock run --image busybox -- sh`; see \
                  `matchlock --help`"

@@ -31,7 +31,7 @@ pub(super) struct LogArgs {
     /// Begin with the last N lines
     #[arg(short = 'n', long, value_name = "N", value_parser = parse_tail, default_value = "all")]
     tail: Tail,
-    /// The guest's serial console instead
+    /// The guest's serial console instead: nothing, unless its kernel complains or somebody writes to it
     #[arg(long, group = "which")]
     console: bool,
     /// What the hypervisor said instead

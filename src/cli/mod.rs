@@ -80,7 +80,7 @@ Environment:
                             (default 30)
   MATCHLOCK_SUBNET_POOL     range that subnets are cut from, e.g.
                             base=10.64.0.0/12,size=30 (default 192.168.100.0/24
-                            to 192.168.254.0/24, then that one)
+                            to 192.168.254.0/24, then 10.64.0.0/12 in /30)
   MATCHLOCK_VM_LOG_SIZE_MB  size at which a VM's log moves on to its next file
                             (default 10)
   MATCHLOCK_VM_LOG_FILES    files that are kept of a VM's log (default 3; 0
@@ -138,7 +138,7 @@ Exit codes: 0; 1 when one could not be removed: its record is kept, the others a
     Gc(gc::GcArgs),
     /// Serve a program that drives many microVMs, over stdin and stdout
     Rpc(rpc::RpcArgs),
-    /// The same for many programs at once, over a unix socket
+    /// Serve many programs at once as `rpc` serves one, over a unix socket
     Serve(serve::ServeArgs),
     /// Pull an image from its registry
     Pull(pull::PullArgs),

@@ -261,6 +261,9 @@ async fn why_lost(vm: &VmHandle, lost: &matchlock_host::guest_link::LinkError) -
     }
 }
 
+/// When a VM ends that was to be kept; its id follows.
+const UNTIL: &str = "until a signal or `matchlock kill";
+
 /// What somebody is told who has pressed Ctrl-C once.
 const AGAIN: &str = "waiting for the VM to end; Ctrl-C again ends it at once";
 
@@ -282,11 +285,16 @@ async fn keep(
     let mut by_signal = interrupts.first();
     if by_signal.is_none() {
         match &own {
-            Some(Err(error)) => render::error(error),
+            Some(Err(error)) => {
+                render::error(error);
+                if vm.view.borrow().phase == Phase::Running {
+                    render::note(&format!("VM {} is kept {UNTIL} {}`", vm.id, vm.id));
+                }
+            }
             // Somebody has ended it together with its command.
             Some(Ok(_)) if vm.view.borrow().phase != Phase::Running => {}
             Some(Ok(code)) => render::note(&format!(
-                "the command ended with {code}; VM {} is kept until a signal or `matchlock kill {}`",
+                "the command ended with {code}; VM {} is kept {UNTIL} {}`",
                 vm.id, vm.id
             )),
             None => announce(vm),

@@ -305,10 +305,12 @@ impl NodeClient {
     }
 }
 
-/// What a settled VM still holds and what to do about it; `None` if it is cleaned up.
+/// What a settled VM still holds and what to do about it; `None` if it is cleaned up, or was taken over:
+/// whoever did that cleans it up, and tells what he could not.
 #[must_use]
 pub fn not_cleaned_up(view: &VmView) -> Option<String> {
-    if view.cleaned_up {
+    let is_anothers = view.cause.as_ref().is_some_and(|cause| cause.kind == FailureKind::Fenced);
+    if view.cleaned_up || is_anothers {
         return None;
     }
     let id = view.id;

@@ -108,7 +108,7 @@ fn a_dry_run_says_what_gc_then_does_and_touches_nothing() {
         (
             0,
             "vm-00000001: cleaned sockets_remove, rootfs_remove, state_dir_remove\n\
-             vm-00000002: cleaned sockets_remove, rootfs_remove, state_dir_remove\n\
+             vm-00000002: cleaned sockets_remove, rootfs_remove, state_dir_remove, record_remove\n\
              vm-00000007: cleaned sockets_remove, rootfs_remove\n\
              Reconciled 3 VMs\n\
              Forgot the history of 1 removed VM\n",
@@ -129,7 +129,11 @@ fn a_dry_run_says_what_gc_then_does_and_touches_nothing() {
         assert_eq!((code, &*out), (0, wanted), "{args:?}");
     }
     let (code, out, err) = run(&stored, &["gc", "--dry-run", "vm-00000001"]);
-    assert_eq!((code, &*out, &*err), (1, "", "matchlock: VM vm-00000001 not found\n"));
+    let removed = "matchlock: VM vm-00000001 was removed; `matchlock inspect vm-00000001` shows its history\n";
+    assert_eq!((code, &*out, &*err), (1, "", removed));
+    let (code, out, err) = run(&stored, &["gc", "vm-00000009"]);
+    let never = "matchlock: VM vm-00000009 not found; see `matchlock list`\n";
+    assert_eq!((code, &*out, &*err), (1, "", never));
 }
 
 #[test]
@@ -208,7 +212,8 @@ fn scripts_get_json_with_what_was_found_done_and_why() {
     let done = parse(&["gc", "--json"]);
     let vm = &done["vms"][1];
     assert_eq!(vm["outcome"], "cleaned");
-    assert_eq!(vm["done"], json!(["sockets_remove", "rootfs_remove", "state_dir_remove"]));
+    let steps = ["sockets_remove", "rootfs_remove", "state_dir_remove", "record_remove"];
+    assert_eq!(vm["done"], json!(steps));
     assert!(vm["objects"].as_array().unwrap().iter().all(|object| object["done"] == true), "{vm}");
     assert_eq!(done["forgotten"], 1);
     let idle = parse(&["gc", "--json"]);

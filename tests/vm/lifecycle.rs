@@ -246,7 +246,8 @@ fn an_owner_that_is_killed_leaves_what_gc_removes() {
     let collected = installation.output(&["gc"]).unwrap();
     assert_eq!(collected.status.code(), Some(0), "{}", stderr(&collected));
     let expected = format!(
-        "{vm}: cleaned sockets_remove, rootfs_remove, state_dir_remove\nReconciled 1 VMs\n"
+        "{vm}: cleaned sockets_remove, rootfs_remove, state_dir_remove, record_remove\n\
+         Reconciled 1 VMs\n"
     );
     assert_eq!(stdout(&collected), expected);
     installation.assert_nothing_left().unwrap();

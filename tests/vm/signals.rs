@@ -1,10 +1,11 @@
 //! Signals and limits: whenever they come, the guest's command gets them first and nothing is
 //! left.
 
+use std::fs;
 use std::io::Write as _;
 use std::time::Duration;
 
-use matchlock_test_support::{Installation, wait_until};
+use matchlock_test_support::{Installation, Running, wait_until};
 use rustix::process::Signal;
 
 use super::{PATIENCE, stderr, stdout};
@@ -143,6 +144,27 @@ fn a_blocked_stderr_blocks_neither_the_timeout_nor_the_clean_up() {
     .unwrap();
     assert_eq!(status.unwrap().code(), Some(124));
     drop(unread);
+    installation.assert_nothing_left().unwrap();
+}
+
+#[test]
+fn a_vm_that_is_kept_after_its_command_took_too_long_says_so() {
+    let installation = Installation::new().unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let said = file.path();
+    let args = ["run", "--no-network", "--rm=false", "--timeout", "1", "--image", "busybox", "--"];
+    let mut command = installation.command(&[&args[..], &["sleep", "1000"]].concat()).unwrap();
+    command.stderr(file.reopen().unwrap());
+    let run = Running::start(&mut command).unwrap();
+    wait_until(PATIENCE, "the note", || {
+        Ok(fs::read_to_string(said)?.contains("is kept until a signal or `matchlock kill vm-"))
+    })
+    .unwrap();
+    assert!(fs::read_to_string(said).unwrap().contains("took longer than --timeout 1s"));
+    run.signal(Signal::TERM).unwrap();
+    assert_eq!(run.wait(PATIENCE).unwrap().status.code(), Some(124));
+    let removed = installation.output(&["prune"]).unwrap();
+    assert_eq!(removed.status.code(), Some(0), "{}", stderr(&removed));
     installation.assert_nothing_left().unwrap();
 }
 
