@@ -149,9 +149,10 @@ pub async fn start(image: &Chosen, interrupts: &mut Interrupts) -> Result<Detach
     })
     .map_err(&starting)?;
     let repeating = tokio::spawn(repeat(owner.stderr.take()));
-    let told =
+    let (told, is_ending) =
         wait_for_id(ours, &owner, interrupts).await.map_err(failed("lost the VM's owner"))?;
-    if told.is_empty() {
+    // A signal that it got beside telling its id ends the VM all the same.
+    if told.is_empty() || is_ending {
         let status = wait_for_end(&mut owner, interrupts).await.map_err(&starting)?;
         repeating.await.map_err(|e| Failure::from_error(FailureKind::Internal, &e))?;
         return Ok(Detached::Ended(status));
@@ -173,17 +174,22 @@ async fn repeat(words: Option<ChildStderr>) {
     }
 }
 
-/// The line that the owner sends; empty if it closed the socket instead.
+/// The line that the owner sends, empty if it closed the socket instead; and whether a signal was passed
+/// on to it meanwhile.
 async fn wait_for_id(
     socket: UnixStream,
     owner: &Child,
     interrupts: &mut Interrupts,
-) -> io::Result<String> {
+) -> io::Result<(String, bool)> {
     let mut reading = std::pin::pin!(read_id(socket));
+    let mut is_ending = false;
     loop {
         tokio::select! {
-            read = &mut reading => return read,
-            which = interrupts.next() => forward(owner, which),
+            read = &mut reading => return Ok((read?, is_ending)),
+            which = interrupts.next() => {
+                forward(owner, which);
+                is_ending = true;
+            }
         }
     }
 }

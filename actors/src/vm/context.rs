@@ -10,7 +10,7 @@ use matchlock_host::guest_link::GuestLink;
 use matchlock_host::hypervisor::{Machine, MachineSpec, Nic, Start};
 use matchlock_host::image::BlobLease;
 use matchlock_host::rootfs::VmPaths;
-use matchlock_host::snapshot::Draft;
+use matchlock_host::snapshot::{Draft, Snapshot};
 use matchlock_host::tap::TapHandle;
 use matchlock_model::failure::Failure;
 use matchlock_model::id::{Generation, OwnerEpoch, VmId};
@@ -87,6 +87,8 @@ struct Held {
     launched_at: Option<Instant>,
     /// Of a template: the snapshot that it makes. As long as it is here nobody else makes one.
     draft: Option<Draft>,
+    /// What this VM could not go on from though it is whole, until it has booted.
+    suspect: Option<Snapshot>,
     link: Option<Arc<dyn GuestLink>>,
     server: Option<ServeGuard>,
     subnet: Option<Subnet>,
@@ -107,6 +109,7 @@ impl Default for Held {
             machine: None,
             launched_at: None,
             draft: None,
+            suspect: None,
             link: None,
             server: None,
             subnet: None,
@@ -177,6 +180,17 @@ impl VmContext {
     /// The snapshot that a template makes. Dropping it removes files.
     pub(crate) fn take_draft(&self) -> Option<Draft> {
         self.held().draft.take()
+    }
+
+    /// Keeps in mind what the VM could not go on from. Nothing is held of it.
+    pub(crate) fn set_suspect(&self, mut suspect: Snapshot) {
+        suspect.release();
+        self.held().suspect = Some(suspect);
+    }
+
+    /// What the VM could not go on from.
+    pub(crate) fn take_suspect(&self) -> Option<Snapshot> {
+        self.held().suspect.take()
     }
 
     /// The link to the guest, once it is there.

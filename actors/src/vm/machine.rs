@@ -93,6 +93,7 @@ pub(super) async fn connect_guest(context: &VmContext) -> OpResult {
         timings.agent_ready = ready;
     });
     context.set_link(Some(link));
+    snapshot::booted(context).await;
     Ok(())
 }
 
@@ -111,8 +112,9 @@ pub(super) async fn never_ready(machine: &dyn Machine, error: &LinkError) -> Fai
     Failure::new(FailureKind::Guest, text)
 }
 
-/// Where the hypervisor waited longer for a CPU than it had one: that it is the host that is slow, and
-/// not the guest that hangs. For the end of an error text; empty otherwise.
+/// Where the hypervisor waited longer for a CPU than it had one, and did so for a good part of its life:
+/// that it is the host that is slow, and not the guest that hangs. For the end of an error text; empty
+/// otherwise.
 pub(super) fn starved(context: &VmContext, machine: &dyn Machine) -> String {
     let share = match context.deps.processes.cpu_share(&machine.identity()) {
         Ok(Some(share)) => share,
@@ -122,7 +124,8 @@ pub(super) fn starved(context: &VmContext, machine: &dyn Machine) -> String {
             return format!("; how much CPU the hypervisor had cannot be told: {error}");
         }
     };
-    if share.waited <= share.had {
+    let lived = context.launched_at().map(|launched| launched.elapsed()).unwrap_or_default();
+    if share.waited <= share.had || share.waited < lived / 3 {
         return String::new();
     }
     format!(

@@ -30,7 +30,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::context::VmContext;
 use super::effects::{cancelled, host, overtaken, see_epoch};
-use super::machine::{end_marked, ended_early, keep, never_ready, no_machine, starved};
+use super::machine::{
+    EXIT_AFTER_LINK_LOSS, end_marked, ended_early, keep, never_ready, no_machine, starved,
+};
 use crate::points::around;
 
 /// The snapshot that a machine like this makes or needs.
@@ -176,19 +178,29 @@ pub(super) async fn restore(context: &VmContext, spec: &MachineSpec) -> Result<b
     boots(context, &failure);
     context.time(|timings| timings.restore = None);
     context.set_link(None);
+    let is_suspect = is_whole && starved.is_empty() && !was_killed(&*machine).await;
     machine.kill(context.deps.limits.kill).await.map_err(|e| host(&e))?;
     // It is not the VM's any more: where the next launch fails, what it left is looked for by its mark.
     context.set_machine(None, started);
     // That took a while, and another machine is about to be launched.
     see_epoch(context).await?;
-    if is_whole && starved.is_empty() {
-        withdraw(context, snapshot).await;
+    if is_suspect {
+        context.set_suspect(snapshot);
     }
     Ok(false)
 }
 
-/// Removes a snapshot that was saved well, and yet nothing goes on from it: the next VM would try again.
-async fn withdraw(context: &VmContext, snapshot: Snapshot) {
+/// Whether somebody else has killed it, as the kernel does where memory runs out: that is not what it
+/// went on from.
+async fn was_killed(machine: &dyn Machine) -> bool {
+    let ended = timeout(EXIT_AFTER_LINK_LOSS, machine.wait_exit()).await;
+    ended.is_ok_and(|exit| exit.status.starts_with("signal: 9 "))
+}
+
+/// The guest has booted. What it could not go on from is of no use to the next VM either, though it is
+/// whole: it is removed. Where the guest does not boot, neither says anything about the snapshot.
+pub(super) async fn booted(context: &VmContext) {
+    let Some(snapshot) = context.take_suspect() else { return };
     if let Err(error) = context.deps.snapshots.withdraw(snapshot).await {
         let error = chain(&error);
         tracing::warn!(vm_id = %context.id, error, "a snapshot of no use is left");

@@ -117,15 +117,14 @@ async fn what_a_restore_leaves_whose_launch_fails_is_gone_before_another_boots()
 async fn a_whole_one_that_nothing_goes_on_from_is_withdrawn_and_another_is_made() {
     let world = World::new().await;
     make_warm(&world).await;
-    // Neither the restored guest's agent answers, nor that of the one that boots then.
     let lost = LinkError::Lost { cause: "it says nothing".to_owned() };
-    world.connector.set_readiness(FakeReadiness::Fails(lost));
-    let mut vm = world.create_as(StartMode::Warm, true).await.unwrap();
-    let view = settled(&mut vm).await;
-    assert!(view.cause.is_some() && view.timings.restore.is_none(), "{view:?}");
+    world.connector.set_readiness(FakeReadiness::FailsOnce(lost));
+    let booted = world.running(true).await;
+    assert!(booted.view.borrow().timings.restore.is_none());
     assert_eq!(starts(&world.hypervisor), ["hold", "restore", "boot"]);
+    world.stop(booted.id, StopMode::Force).await.unwrap();
+    settled(&mut { booted }).await;
     assert_eq!(world.snapshots.count(), 0);
-    world.connector.set_readiness(FakeReadiness::Ready);
     let start = StartMode::Template { anew: false };
     let view = settled(&mut world.create_as(start, true).await.unwrap()).await;
     assert_eq!((view.cause, world.snapshots.count()), (None, 1));
@@ -133,6 +132,26 @@ async fn a_whole_one_that_nothing_goes_on_from_is_withdrawn_and_another_is_made(
     assert!(warm.view.borrow().timings.restore.is_some());
     world.stop(warm.id, StopMode::Force).await.unwrap();
     settled(&mut { warm }).await;
+    world.assert_nothing_left().await;
+    world.shutdown().await;
+}
+
+#[tokio::test]
+async fn one_stays_where_the_guest_does_not_boot_either_or_its_hypervisor_was_killed() {
+    let world = World::new().await;
+    make_warm(&world).await;
+    let lost = LinkError::Lost { cause: "it says nothing".to_owned() };
+    world.connector.set_readiness(FakeReadiness::Fails(lost));
+    let mut vm = world.create_as(StartMode::Warm, true).await.unwrap();
+    let view = settled(&mut vm).await;
+    assert!(view.cause.is_some() && view.timings.restore.is_none(), "{view:?}");
+    assert_eq!(world.snapshots.count(), 1);
+    world.connector.set_readiness(FakeReadiness::KilledOnce);
+    let booted = world.running(true).await;
+    assert_eq!(starts(&world.hypervisor), ["hold", "restore", "boot", "restore", "boot"]);
+    world.stop(booted.id, StopMode::Force).await.unwrap();
+    settled(&mut { booted }).await;
+    assert_eq!(world.snapshots.count(), 1);
     world.assert_nothing_left().await;
     world.shutdown().await;
 }

@@ -44,6 +44,10 @@ pub enum FakeReadiness {
     Ready,
     /// Connecting fails.
     Fails(LinkError),
+    /// Connecting fails, once.
+    FailsOnce(LinkError),
+    /// The hypervisor is killed meanwhile, once.
+    KilledOnce,
     /// It never answers: connecting lasts until its deadline.
     Never,
 }
@@ -213,6 +217,16 @@ impl Guest {
         match readiness {
             FakeReadiness::Ready => {}
             FakeReadiness::Fails(error) => return Err(error),
+            FakeReadiness::FailsOnce(error) => {
+                self.script().readiness = FakeReadiness::Ready;
+                return Err(error);
+            }
+            FakeReadiness::KilledOnce => {
+                self.script().readiness = FakeReadiness::Ready;
+                let killed = machine.kill(deadline).await;
+                let cause = killed.map_or_else(|error| error.to_string(), |()| "killed".to_owned());
+                return Err(LinkError::Lost { cause });
+            }
             FakeReadiness::Never => {
                 tokio::time::sleep(deadline).await;
                 return Err(LinkError::Timeout { what: "the handshake", waited: deadline });

@@ -231,7 +231,7 @@ impl Snapshots for FakeSnapshots {
             memory: Arc::new(memory),
             key: key(wanted),
             saved,
-            lease: Box::new(lease),
+            lease: Some(Box::new(lease)),
         }))
     }
 

@@ -183,7 +183,7 @@ impl LinuxSnapshots {
             tracing::debug!(%error, key, "could not note the use of a snapshot");
         }
         let (memory, saved) = (Arc::new(memory), record.saved());
-        Ok(Some(Snapshot { memory, key, saved, lease: Box::new(lease) }))
+        Ok(Some(Snapshot { memory, key, saved, lease: Some(Box::new(lease)) }))
     }
 
     fn withdraw_now(&self, snapshot: Snapshot) -> Result<(), SnapshotError> {

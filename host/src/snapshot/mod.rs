@@ -70,7 +70,7 @@ pub struct Wanted {
     pub hypervisor: String,
 }
 
-/// A snapshot to go on from. It is not removed while this is held.
+/// A snapshot to go on from. It is not removed while this is held, until [`Snapshot::release`].
 #[derive(Debug)]
 pub struct Snapshot {
     /// What was saved.
@@ -78,16 +78,20 @@ pub struct Snapshot {
     key: String,
     saved: Saved,
     /// Keeps it from being removed.
-    lease: Box<dyn Lease>,
+    lease: Option<Box<dyn Lease>>,
+}
+
+impl Snapshot {
+    /// Lets it be removed or replaced: nothing goes on from it, but which it was is still to be known.
+    pub fn release(&mut self) {
+        self.lease = None;
+    }
 }
 
 /// What keeps a snapshot from being removed until it is dropped.
 trait Lease: fmt::Debug + Send + Sync {}
 
 impl Lease for Locked {}
-
-#[cfg(test)]
-impl Lease for () {}
 
 /// A snapshot that is being made. Nobody else makes one meanwhile. Dropped, it leaves nothing.
 pub struct Draft {

@@ -88,7 +88,7 @@ async fn snapshots_conform(snapshots: &dyn Snapshots, wanted: &Wanted) {
     assert!(snapshots.find(wanted).await.unwrap().is_none());
     make(snapshots, wanted, b"old").await.unwrap();
     let mut old = snapshots.find(wanted).await.unwrap().unwrap();
-    old.lease = Box::new(());
+    old.release();
     make(snapshots, wanted, b"new").await.unwrap();
     snapshots.withdraw(old).await.unwrap();
     let new = snapshots.find(wanted).await.unwrap().unwrap();

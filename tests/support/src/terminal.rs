@@ -18,6 +18,9 @@ use crate::wait_until;
 /// How long anything may take that a terminal waits for.
 const PATIENCE: Duration = Duration::from_secs(180);
 
+/// How long keys are given before they are typed again.
+const AGAIN: Duration = Duration::from_secs(1);
+
 /// How often a program is looked after that prints nothing.
 const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 
@@ -103,7 +106,28 @@ impl Terminal {
     /// # Errors
     /// When it does not come in time, with what came instead.
     pub fn expect(&mut self, text: &str) -> Result<String> {
+        self.expect_within(text, PATIENCE)
+    }
+
+    /// Types, again and again, until this text has come: for keys that may come before whoever is to get
+    /// them.
+    ///
+    /// # Errors
+    /// When it does not come in time.
+    pub fn keys_until(&mut self, keys: &str, text: &str) -> Result<()> {
         let until = Instant::now() + PATIENCE;
+        loop {
+            self.keys(keys)?;
+            match self.expect_within(text, AGAIN) {
+                Ok(_) => return Ok(()),
+                Err(error) if Instant::now() >= until => return Err(error),
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn expect_within(&mut self, text: &str, limit: Duration) -> Result<String> {
+        let until = Instant::now() + limit;
         loop {
             let new = &self.output[self.seen..];
             if let Some(at) = new.windows(text.len()).position(|part| part == text.as_bytes()) {
