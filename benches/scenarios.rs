@@ -61,12 +61,15 @@ fn heading() -> Result<String> {
     };
     let cpu = std::fs::read_to_string("/proc/cpuinfo")?;
     let model = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or(": unknown");
+    // The documents are what this run is writing.
+    let changed = said("git", &["status", "--porcelain", "--", ".", ":(exclude)docs"])?;
+    let dirty = if changed.is_empty() { "" } else { "-dirty" };
     Ok(format!(
         "# Performance\n\n\
-         Written by `make bench` on {} at commit {}. Machine: {} × {}, Linux {}. Goals are goals; \
+         Written by `make bench` on {} at commit {}{dirty}. Machine: {} × {}, Linux {}. Goals are goals; \
          the spread is the median absolute deviation.\n\n",
         said("date", &["-u", "+%Y-%m-%d"])?,
-        said("git", &["describe", "--always", "--dirty"])?,
+        said("git", &["rev-parse", "--short", "HEAD"])?,
         std::thread::available_parallelism()?,
         model.trim_start_matches(['\t', ' ', ':']),
         said("uname", &["-r"])?,
