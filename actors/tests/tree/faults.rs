@@ -100,6 +100,21 @@ async fn an_agent_that_never_gets_ready_on_a_busy_host_is_told_with_the_cpu_it_h
     }
 }
 
+/// One that hangs uses no CPU, and waits a little for one on any host.
+#[tokio::test]
+async fn a_guest_that_sleeps_for_ever_is_not_blamed_on_the_host() {
+    let world = World::new().await;
+    let (had, waited) = (Duration::ZERO, Duration::from_millis(50));
+    world.processes.set_cpu_share(CpuShare { had, waited });
+    world.hypervisor.set_launch_fault(Some(LaunchFault::Late(Duration::from_millis(300))));
+    let late = LinkError::Timeout { what: "the handshake", waited: Duration::from_secs(120) };
+    world.connector.set_readiness(FakeReadiness::Fails(late));
+    let cause = settled(&mut world.create(true).await.unwrap()).await.cause.unwrap();
+    assert!(cause.message.contains("never got ready"), "{cause}");
+    assert!(!cause.message.contains("busy"), "{cause}");
+    world.shutdown().await;
+}
+
 #[tokio::test]
 async fn a_machine_that_ends_by_itself_is_told_with_its_reason() {
     let world = World::new().await;

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use matchlock_actors::fleet::VmHandle;
 use matchlock_actors::reconciler::{OBSERVE, Outcome, ReconcilerMsg, Target, strangers, survey};
+use matchlock_actors::vm::StartMode;
+use matchlock_host::guest_link::FakeReadiness;
 use matchlock_host::owner_lock::OwnerLocks as _;
 use matchlock_host::process::Processes as _;
 use matchlock_host::rootfs::{Rootfs as _, RootfsFault, RootfsOp, VmPaths};
@@ -17,6 +19,7 @@ use matchlock_store::WriteOp;
 use tokio::sync::watch;
 
 use super::reconciling::{crashed, crashed_as};
+use super::warm::make_warm;
 use super::world::{PATIENCE, World, settled};
 
 #[tokio::test]
@@ -310,6 +313,30 @@ impl tracing::Subscriber for Warnings {
     fn enter(&self, _span: &tracing::span::Id) {}
 
     fn exit(&self, _span: &tracing::span::Id) {}
+}
+
+#[tokio::test]
+async fn a_restore_that_is_taken_over_says_nothing_of_the_snapshot() {
+    let warnings = Warnings::default();
+    let _logged = tracing::subscriber::set_default(warnings.clone());
+    let world = World::new().await;
+    make_warm(&world).await;
+    world.connector.set_readiness(FakeReadiness::Never);
+    let mut vm = world.create_as(StartMode::Warm, true).await.unwrap();
+    while world.hypervisor.machine(vm.id).is_none() {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let op = WriteOp::RaiseEpoch { vm: vm.id, pid: 1, at: jiff::Timestamp::now() };
+    world.deps.db.write(op).await.unwrap();
+    let cause = settled(&mut vm).await.cause.unwrap();
+    assert!(cause.message.contains("taken over"), "{cause}");
+    let said = warnings.0.lock().unwrap().concat();
+    assert!(!said.contains("snapshot"), "{said}");
+    assert_eq!((world.snapshots.count(), world.processes.find_marked().unwrap()), (1, vec![]));
+    world.lock_is_free(vm.id).await;
+    world.reconcile(Target::One(vm.id), Goal::Remove).await;
+    world.assert_nothing_left().await;
+    world.shutdown().await;
 }
 
 #[tokio::test]

@@ -20,7 +20,7 @@ fn starts(hypervisor: &FakeHypervisor) -> Vec<&'static str> {
     hypervisor.launches().iter().map(|spec| name(&spec.start)).collect()
 }
 
-async fn make_warm(world: &World) {
+pub(crate) async fn make_warm(world: &World) {
     let mut template = world.create_as(StartMode::Template { anew: true }, true).await.unwrap();
     let view = settled(&mut template).await;
     assert_eq!((view.phase, view.cause, view.cleaned_up), (Phase::Cleaned, None, true));
