@@ -362,3 +362,30 @@ pub async fn running(handle: &mut VmHandle) -> Result<VmView, Failure> {
         None => Err(Failure::new(FailureKind::Cancelled, format!("VM {id} was stopped"))),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use matchlock_model::id::Generation;
+    use matchlock_model::view::Timings;
+
+    use super::*;
+
+    fn left(kind: FailureKind) -> Option<String> {
+        not_cleaned_up(&VmView {
+            id: VmId::new(7),
+            generation: Generation::default(),
+            phase: Phase::Running,
+            cause: Some(Failure::new(kind, "so")),
+            settled: true,
+            cleaned_up: false,
+            timings: Timings::default(),
+        })
+    }
+
+    #[test]
+    fn what_was_taken_over_is_anothers_to_tell() {
+        let ours = left(FailureKind::Host).unwrap_or_default();
+        assert!(ours.contains("(phase running): so; run `matchlock gc vm-00000007`"), "{ours}");
+        assert_eq!(left(FailureKind::Fenced), None);
+    }
+}
